@@ -1,0 +1,178 @@
+"""Events and wishes on disk: two append-only files, one each way, and the lock that says who owns a run.
+
+No pipe breaks when a viewer dies, attaching is reading from the top, and a bug report is a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_tui.engine.errors import JournalError
+from qlora_tui.engine.events import FORMAT_VERSION, Event, Finished, Record, Saved, Wish, decode, encode
+
+EVENTS = "events.jsonl"
+COMMANDS = "commands.jsonl"
+LOCK = "lock"
+
+
+class Journal:
+    """The writing end of `events.jsonl`: whole lines through one lock, numbered across attempts.
+
+    The owner thread and the device sampler both write; the main thread may write the last word when it has to
+    end the process. Lines are flushed each, fsynced only where a person relies on them (`saved`, `finished`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the journal of `folder` for a new attempt, cutting off a line that a crash left torn."""
+        self.path = folder / EVENTS
+        past = read_records(self.path)
+        self.attempt = past[-1].attempt + 1 if past else 1
+        self._seq = past[-1].seq if past else 0
+        self._lock = threading.Lock()
+        _cut_torn_line(self.path)
+        self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="ascii")
+        self.finished = False
+
+    def write(self, event: Event) -> Record | None:
+        """Append `event`; after `Finished` nothing more is written and None is returned."""
+        with self._lock:
+            if self.finished:
+                return None
+            self._seq += 1
+            record = Record(self.attempt, self._seq, round(time.time(), 3), event)
+            self._file.write(encode(record) + "\n")
+            self._file.flush()
+            self.finished = isinstance(event, Finished)
+            if isinstance(event, (Saved, Finished)):
+                os.fsync(self._file.fileno())
+            return record
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        with self._lock:
+            self._file.close()
+
+
+class Tail:
+    """The reading end: every call returns what was appended since the last one, in whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        """Follow `path` from its start; it need not exist yet."""
+        self.path = path
+        self._offset = 0
+        self._rest = b""
+
+    def lines(self, limit: int = 1 << 22) -> list[str]:
+        """Return new whole lines, reading at most `limit` bytes so that a long history never freezes a screen."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                block = file.read(limit)
+        except FileNotFoundError:
+            return []
+        self._offset += len(block)
+        *whole, self._rest = (self._rest + block).split(b"\n")
+        return [line.decode("utf-8", "replace") for line in whole]
+
+    def records(self) -> list[Record]:
+        """Return new records, skipping what this version does not know."""
+        return [record for line in self.lines() if (record := decode(line)) is not None]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return every record of a journal, oldest first; empty when there is none."""
+    tail, found = Tail(path), []
+    while lines := tail.lines():
+        found += [record for line in lines if (record := decode(line)) is not None]
+    return found
+
+
+def leave_wish(folder: Path, name: str, args: Mapping[str, Any] | None = None, *, attempt: int = 0) -> str:
+    """Append a wish to the run in `folder` and return its id; the run answers with a `command` event."""
+    wish_id = uuid.uuid4().hex
+    line = json.dumps({"v": FORMAT_VERSION, "id": wish_id, "t": time.time(), "attempt": attempt, "name": name, "args": dict(args or {})})
+    handle = os.open(folder / COMMANDS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(handle, line.encode() + b"\n")
+    finally:
+        os.close(handle)
+    return wish_id
+
+
+class Inbox:
+    """Wishes left for this attempt; starts at the file's end, so an old `stop` is never obeyed again."""
+
+    def __init__(self, folder: Path) -> None:
+        """Skip what earlier attempts were asked."""
+        self._tail = Tail(folder / COMMANDS)
+        while self._tail.lines():
+            pass
+
+    def take(self) -> list[Wish]:
+        """Return wishes that arrived since the last call."""
+        return [wish for line in self._tail.lines() if (wish := _read_wish(line)) is not None]
+
+
+def _read_wish(line: str) -> Wish | None:
+    try:
+        raw = json.loads(line)
+        return Wish(str(raw["id"]), float(raw["t"]), int(raw.get("attempt", 0)), str(raw["name"]), dict(raw.get("args") or {}))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class RunLock:
+    """Proof that this process owns a run folder; the kernel drops it with the process, however that ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            JournalError: another process holds it; its pid, host and start are named.
+        """
+        self._file: IO[str] = (folder / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise JournalError(f"run {folder.name} is already running ({owner})", hint=f"qlora-tui attach {folder.name}") from None
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": round(time.time(), 3)}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the folder back; idempotent."""
+        self._file.close()
+
+
+def is_running(folder: Path) -> bool:
+    """Say whether a live process holds the run in `folder`, without taking the lock from it."""
+    try:
+        with (folder / LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end != len(data):
+            file.truncate(end)

@@ -1,0 +1,283 @@
+"""What a run is: one frozen record, and the one table of keys it is made of.
+
+The command line, the wizard, presets, `run.toml` and the docs are all made from `KEYS`, so a key cannot
+exist in one and be missing in another. Names are the Hugging Face family's where it has one. Nothing here
+reads a disk or a model; `problems` is pure and lists every fault at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from qlora_tui.engine.errors import ConfigError, Problem
+
+Kind = Literal["text", "integer", "number", "flag", "list", "duration"]
+Value = str | int | float | bool | tuple[str, ...]
+
+BUILTIN = "builtin:"
+DATA_FORMATS = ("auto", "messages", "alpaca", "prompt-completion")
+DEMO_MODEL = "builtin:smollm2-135m"
+DEMO_DATA = "builtin:python-docs"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting: its type, bounds and the sentence that explains it everywhere."""
+
+    name: str
+    group: str
+    kind: Kind
+    default: Value
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def _key(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    kind: Kind | None = None,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    """Declare a field and its row of the table in one place; `Any` because dataclasses need it so."""
+    guessed: dict[type, Kind] = {str: "text", int: "integer", float: "number", bool: "flag", tuple: "list"}
+    chosen = kind or guessed[type(default)]
+    return field(default=default, metadata={"key": Key("", group, chosen, default, text, choices, low, high)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything a person decides about a run; derived values and secrets never enter.
+
+    `0` for a count that can be chosen (`max_steps`, `eval_steps`, `save_steps`) and `"auto"` mean "choose for me";
+    the choice made is told in the `planned` event, never written back here.
+    """
+
+    model_name_or_path: str = _key("", "model", "Base model: a local folder, a hub id, or builtin:smollm2-135m.")
+    revision: str = _key("main", "model", "Branch, tag or commit of a hub model.")
+    method: str = _key("qlora", "model", "qlora: 4-bit base. lora: 16-bit base.", choices=("qlora", "lora"))
+    bnb_4bit_quant_type: str = _key("nf4", "model", "4-bit type of a qlora base; fp4 loses about twice as much as nf4.", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = _key(True, "model", "Quantize the block constants too: saves 0.37 bits a weight.")
+    dtype: str = _key("auto", "model", "Type of computation. auto: bfloat16 where the device has it, else float32.", choices=("auto", "bfloat16", "float32"))
+    attn_implementation: str = _key("sdpa", "model", "Attention: sdpa uses the flash kernel where the model allows it.", choices=("sdpa", "eager"))
+
+    lora_r: int = _key(16, "lora", "Rank: what the adapter can learn; memory grows with it.", low=1, high=1024)
+    lora_alpha: int = _key(32, "lora", "Scale of the adapter; usually one or two times the rank.", low=1, high=4096)
+    lora_dropout: float = _key(0.0, "lora", "Share of adapter inputs dropped in training.", low=0.0, high=0.9)
+    lora_target_modules: tuple[str, ...] = _key(("all-linear",), "lora", "Which linear layers get an adapter: all-linear or names such as q_proj.")
+
+    data: tuple[str, ...] = _key((), "data", "Training data: JSONL files, hub datasets, or builtin:python-docs.")
+    data_format: str = _key("auto", "data", "Shape of the rows; auto decides and says why.", choices=DATA_FORMATS)
+    eval_data: str = _key("", "data", "A file of its own to measure on; empty: rows are held out of data.")
+    val_set_size: float = _key(0.1, "data", "Held out before training: a share below 1, or a number of rows.", low=0.0)
+    max_samples: int = _key(0, "data", "Use only so many rows, chosen by seed (training and held-out together); 0: all.", low=0)
+    max_length: int = _key(2048, "data", "Longest row in tokens; longer rows are dropped and counted.", low=16, high=1_048_576)
+    skip_bad_rows: bool = _key(False, "data", "Go on without broken rows, counted, instead of stopping at the first.")
+
+    per_device_train_batch_size: int = _key(2, "training", "Rows at once on the device.", low=1, high=4096)
+    gradient_accumulation_steps: int = _key(8, "training", "Batches summed before a step; rows a step = both multiplied. Costs no memory.", low=1, high=65_536)
+    num_train_epochs: float = _key(2.0, "training", "Passes over the data; most tasks peak after 1-2.", low=0.0, high=1000.0)
+    max_steps: int = _key(0, "training", "Stop after so many optimizer steps; 0: by epochs.", low=0)
+    max_time: float = _key(0.0, "training", "Stop and save after this long, such as 90m or 2h; 0: no limit.", kind="duration", low=0.0)
+    learning_rate: float = _key(2e-4, "training", "Step size; 1e-4 to 3e-4 is usual for LoRA.", low=0.0, high=1.0)
+    lr_scheduler_type: str = _key("cosine", "training", "How the learning rate falls after warm-up.", choices=("cosine", "linear", "constant"))
+    warmup_steps: float = _key(0.05, "training", "Warm-up: a share of all steps below 1, or a number of steps.", low=0.0)
+    weight_decay: float = _key(0.0, "training", "Pull of the adapter towards zero.", low=0.0, high=1.0)
+    max_grad_norm: float = _key(1.0, "training", "Longest gradient; longer ones are scaled down. 0: never.", low=0.0)
+    optim: str = _key("auto", "training", "auto: paged 8-bit AdamW on CUDA, plain AdamW on CPU.", choices=("auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"))
+    seed: int = _key(42, "training", "Decides the data order, the hold-out and the adapter's start.", low=0, high=2**32 - 1)
+
+    gradient_checkpointing: bool = _key(True, "memory", "Recompute activations in the backward pass: far less memory, about a third slower.")
+    memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
+
+    eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
+    save_steps: int = _key(0, "saving", "Checkpoint every so many steps; 0: about ten times a run.", low=0)
+    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints.", low=1)
+    runs_dir: str = _key("runs", "saving", "Folder that holds the runs.")
+
+
+def _table() -> dict[str, Key]:
+    return {item.name: dataclasses.replace(item.metadata["key"], name=item.name) for item in dataclasses.fields(RunConfig)}
+
+
+KEYS: Mapping[str, Key] = _table()
+"""The one table: every key by name, in the order in which people meet them."""
+
+GROUPS: tuple[str, ...] = tuple(dict.fromkeys(key.group for key in KEYS.values()))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return a hint that names the closest known spelling, or nothing.
+
+    >>> nearest("lora_rank", ["lora_r", "lora_alpha"])
+    'did you mean lora_r?'
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def find_key(name: str, *, where: str = "") -> Key:
+    """Return the key called `name`.
+
+    Raises:
+        ConfigError: no such key; the nearest one is named.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf not in KEYS:
+        raise ConfigError(f"unknown key {leaf!r}", hint=nearest(leaf, list(KEYS)), where=where)
+    return KEYS[leaf]
+
+
+def read_text(key: Key, text: str, *, where: str = "") -> Value:
+    """Read what a person typed for `key` as the key's type.
+
+    Raises:
+        ConfigError: the text is not of that type; the key, the text and the type are named.
+    """
+    raw = text.strip()
+    try:
+        match key.kind:
+            case "integer":
+                return int(raw)
+            case "number":
+                return _finite(float(raw))
+            case "duration":
+                return seconds(raw)
+            case "flag":
+                return {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}[raw.lower()]
+            case "list":
+                return tuple(part.strip() for part in raw.strip("[]").split(",") if part.strip(" \"'"))
+            case "text":
+                return raw
+    except (ValueError, KeyError):
+        raise _wrong_type(key, text, where) from None
+
+
+def read_value(key: Key, value: object, *, where: str = "") -> Value:
+    """Read a TOML value for `key`; a number written as text is refused, not guessed.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    match key.kind, value:
+        case "integer", int() if not isinstance(value, bool):
+            return value
+        case "number", int() | float() if not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        case "duration", int() | float() if not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        case ("duration" | "list"), str():
+            return read_text(key, value, where=where) if key.kind == "duration" else (value,)
+        case "flag", bool():
+            return value
+        case "text", str():
+            return value
+        case "list", list() | tuple() if all(isinstance(part, str) for part in value):
+            return tuple(value)
+    raise _wrong_type(key, value, where)
+
+
+def from_values(values: Mapping[str, Value]) -> RunConfig:
+    """Build a run from values already read; keys not named keep their defaults."""
+    return RunConfig(**values)  # type: ignore[arg-type]  # checked by read_text/read_value against the same table
+
+
+def values_of(run: RunConfig) -> dict[str, Value]:
+    """Return every key and its value, in table order."""
+    return {name: getattr(run, name) for name in KEYS}  # the table is made from the fields, so no name is guessed
+
+
+def changed(run: RunConfig) -> dict[str, Value]:
+    """Return only what differs from the defaults: what an equivalent command has to say."""
+    return {name: value for name, value in values_of(run).items() if value != KEYS[name].default}
+
+
+_DURATION = re.compile(r"(?:(?P<d>\d+(?:\.\d+)?)\s*d)?\s*(?:(?P<h>\d+(?:\.\d+)?)\s*h)?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)\s*s)?")
+
+
+def seconds(text: str) -> float:
+    """Read a duration such as `2h`, `1h30m`, `90 min` or plain seconds.
+
+    >>> seconds("1h30m"), seconds("90m"), seconds("45")
+    (5400.0, 5400.0, 45.0)
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    raw = text.strip().lower()
+    if re.fullmatch(r"\d+(?:\.\d+)?", raw):
+        return _finite(float(raw))
+    match = _DURATION.fullmatch(raw)
+    if not raw or match is None:
+        raise ValueError(text)
+    units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+    return sum(float(match[unit]) * size for unit, size in units.items() if match[unit])
+
+
+def rows_per_step(run: RunConfig) -> int:
+    """Return how many rows one optimizer step sees."""
+    return run.per_device_train_batch_size * run.gradient_accumulation_steps
+
+
+def problems(run: RunConfig) -> list[Problem]:
+    """Return everything wrong with `run` that needs no disk, model or device to see."""
+    found = [problem for key in KEYS.values() if (problem := _out_of_bounds(run, key))]
+    if not run.model_name_or_path:
+        found.append(Problem("model_name_or_path", "no model named", "say --model DIR_OR_HUB_ID or --preset NAME"))
+    if not run.data:
+        found.append(Problem("data", "no data named", "say --data FILE.jsonl"))
+    if not run.num_train_epochs and not run.max_steps:
+        found.append(Problem("num_train_epochs", "0 epochs and no max_steps: nothing would be trained", "set one of them"))
+    if run.learning_rate == 0:
+        found.append(Problem("learning_rate", "0 would change nothing", "2e-4 is usual for LoRA"))
+    if run.val_set_size >= 1 and run.val_set_size != int(run.val_set_size):
+        found.append(Problem("val_set_size", f"{run.val_set_size:g} is neither a share nor a number of rows", "say 0.1 or 50"))
+    if run.warmup_steps >= 1 and run.max_steps and run.warmup_steps > run.max_steps:
+        found.append(Problem("warmup_steps", f"{run.warmup_steps:g} is more than max_steps {run.max_steps}", "a share such as 0.05 always fits"))
+    if not all(run.lora_target_modules) or not run.lora_target_modules:
+        found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
+    return found
+
+
+def _out_of_bounds(run: RunConfig, key: Key) -> Problem | None:
+    value = getattr(run, key.name)  # the table is made from the fields, so no name is guessed
+    if key.choices and value not in key.choices:
+        return Problem(key.name, f"{value!r} is not one of {', '.join(key.choices)}", nearest(str(value), key.choices))
+    if key.kind in ("integer", "number", "duration") and not key.low <= value <= key.high:
+        side = f"at least {key.low:g}" if value < key.low else f"at most {key.high:g}"
+        return Problem(key.name, f"{value:g} is out of range", f"it must be {side}")
+    return None
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(number)
+    return number
+
+
+_KIND_WORDS: dict[Kind, str] = {
+    "text": "text",
+    "integer": "a whole number",
+    "number": "a number such as 2e-4",
+    "flag": "true or false",
+    "list": "a list of texts",
+    "duration": "a duration such as 90m or 2h",
+}
+if set(_KIND_WORDS) != set(get_args(Kind)):
+    raise AssertionError("a kind of key has no words")
+
+
+def _wrong_type(key: Key, value: object, where: str) -> ConfigError:
+    hint = f"choose from {', '.join(key.choices)}" if key.choices else f"its default is {key.default!r}"
+    return ConfigError(f"{key.name} = {value!r} is not {_KIND_WORDS[key.kind]}", hint=hint, where=where)

@@ -1,0 +1,49 @@
+"""Foreign text made safe to show: data, model output, file names and errors never reach a terminal raw.
+
+Escape sequences in a dataset can write the clipboard, retitle the window or hide lines; Textual and plain
+`print` both pass them through. Everything that is shown, journalled as text or logged goes through here once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+
+_KEPT = {"\n", "\t"}
+_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_JOINER = "\u200d"  # zero-width joiner: needed inside emoji, harmless on its own
+_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b")
+_SECRET_NAMES = ("TOKEN", "API_KEY", "SECRET", "PASSWORD")
+
+
+def safe_text(text: object, *, limit: int = 20_000) -> str:
+    r"""Return `text` with control, bidi and format characters shown as visible escapes.
+
+    >>> safe_text("a\x1b]52;c;AAAA\x07b")
+    'a\\x1b]52;c;AAAA\\x07b'
+    """
+    raw = text if isinstance(text, str) else str(text)
+    cut = raw[:limit]
+    shown = "".join(_visible(char) for char in cut) if not cut.isascii() or not cut.isprintable() else cut
+    return shown if len(raw) <= limit else f"{shown}… ({len(raw) - limit} more characters)"
+
+
+def one_line(text: object, *, limit: int = 500) -> str:
+    """Return `safe_text` with line breaks and tabs folded to single spaces, for a row of a log or table."""
+    return " ".join(safe_text(text, limit=limit).split())
+
+
+def redact(text: str) -> str:
+    """Replace what looks like a credential, and the value of every secret-named variable, by `[redacted]`."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(part in name.upper() for part in _SECRET_NAMES):
+            text = text.replace(value, "[redacted]")
+    return _SECRET.sub("[redacted]", text)
+
+
+def _visible(char: str) -> str:
+    if char in _KEPT or char == _JOINER or unicodedata.category(char) not in _HIDDEN_CATEGORIES:
+        return char
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

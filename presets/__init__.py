@@ -1,0 +1,1 @@
+"""Ready-made runs, one TOML file each."""
