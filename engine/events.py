@@ -206,9 +206,7 @@ class Finished:
     report: str = ""
 
 
-Event = (
-    Started | Phase | Prepared | Planned | Stepped | Evaluated | Saved | Resumed | Device | Forecast | Finding | Command | Finished
-)
+Event = Started | Phase | Prepared | Planned | Stepped | Evaluated | Saved | Resumed | Device | Forecast | Finding | Command | Finished
 
 EVENT_TYPES: Mapping[str, type[Event]] = {
     kind.type: kind
@@ -267,7 +265,9 @@ def decode(line: str) -> Record | None:
     if not isinstance(raw, dict) or not isinstance(raw.get("v"), int):
         return None
     if raw["v"] > FORMAT_VERSION:
-        raise JournalError(f"this run was written by a newer qlora-tui (format {raw['v']}, this one reads {FORMAT_VERSION})", hint="update qlora-tui")
+        raise JournalError(
+            f"this run was written by a newer qlora-tui (format {raw['v']}, this one reads {FORMAT_VERSION})", hint="update qlora-tui"
+        )
     kind = EVENT_TYPES.get(raw.get("type", ""))
     if kind is None:
         return None

@@ -67,15 +67,26 @@ class RunConfig:
     model_name_or_path: str = _key("", "model", "Base model: a local folder, a hub id, or builtin:smollm2-135m.")
     revision: str = _key("main", "model", "Branch, tag or commit of a hub model.")
     method: str = _key("qlora", "model", "qlora: 4-bit base. lora: 16-bit base.", choices=("qlora", "lora"))
-    bnb_4bit_quant_type: str = _key("nf4", "model", "4-bit type of a qlora base; fp4 loses about twice as much as nf4.", choices=("nf4", "fp4"))
+    bnb_4bit_quant_type: str = _key(
+        "nf4", "model", "4-bit type of a qlora base; fp4 loses about twice as much as nf4.", choices=("nf4", "fp4")
+    )
     bnb_4bit_use_double_quant: bool = _key(True, "model", "Quantize the block constants too: saves 0.37 bits a weight.")
-    dtype: str = _key("auto", "model", "Type of computation. auto: bfloat16 where the device has it, else float32.", choices=("auto", "bfloat16", "float32"))
-    attn_implementation: str = _key("sdpa", "model", "Attention: sdpa uses the flash kernel where the model allows it.", choices=("sdpa", "eager"))
+    dtype: str = _key(
+        "auto",
+        "model",
+        "Type of computation. auto: bfloat16 where the device has it, else float32.",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    attn_implementation: str = _key(
+        "sdpa", "model", "Attention: sdpa uses the flash kernel where the model allows it.", choices=("sdpa", "eager")
+    )
 
     lora_r: int = _key(16, "lora", "Rank: what the adapter can learn; memory grows with it.", low=1, high=1024)
     lora_alpha: int = _key(32, "lora", "Scale of the adapter; usually one or two times the rank.", low=1, high=4096)
     lora_dropout: float = _key(0.0, "lora", "Share of adapter inputs dropped in training.", low=0.0, high=0.9)
-    lora_target_modules: tuple[str, ...] = _key(("all-linear",), "lora", "Which linear layers get an adapter: all-linear or names such as q_proj.")
+    lora_target_modules: tuple[str, ...] = _key(
+        ("all-linear",), "lora", "Which linear layers get an adapter: all-linear or names such as q_proj."
+    )
 
     data: tuple[str, ...] = _key((), "data", "Training data: JSONL files, hub datasets, or builtin:python-docs.")
     data_format: str = _key("auto", "data", "Shape of the rows; auto decides and says why.", choices=DATA_FORMATS)
@@ -86,19 +97,30 @@ class RunConfig:
     skip_bad_rows: bool = _key(False, "data", "Go on without broken rows, counted, instead of stopping at the first.")
 
     per_device_train_batch_size: int = _key(2, "training", "Rows at once on the device.", low=1, high=4096)
-    gradient_accumulation_steps: int = _key(8, "training", "Batches summed before a step; rows a step = both multiplied. Costs no memory.", low=1, high=65_536)
+    gradient_accumulation_steps: int = _key(
+        8, "training", "Batches summed before a step; rows a step = both multiplied. Costs no memory.", low=1, high=65_536
+    )
     num_train_epochs: float = _key(2.0, "training", "Passes over the data; most tasks peak after 1-2.", low=0.0, high=1000.0)
     max_steps: int = _key(0, "training", "Stop after so many optimizer steps; 0: by epochs.", low=0)
     max_time: float = _key(0.0, "training", "Stop and save after this long, such as 90m or 2h; 0: no limit.", kind="duration", low=0.0)
     learning_rate: float = _key(2e-4, "training", "Step size; 1e-4 to 3e-4 is usual for LoRA.", low=0.0, high=1.0)
-    lr_scheduler_type: str = _key("cosine", "training", "How the learning rate falls after warm-up.", choices=("cosine", "linear", "constant"))
+    lr_scheduler_type: str = _key(
+        "cosine", "training", "How the learning rate falls after warm-up.", choices=("cosine", "linear", "constant")
+    )
     warmup_steps: float = _key(0.05, "training", "Warm-up: a share of all steps below 1, or a number of steps.", low=0.0)
     weight_decay: float = _key(0.0, "training", "Pull of the adapter towards zero.", low=0.0, high=1.0)
     max_grad_norm: float = _key(1.0, "training", "Longest gradient; longer ones are scaled down. 0: never.", low=0.0)
-    optim: str = _key("auto", "training", "auto: paged 8-bit AdamW on CUDA, plain AdamW on CPU.", choices=("auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"))
+    optim: str = _key(
+        "auto",
+        "training",
+        "auto: paged 8-bit AdamW on CUDA, plain AdamW on CPU.",
+        choices=("auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"),
+    )
     seed: int = _key(42, "training", "Decides the data order, the hold-out and the adapter's start.", low=0, high=2**32 - 1)
 
-    gradient_checkpointing: bool = _key(True, "memory", "Recompute activations in the backward pass: far less memory, about a third slower.")
+    gradient_checkpointing: bool = _key(
+        True, "memory", "Recompute activations in the backward pass: far less memory, about a third slower."
+    )
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
 
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
@@ -177,7 +199,7 @@ def read_value(key: Key, value: object, *, where: str = "") -> Value:
             return float(value)
         case "duration", int() | float() if not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-        case ("duration" | "list"), str():
+        case (("duration" | "list"), str()):
             return read_text(key, value, where=where) if key.kind == "duration" else (value,)
         case "flag", bool():
             return value
@@ -203,7 +225,9 @@ def changed(run: RunConfig) -> dict[str, Value]:
     return {name: value for name, value in values_of(run).items() if value != KEYS[name].default}
 
 
-_DURATION = re.compile(r"(?:(?P<d>\d+(?:\.\d+)?)\s*d)?\s*(?:(?P<h>\d+(?:\.\d+)?)\s*h)?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)\s*s)?")
+_DURATION = re.compile(
+    r"(?:(?P<d>\d+(?:\.\d+)?)\s*d)?\s*(?:(?P<h>\d+(?:\.\d+)?)\s*h)?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)\s*s)?"
+)
 
 
 def seconds(text: str) -> float:
@@ -244,7 +268,9 @@ def problems(run: RunConfig) -> list[Problem]:
     if run.val_set_size >= 1 and run.val_set_size != int(run.val_set_size):
         found.append(Problem("val_set_size", f"{run.val_set_size:g} is neither a share nor a number of rows", "say 0.1 or 50"))
     if run.warmup_steps >= 1 and run.max_steps and run.warmup_steps > run.max_steps:
-        found.append(Problem("warmup_steps", f"{run.warmup_steps:g} is more than max_steps {run.max_steps}", "a share such as 0.05 always fits"))
+        found.append(
+            Problem("warmup_steps", f"{run.warmup_steps:g} is more than max_steps {run.max_steps}", "a share such as 0.05 always fits")
+        )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
     return found
