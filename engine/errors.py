@@ -11,6 +11,7 @@ EngineError
 ├── CheckpointError    a checkpoint that is missing, damaged or belongs to another run
 ├── JournalError       a run folder that cannot be read, or that another process holds
 ├── FenceError         the wrong thread or the wrong moment: the run stops rather than go on wrong
+├── Stopped            a person asked to stop while something long was under way
 └── Diverged           training became non-finite and was stopped
 
 A person reads `str(error)`: what happened, where, and what to do. The program reads `exit_code`.
@@ -126,6 +127,12 @@ class JournalError(EngineError):
 
 class FenceError(EngineError):
     """The wrong thread or the wrong moment touched the model: the run stops rather than go on wrong."""
+
+
+class Stopped(EngineError):
+    """A person asked to stop while a fetch or another long wait was under way; nothing half-made is left behind."""
+
+    exit_code = ExitCode.INTERRUPTED
 
 
 class Diverged(EngineError):
