@@ -70,7 +70,7 @@ def look() -> Machine:
 def cpu_machine() -> Machine:
     """Return the processor as a device: memory is RAM, or less where a container may not use it all."""
     total, available = _ram()
-    used_by_us = _resident_bytes() or 0
+    used_by_us = resident_bytes()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     others = max(total - available - used_by_us, 0)
     return Machine(name=f"{_cpu_name()}, {cores} cores", kind="cpu", total_bytes=total, others_bytes=others, cores=cores)
@@ -219,7 +219,8 @@ def _torch_is_cpu_only() -> bool:
     found = _ask(lambda: importlib.util.find_spec("torch"))
     if found is None or not found.submodule_search_locations:
         return False
-    text = _ask(lambda: (Path(found.submodule_search_locations[0]) / "version.py").read_text(encoding="utf-8")) or ""
+    folder = Path(found.submodule_search_locations[0])
+    text = _ask((folder / "version.py").read_text) or ""
     return bool(re.search(r"^cuda\b[^=]*= None", text, re.MULTILINE))
 
 
@@ -281,8 +282,8 @@ _THROTTLES: Mapping[str, str] = {
 
 def _throttle(nvml: Any, handle: Any) -> str:
     bits = _ask(lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))) or 0
-    flags = {words: _ask(lambda name=name: int(vars(nvml)[f"nvmlClocksThrottleReason{name}"])) or 0 for name, words in _THROTTLES.items()}
-    return next((words for words, flag in flags.items() if bits & flag), "")
+    known = vars(nvml)
+    return next((words for name, words in _THROTTLES.items() if bits & known.get(f"nvmlClocksThrottleReason{name}", 0)), "")
 
 
 def _sample_cuda(nvml: Any, handle: Any, baseline: int | None) -> Device:
@@ -307,13 +308,12 @@ def _sample_cuda(nvml: Any, handle: Any, baseline: int | None) -> Device:
 
 def _sample_cpu() -> Device:
     total, available = _ram()
-    ours = _resident_bytes()
-    load = _cpu_load()
+    ours = resident_bytes()
     return Device(
-        memory_ours_bytes=ours,
-        memory_others_bytes=max(total - available - (ours or 0), 0) if total else None,
+        memory_ours_bytes=ours or None,
+        memory_others_bytes=max(total - available - ours, 0) if total else None,
         memory_total_bytes=total or None,
-        utilization=load,
+        utilization=_cpu_load(),
     )
 
 
@@ -325,35 +325,37 @@ def _cpu_load() -> float | None:
     return _ask(lambda: float(psutil.cpu_percent(interval=None)))
 
 
-def _resident_bytes() -> int | None:
+def resident_bytes() -> int:
+    """Return the memory that this process holds in RAM; 0 where the system does not say."""
     try:
         import psutil
     except ImportError:
         pages = _ask(lambda: int(Path("/proc/self/statm").read_text().split()[1]))
-        return pages * os.sysconf("SC_PAGE_SIZE") if pages is not None else None
-    return _ask(lambda: int(psutil.Process().memory_info().rss))
+        return (pages or 0) * os.sysconf("SC_PAGE_SIZE")
+    return _ask(lambda: int(psutil.Process().memory_info().rss)) or 0
 
 
 def _ram() -> tuple[int, int]:
     """Return the bytes of RAM and how many of them are available, within the limit of a container if there is one."""
-    text = _ask(lambda: Path("/proc/meminfo").read_text()) or ""
-    rows = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    total, available = rows.get("MemTotal", 0), rows.get("MemAvailable", 0)
+    rows = _table("/proc/meminfo")
+    total, available = rows.get("MemTotal", 0) * 1024, rows.get("MemAvailable", 0) * 1024
     if not total:
         total = available = _ask(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) or 0
-    limit = _first_number("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    used = _first_number("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
-    if limit is not None and used is not None and 0 < limit < total:
-        return limit, min(available, max(limit - used, 0))
-    return total, available
+    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    if limit is None or used is None or not 0 < limit < total:
+        return total, available
+    files = _table("/sys/fs/cgroup/memory.stat")  # cached files are given back when memory is asked for
+    held = used - files.get("inactive_file", 0) - files.get("active_file", 0)
+    return limit, min(available, max(limit - held, 0))
 
 
-def _first_number(*paths: str) -> int | None:
-    for path in paths:
-        number = _ask(lambda path=path: int(Path(path).read_text()))
-        if number is not None:
-            return number
-    return None
+def _number(path: str) -> int | None:
+    return _ask(lambda: int(Path(path).read_text()))
+
+
+def _table(path: str) -> dict[str, int]:
+    text = _ask(lambda: Path(path).read_text()) or ""
+    return {name: int(size) for name, size in re.findall(r"^(\w+):?\s+(\d+)", text, re.MULTILINE)}
 
 
 def _cpu_name() -> str:
