@@ -1,0 +1,93 @@
+"""Which rows meet in a step, and how they become tensors.
+
+The order is a pure function of seed, epoch and row lengths: a resumed run sees the same rows at the same
+steps without any saved position but the step number. Only `rows_per_step` matters for the order, so
+(4 x 1), (2 x 2) and (1 x 4) see the same rows in the same step.
+
+Shapes: B rows, T tokens of the longest row, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlora_tui.engine.data import TokenRow
+
+STEPS_PER_BUCKET = 8
+"""Rows of so many steps are sorted together: little padding, and steps still mix rows of the whole set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded rows on the device. `positions_N` point into the flattened [B*T] hidden states that predict `labels_N`."""
+
+    input_ids_BT: torch.Tensor
+    positions_N: torch.Tensor
+    labels_N: torch.Tensor
+    supervised: list[int]
+    tokens: int
+
+
+def steps_per_epoch(rows: int, rows_per_step: int) -> int:
+    """Return how many optimizer steps see every row once; the last one may be smaller."""
+    return -(-rows // rows_per_step)
+
+
+def epoch_order(lengths: Sequence[int], rows_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the row indices of every step of `epoch`.
+
+    Rows are shuffled, sorted by length within buckets of a few steps, and the steps shuffled again. The one
+    smaller step, if any, comes last, so that `step % steps_per_epoch` finds it in every epoch.
+    """
+    shuffle = random.Random(f"{seed}/{epoch}")
+    rows = list(range(len(lengths)))
+    shuffle.shuffle(rows)
+    size = rows_per_step * STEPS_PER_BUCKET
+    steps: list[list[int]] = []
+    for start in range(0, len(rows), size):
+        bucket = sorted(rows[start : start + size], key=lambda index: (lengths[index], index))
+        steps += [bucket[at : at + rows_per_step] for at in range(0, len(bucket), rows_per_step)]
+    full = [step for step in steps if len(step) == rows_per_step]
+    rest = [step for step in steps if len(step) < rows_per_step]
+    shuffle.shuffle(full)
+    return full + rest
+
+
+def micro_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
+    """Split the rows of one step into batches of `size`, longest first: a batch that is too big fails at once."""
+    ordered = sorted(rows, key=lambda row: (-len(row.input_ids), row.row))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
+    """Pad `rows` on the right with token 0 and find what is supervised.
+
+    Token t is predicted from position t - 1, so a trained token 0 of a row has nothing to be predicted from
+    and does not count. Padding is never a target, whatever its id: targets come from positions alone.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    positions: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    for index, row in enumerate(rows):
+        ids = torch.tensor(row.input_ids, dtype=torch.long)
+        ids_BT[index, : len(ids)] = ids
+        targets = torch.tensor(list(row.trained), dtype=torch.bool)[1:].nonzero().squeeze(1)
+        positions.append(targets + index * longest)
+        labels.append(ids[1:][targets])
+    return Batch(
+        ids_BT.to(device),
+        torch.cat(positions).to(device),
+        torch.cat(labels).to(device),
+        [len(part) for part in labels],
+        sum(len(row.input_ids) for row in rows),
+    )
+
+
+def supervised_tokens(row: TokenRow) -> int:
+    """Return how many tokens of `row` are targets."""
+    return sum(row.trained[1:])

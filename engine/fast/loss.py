@@ -1,0 +1,74 @@
+"""Cross-entropy of supervised tokens only, straight from hidden states, a chunk of logits at a time.
+
+For a vocabulary of 128,256 the logits of 4,096 tokens in float32 take 2 GiB, and autograd keeps several
+copies; a chunk takes a fixed part of that. The head is frozen, so the gradient of the hidden states is all
+that the backward pass needs: it is computed while a chunk's logits exist, and the logits are dropped.
+
+Shapes: N supervised tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LOGITS_PER_CHUNK = 1 << 26
+"""Most logits held at once: 256 MiB in float32, so a chunk is 523 tokens at a vocabulary of 128,256."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The frozen output layer: `softcap` * tanh(logits / softcap) where a family caps them."""
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [N, V]."""
+        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V).float()
+        return logits_NV if self.softcap is None else torch.tanh(logits_NV.div_(self.softcap)).mul_(self.softcap)
+
+
+def token_losses(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each label in float32 nats [N], differentiable in `hidden_NH`."""
+    losses: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, labels_N, head)
+    return losses
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The hidden gradient is made in the forward pass; the backward pass only scales its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: torch.Tensor, labels_N: torch.Tensor, head: Head) -> torch.Tensor:
+        losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_NH.device)
+        grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        rows = max(1, LOGITS_PER_CHUNK // head.weight_VH.shape[0])
+        for start in range(0, len(labels_N), rows):
+            part = slice(start, start + rows)
+            logits_nV = head.logits(hidden_NH[part])
+            lse_n = torch.logsumexp(logits_nV, dim=-1)
+            picked_n = logits_nV.gather(1, labels_N[part, None]).squeeze(1)
+            losses_N[part] = lse_n - picked_n
+            if grad_NH is not None:
+                grad_NH[part] = _hidden_gradient(logits_nV, lse_n, labels_N[part], head).to(hidden_NH.dtype)
+        if grad_NH is not None:
+            ctx.save_for_backward(grad_NH)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_NH,) = ctx.saved_tensors
+        return grad_NH * grads[0][:, None].to(grad_NH.dtype), None, None
+
+
+def _hidden_gradient(logits_nV: torch.Tensor, lse_n: torch.Tensor, labels_n: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return d loss / d hidden of a chunk, overwriting its logits to save a copy of them."""
+    slope_nV = None if head.softcap is None else 1 - (logits_nV / head.softcap) ** 2
+    grad_nV = logits_nV.sub_(lse_n[:, None]).exp_()
+    grad_nV.scatter_add_(1, labels_n[:, None], torch.full_like(lse_n, -1.0)[:, None])
+    if slope_nV is not None:
+        grad_nV.mul_(slope_nV)
+    return grad_nV.to(head.weight_VH.dtype) @ head.weight_VH

@@ -1,0 +1,5 @@
+"""Training: from a checked run to a measured adapter, as a generator of events."""
+
+from qlora_tui.engine.train.job import Job, Result, train
+
+__all__ = ["Job", "Result", "train"]

@@ -1,0 +1,97 @@
+"""The hold-out during a run: measured before step 1, on the way and at the end, in guarded excursions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora_tui.engine import evaluate
+from qlora_tui.engine.data import TokenRow
+from qlora_tui.engine.errors import Stopped
+from qlora_tui.engine.events import Evaluated, Event, Phase, Wishes
+from qlora_tui.engine.evaluate import RowLoss
+from qlora_tui.engine.load import Loaded
+from qlora_tui.engine.train.fence import Fence
+
+BASE = "base"
+
+
+def poll_for(wishes: Wishes) -> None:
+    """Raise when somebody wants the run to end; called inside every long loop.
+
+    Raises:
+        Stopped: "stop" or "abort" was asked for.
+    """
+    urgent = wishes.urgent()
+    if urgent:
+        raise Stopped(f"asked to {urgent}")
+
+
+@dataclass(slots=True)
+class Holdout:
+    """The held-out rows of a run, and the losses measured so far."""
+
+    folder: Path
+    rows: list[TokenRow]
+    batch: int
+    wishes: Wishes
+    base: list[RowLoss] = field(default_factory=list)
+    newest: list[RowLoss] = field(default_factory=list)
+
+    def measure_base(self, loaded: Loaded, fence: Fence) -> Iterator[Event]:
+        """Measure the base, adapter off; a resumed run reads what the first attempt measured."""
+        path = self._path(BASE)
+        if path.exists():
+            known = evaluate.read_rows(path)
+            if [loss.row for loss in known] == [row.row for row in self.rows]:
+                self.base = known
+                return
+        yield from self.measure(0, loaded, fence)
+
+    def measure(self, step: int, loaded: Loaded, fence: Fence) -> Iterator[Event]:
+        """Measure the hold-out after `step` (0: the base) and say what came out.
+
+        A wish to stop ends the measurement without a result; the loop sees the same wish at its next safe point.
+        """
+        if not self.rows:
+            return
+        began = time.monotonic()
+        yield Phase("eval", "begin", done=0, total=len(self.rows), unit="rows")
+        losses: list[RowLoss] = []
+        try:
+            with fence.excursion(adapter_off=step == 0):
+                losses = yield from self._progress(loaded)
+        except Stopped:
+            pass
+        yield Phase("eval", "end", done=len(losses), total=len(self.rows), unit="rows", seconds=time.monotonic() - began)
+        if losses:
+            yield self._remember(step, losses)
+
+    def _progress(self, loaded: Loaded) -> Generator[Event, None, list[RowLoss]]:
+        work = evaluate.measure(loaded, self.rows, self.batch, lambda: poll_for(self.wishes))
+        try:
+            while True:
+                done = next(work)
+                yield Phase("eval", "progress", done=done, total=len(self.rows), unit="rows")
+        except StopIteration as end:
+            losses: list[RowLoss] = end.value
+            return losses
+
+    def _remember(self, step: int, losses: list[RowLoss]) -> Evaluated:
+        path = self._path(BASE if step == 0 else f"step-{step:06d}")
+        evaluate.write_rows(path, losses)
+        if step == 0:
+            self.base = losses
+        else:
+            self.newest = losses
+        mean, error = evaluate.mean_loss(losses), evaluate.standard_error([loss.mean for loss in losses])
+        where = str(path.relative_to(self.folder))
+        if step == 0 or not self.base:
+            return Evaluated(step, mean, len(losses), error, where)
+        card = evaluate.compare(self.base, losses)
+        return Evaluated(step, mean, len(losses), error, where, card.base_loss, card.drop, card.interval, card.better_share, card.verdict)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "eval" / f"{name}.jsonl"
