@@ -1,0 +1,420 @@
+"""How many bytes a run needs, item by item, before anything is loaded.
+
+Every figure is a formula over the model's shape and the run's settings, and says so in words. It is an
+estimate: what is counted (weights, adapter, optimizer) is nearly exact, what depends on kernels and on the
+allocator is not, and the margin says how much. tests/gpu compares it with measured peaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tui.engine.forecast import Before, seconds_per_token
+from qlora_tui.engine.machine import Machine, find_card, limited
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.spec import RunConfig, Value
+from qlora_tui.engine.units import count, gib
+
+_MIB, _GIB = 1 << 20, 1 << 30
+LOGITS_PER_CHUNK = 1 << 26
+"""Most logits that the loss holds at once; the same figure as in `fast.loss`, which needs torch. A test compares them."""
+
+_CUDA_CONTEXT = int(0.88 * _GIB)  # nvidia-smi above the allocator's reserve: 0.87-0.88 GiB on an H100, 2026-11-25
+_CPU_LIBRARIES = int(0.6 * _GIB)  # Python, torch and transformers before any weight
+_SLACK_SHARE, _SLACK_MOST = 0.25, int(0.6 * _GIB)  # reserved above allocated: 0.4-0.6 GiB on that card
+_LOADING_AT_ONCE = 4  # tensors in full width while a 4-bit base is loaded
+_MIN_8BIT = 4096  # bitsandbytes keeps smaller tensors' state in 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One part of the memory, and how its size comes about."""
+
+    name: str
+    bytes: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseBytes:
+    """What one phase of a run needs at its peak."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """A change that saves memory: what to set, what it saves, what it costs. `enough`: it fits with this alone."""
+
+    values: Mapping[str, Value]
+    saves_bytes: int
+    time_factor: float
+    text: str
+    enough: bool = False
+
+    @property
+    def set(self) -> str:
+        """The change as the command line takes it, without `--set`."""
+        return " ".join(f"{name}={_typed(value)}" for name, value in self.values.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the promised keys of a fix."""
+        return {
+            "set": self.set,
+            "saves_bytes": self.saves_bytes,
+            "time_factor": round(self.time_factor, 2),
+            "text": self.text,
+            "enough": self.enough,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The estimate. `items` are those of the biggest phase and add up to `total_bytes`."""
+
+    items: tuple[Item, ...]
+    phases: tuple[PhaseBytes, ...]
+    total_bytes: int
+    margin_bytes: int
+    machine: Machine
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate is within what the device has free."""
+        return self.total_bytes <= self.machine.free_bytes
+
+    @property
+    def tight(self) -> bool:
+        """Whether it fits, but only if the estimate is not too low by its margin."""
+        return self.fits and self.total_bytes + self.margin_bytes > self.machine.free_bytes
+
+    def bytes_of(self, *names: str) -> int:
+        """Return the size of the items called `names` together."""
+        return sum(item.bytes for item in self.items if item.name in names)
+
+    def to_json(self, *, fixes: Sequence[Fix] = (), time: Before | None = None) -> dict[str, Any]:
+        """Return the document that `budget --json` prints and `planned` carries."""
+        return {
+            "fits": self.fits,
+            "tight": self.tight,
+            "estimate": True,
+            "total_bytes": self.total_bytes,
+            "margin_bytes": self.margin_bytes,
+            "free_bytes": self.machine.free_bytes,
+            "device": {
+                "name": self.machine.name,
+                "kind": self.machine.kind,
+                "total_bytes": self.machine.total_bytes,
+                "others_bytes": self.machine.others_bytes,
+            },
+            "items": [{"name": item.name, "bytes": item.bytes, "how": item.how} for item in self.items],
+            "phases": [{"name": phase.name, "bytes": phase.bytes} for phase in self.phases],
+            "fixes": [fix.to_json() for fix in fixes],
+            "time": time.to_json() if time else {"step_seconds": None, "total_seconds": None},
+        }
+
+
+def estimate(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | None = None) -> Budget:
+    """Say how much memory `run` needs on `machine`, whose `memory_limit_gib` is applied here.
+
+    Args:
+        model: the base's shape.
+        run: the settings.
+        machine: the device; never looked at here, so a card one does not own can be asked about.
+        longest: tokens of the longest row, where the data are known; else rows are taken to be `max_length` long.
+
+    Raises:
+        ConfigError: `lora_target_modules` names a layer that the model does not have.
+    """
+    device = limited(machine, run)
+    parts = _Parts(model, run, device, longest)
+    moments = {
+        "load": [parts.loading()],
+        "train": [parts.at_loss(), parts.at_backward()],
+        "eval": [parts.evaluating()],
+        "save": [parts.saving()],
+    }
+    peaks = {name: max(choices, key=_total) for name, choices in moments.items()}
+    phases = tuple(PhaseBytes(name, _total(items)) for name, items in peaks.items())
+    items = max(peaks.values(), key=_total)
+    counted = sum(item.bytes for item in items if item.name in ("weights", "adapter", "gradients", "optimizer"))
+    margin = int(0.02 * counted + 0.15 * (_total(items) - counted))
+    return Budget(items, phases, _total(items), margin, device)
+
+
+def adapter_params(model: ModelSpec, run: RunConfig) -> int:
+    """Return the weights of the adapter: rank times the inputs and outputs of every adapted linear layer."""
+    return model.num_hidden_layers * sum(run.lora_r * (part.inputs + part.outputs) for part in model.targeted(run.lora_target_modules))
+
+
+def element_bytes(run: RunConfig, machine: Machine) -> int:
+    """Return the bytes of one number in the type of computation: 2 for bfloat16, 4 for float32."""
+    if run.dtype == "auto":
+        return 2 if machine.kind == "cuda" and machine.bf16 else 4
+    return 2 if run.dtype == "bfloat16" else 4
+
+
+def weight_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
+    """Return the bytes of the frozen base as loaded for training.
+
+    Source:
+        QLoRA paper, section 3: half a byte a weight, one constant for 64 weights; double quantization stores
+        that constant in one byte, with a 32-bit one for 256 of them.
+    """
+    width = element_bytes(run, machine)
+    if run.method != "qlora":
+        return model.params * width
+    constants = 1 / 64 + 4 / (64 * 256) if run.bnb_4bit_use_double_quant else 4 / 64
+    return int(model.linear_params * (0.5 + constants)) + (model.params - model.linear_params) * width
+
+
+def layer_bytes_per_token(model: ModelSpec, run: RunConfig, width: int, length: int) -> int:
+    """Return what one layer keeps of one token for its backward pass; a test counts the saved tensors.
+
+    Norms keep their input in float32; a linear layer with an adapter keeps its input once; attention keeps
+    queries, keys, values and its output; the gated MLP keeps four tensors of the inner width.
+    """
+    hidden, query, keys = model.hidden_size, model.query_size, model.key_value_size
+    norms = 4 * hidden * model.norms_per_layer + (4 * (query + keys) if model.qk_norm else 0)
+    repeated = run.attn_implementation == "eager" or not model.plain_causal
+    attention = width * (2 * query + 2 * (query if repeated else keys))
+    if run.attn_implementation == "eager":
+        attention += model.num_attention_heads * length * (4 + width)
+    else:
+        attention += model.num_attention_heads * 4
+    inputs = width * 2 * hidden
+    inner = width * 4 * model.intermediate_size
+    low = width * run.lora_r * len(model.targeted(run.lora_target_modules))
+    return norms + attention + inputs + inner + low
+
+
+def fixes(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | None = None) -> list[Fix]:
+    """Return changes that save memory, cheapest first: those that leave the result alone, then by time.
+
+    When no single one is enough, the last entry sets all those together that leave the result alone.
+    """
+    now = estimate(model, run, machine, longest=longest)
+    harmless = [fix for change in _harmless(run, machine) if (fix := _weigh(now, model, run, change, longest)) is not None]
+    others = [fix for change in _other_changes(run, now.machine, longest) if (fix := _weigh(now, model, run, change, longest)) is not None]
+    ranked = sorted(harmless, key=lambda fix: (fix.time_factor, -fix.saves_bytes)) + others
+    if not now.fits and len(harmless) > 1 and not any(fix.enough for fix in harmless):
+        together: dict[str, Value] = {name: value for fix in harmless for name, value in fix.values.items()}
+        if (fix := _weigh(now, model, run, (together, "all of these that leave the result alone"), longest)) is not None:
+            ranked.append(fix)
+    return ranked
+
+
+def tips(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | None = None) -> list[Fix]:
+    """Return changes that make the run faster and still fit with the margin, fastest first; they cost memory."""
+    now = estimate(model, run, machine, longest=longest)
+    changes: list[_Change] = []
+    if run.gradient_checkpointing:
+        changes.append(({"gradient_checkpointing": False}, "keep all activations"))
+    if run.gradient_accumulation_steps % 2 == 0 and now.machine.kind == "cuda":
+        changes.append((_batch(run, 2), "twice the rows at once, as many rows a step"))
+    found = []
+    for change in changes:
+        after = estimate(model, dataclasses.replace(run, **change[0]), machine, longest=longest)  # type: ignore[arg-type]  # keys of the table
+        factor = _time_factor(model, run, change[0], now.machine)
+        if after.fits and not after.tight and factor < 0.97:
+            text = f"{change[1]}: {1 / factor:.1f}x faster, {gib(after.total_bytes)}"
+            found.append(Fix(change[0], now.total_bytes - after.total_bytes, factor, text, True))
+    return sorted(found, key=lambda fix: fix.time_factor)
+
+
+_Change = tuple[dict[str, Value], str]
+
+
+def _harmless(run: RunConfig, machine: Machine) -> list[_Change]:
+    """Changes after which the same rows give the same steps, up to rounding."""
+    changes: list[_Change] = []
+    if run.optim == "adamw_torch" and machine.kind == "cuda":
+        changes.append(({"optim": "paged_adamw_8bit"}, "keep the optimizer's state in 8 bits"))
+    if run.method == "qlora" and not run.bnb_4bit_use_double_quant:
+        changes.append(({"bnb_4bit_use_double_quant": True}, "quantize the block constants too"))
+    if run.attn_implementation == "eager":
+        changes.append(({"attn_implementation": "sdpa"}, "attention that does not hold all scores"))
+    if not run.gradient_checkpointing:
+        changes.append(({"gradient_checkpointing": True}, "recompute activations instead of keeping them"))
+    if run.per_device_train_batch_size > 1:
+        changes.append((_batch(run, 0.5), "fewer rows at once, as many rows a step"))
+    return changes
+
+
+def _other_changes(run: RunConfig, machine: Machine, longest: int | None) -> list[_Change]:
+    """Changes after which something else is learned, the mildest first."""
+    changes: list[_Change] = []
+    if run.method == "lora":
+        changes.append(({"method": "qlora", "bnb_4bit_quant_type": "nf4"}, "4-bit base: a quarter of the weights' memory, a little worse"))
+    if run.lora_r > 8:
+        changes.append(({"lora_r": run.lora_r // 2}, "half the rank: learns less detail"))
+    if run.dtype == "float32" and machine.bf16:
+        changes.append(({"dtype": "bfloat16"}, "compute in 16 bits, as is usual"))
+    length = min(run.max_length, longest or run.max_length)
+    if length > 256:
+        changes.append(({"max_length": max(256, length // 2)}, "half the length: longer rows are dropped"))
+    return changes
+
+
+def _batch(run: RunConfig, factor: float) -> dict[str, Value]:
+    rows = run.per_device_train_batch_size * run.gradient_accumulation_steps
+    size = max(1, int(run.per_device_train_batch_size * factor))
+    while rows % size:
+        size -= 1
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
+
+
+def _weigh(now: Budget, model: ModelSpec, run: RunConfig, change: _Change, longest: int | None) -> Fix | None:
+    values, text = change
+    after = estimate(model, dataclasses.replace(run, **values), now.machine, longest=longest)  # type: ignore[arg-type]  # keys of the table
+    saved = now.total_bytes - after.total_bytes
+    if saved <= 0:
+        return None
+    factor = _time_factor(model, run, values, now.machine)
+    cost = f", {factor:.1f}x the time" if factor > 1.05 else ""
+    return Fix(values, saved, factor, f"{text}: saves {gib(saved)}{cost}", after.fits)
+
+
+def _time_factor(model: ModelSpec, run: RunConfig, values: dict[str, Value], machine: Machine) -> float:
+    """Return how much longer a token takes after a change; a card that is not in the table is taken for a common one."""
+    known = machine if seconds_per_token(model, run, machine) is not None else find_card("RTX 4090")
+    old = seconds_per_token(model, run, known)
+    new = seconds_per_token(model, dataclasses.replace(run, **values), known)  # type: ignore[arg-type]  # keys of the table
+    return new / old if old and new else 1.0
+
+
+class _Parts:
+    """The pieces of one estimate; each moment of a run is a tuple of items of the same names."""
+
+    def __init__(self, model: ModelSpec, run: RunConfig, machine: Machine, longest: int | None) -> None:
+        self.model, self.run, self.machine = model, run, machine
+        self.width = element_bytes(run, machine)
+        self.length = min(run.max_length, longest or run.max_length)
+        self.rows = run.per_device_train_batch_size
+        self.tokens = self.rows * self.length
+        self.targets = model.targeted(run.lora_target_modules)
+        self.params = adapter_params(model, run)
+
+    def loading(self) -> tuple[Item, ...]:
+        largest = _LOADING_AT_ONCE * self._largest() * self.width if self.run.method == "qlora" else 0
+        return self._items(
+            workspace=(largest, f"{_LOADING_AT_ONCE} of the largest layers in full width while they are quantized"), state=False
+        )
+
+    def at_loss(self) -> tuple[Item, ...]:
+        """The moment at which logits exist: everything kept for the backward pass is there, no layer is recomputed."""
+        size, how = self._loss(copies=8, gradients=3)
+        return self._items(activations=self._kept(), loss=(size, how))
+
+    def at_backward(self) -> tuple[Item, ...]:
+        """The moment at which the last layer is recomputed and its gradients flow."""
+        kept, how = self._kept()
+        if self.run.gradient_checkpointing:
+            layer = self.tokens * layer_bytes_per_token(self.model, self.run, self.width, self.length)
+            kept, how = kept + layer, f"{how}; and all of the layer being recomputed"
+        hidden, inner = self.model.hidden_size, self.model.intermediate_size
+        flowing = self.tokens * self.width * (2 * inner + 2 * hidden)
+        return self._items(
+            activations=(kept, how),
+            loss=(self.tokens * hidden * self.width, "gradient of the last hidden states"),
+            workspace=(flowing + self._dequantized(), "gradients on their way through one layer, and its largest weight in full width"),
+        )
+
+    def evaluating(self) -> tuple[Item, ...]:
+        hidden, inner = self.model.hidden_size, self.model.intermediate_size
+        passing = self.tokens * (self.width * (2 * hidden + 3 * inner) + 4 * hidden)
+        size, how = self._loss(copies=8, gradients=1)
+        return self._items(
+            activations=(passing, "one layer at a time, nothing is kept"),
+            loss=(size, how),
+            workspace=(self._dequantized(), "the largest weight in full width"),
+        )
+
+    def saving(self) -> tuple[Item, ...]:
+        copied = self.params * 4 * 3 if self.machine.kind == "cpu" else 0
+        return self._items(workspace=(copied, "a copy of the adapter and of the optimizer's state"))
+
+    def _items(
+        self,
+        *,
+        activations: tuple[int, str] = (0, "nothing is kept"),
+        loss: tuple[int, str] = (0, "no logits"),
+        workspace: tuple[int, str] = (0, "none"),
+        state: bool = True,
+    ) -> tuple[Item, ...]:
+        slack = min(_SLACK_MOST, int(_SLACK_SHARE * (activations[0] + loss[0] + workspace[0])))
+        cuda = self.machine.kind == "cuda"
+        context = (
+            (_CUDA_CONTEXT, "CUDA's context and libraries, measured") if cuda else (_CPU_LIBRARIES, "Python, torch and their libraries")
+        )
+        state_sizes = (self.params * 4, self._optimizer()) if state else (0, (0, "not made yet"))
+        return (
+            Item("weights", weight_bytes(self.model, self.run, self.machine), self._weights_how()),
+            Item("adapter", self.params * 4, f"{count(self.params)} weights of 4 bytes: rank {self.run.lora_r} x (inputs + outputs)"),
+            Item("gradients", state_sizes[0], "4 bytes for each weight of the adapter"),
+            Item("optimizer", *state_sizes[1]),
+            Item("activations", *activations),
+            Item("loss", *loss),
+            Item("workspace", *workspace),
+            Item("allocator", slack, f"a quarter of what comes and goes, at most {gib(_SLACK_MOST)}: kept but not in use"),
+            Item("context", *context),
+        )
+
+    def _weights_how(self) -> str:
+        rest = f"{count(self.model.params - self.model.linear_params)} of {self.width} bytes (embeddings, head, norms)"
+        if self.run.method != "qlora":
+            return f"{count(self.model.params)} weights of {self.width} bytes"
+        bits = "0.516" if self.run.bnb_4bit_use_double_quant else "0.563"
+        return f"{count(self.model.linear_params)} weights of {bits} bytes ({self.run.bnb_4bit_quant_type}) and {rest}"
+
+    def _optimizer(self) -> tuple[int, str]:
+        name = self.run.optim
+        if name == "auto":
+            name = "paged_adamw_8bit" if self.machine.kind == "cuda" else "adamw_torch"
+        if name == "adamw_torch":
+            return self.params * 8, "AdamW: two numbers of 4 bytes for each weight of the adapter"
+        layers, rank = self.model.num_hidden_layers, self.run.lora_r
+        sizes = [rank * size for part in self.targets for size in (part.inputs, part.outputs)]
+        total = layers * sum(int(size * (2 + 8 / 256)) if size >= _MIN_8BIT else size * 8 for size in sizes)
+        return total, "8-bit AdamW: two bytes for each weight of the adapter, eight in tensors too small for it"
+
+    def _kept(self) -> tuple[int, str]:
+        """Return what the forward pass keeps for the backward pass."""
+        layers, hidden = self.model.num_hidden_layers, self.model.hidden_size
+        last = self.tokens * hidden * (4 + self.width)
+        rows = f"{self.rows} x {count(self.length)} tokens"
+        masks = 0 if self.model.plain_causal and self.run.attn_implementation == "sdpa" else self.rows * self.length**2 * self.width
+        if self.run.gradient_checkpointing:
+            kept = self.tokens * layers * hidden * self.width
+            return kept + last + masks, f"{rows}: the input of each of {layers} layers"
+        each = layer_bytes_per_token(self.model, self.run, self.width, self.length)
+        return (
+            self.tokens * layers * each + last + masks,
+            f"{rows} x {layers} layers x {count(each)} bytes a token: all activations are kept",
+        )
+
+    def _loss(self, *, copies: int, gradients: int) -> tuple[int, str]:
+        """Return the logits of one chunk and the hidden states around them; every token is taken to be supervised."""
+        rows = min(self.tokens, max(1, LOGITS_PER_CHUNK // self.model.vocab_size))
+        size = rows * self.model.vocab_size * copies + gradients * self.tokens * self.model.hidden_size * self.width
+        return size, f"logits of {count(rows)} tokens x {count(self.model.vocab_size)} words at a time, and the hidden states' gradient"
+
+    def _largest(self) -> int:
+        return max(part.weights for part in self.model.linears())
+
+    def _dequantized(self) -> int:
+        return self._largest() * self.width if self.run.method == "qlora" else 0
+
+
+def _total(items: tuple[Item, ...]) -> int:
+    return sum(item.bytes for item in items)
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else f"{value}"
