@@ -1,0 +1,43 @@
+"""A small run over the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_tui.engine.spec import RunConfig, from_values
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterable[None]:
+    """Sums in one order: two threads may add floats in another, and these tests compare bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_of(tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]]) -> Callable[..., RunConfig]:
+    """Make a small fp32 run; keys by name override."""
+    data = write_jsonl(chat_rows)
+
+    def make(**values: Any) -> RunConfig:
+        usual = {
+            "model_name_or_path": str(tiny_model),
+            "data": (str(data),),
+            "method": "lora",
+            "max_length": 256,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "learning_rate": 5e-3,
+            "gradient_checkpointing": False,
+        }
+        return from_values({**usual, **values})
+
+    return make
