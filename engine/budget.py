@@ -14,19 +14,24 @@ from typing import Any
 
 from qlora_tui.engine.forecast import Before, seconds_per_token
 from qlora_tui.engine.machine import Machine, find_card, limited
-from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.models import ModelSpec, entries, find_entry
+from qlora_tui.engine.sizes import (
+    LOGITS_PER_CHUNK,
+    adapter_params,
+    choose_optimizer,
+    element_bytes,
+    layer_bytes_per_token,
+    optimizer_bytes,
+    weight_bytes,
+)
 from qlora_tui.engine.spec import RunConfig, Value
-from qlora_tui.engine.units import count, gib
+from qlora_tui.engine.units import billions, count, gib
 
 _MIB, _GIB = 1 << 20, 1 << 30
-LOGITS_PER_CHUNK = 1 << 26
-"""Most logits that the loss holds at once; the same figure as in `fast.loss`, which needs torch. A test compares them."""
-
 _CUDA_CONTEXT = int(0.88 * _GIB)  # nvidia-smi above the allocator's reserve: 0.87-0.88 GiB on an H100, 2026-11-25
 _CPU_LIBRARIES = int(0.6 * _GIB)  # Python, torch and transformers before any weight
 _SLACK_SHARE, _SLACK_MOST = 0.25, int(0.6 * _GIB)  # reserved above allocated: 0.4-0.6 GiB on that card
 _LOADING_AT_ONCE = 4  # tensors in full width while a 4-bit base is loaded
-_MIN_8BIT = 4096  # bitsandbytes keeps smaller tensors' state in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,65 +151,17 @@ def estimate(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int
     return Budget(items, phases, _total(items), margin, device)
 
 
-def adapter_params(model: ModelSpec, run: RunConfig) -> int:
-    """Return the weights of the adapter: rank times the inputs and outputs of every adapted linear layer."""
-    return model.num_hidden_layers * sum(run.lora_r * (part.inputs + part.outputs) for part in model.targeted(run.lora_target_modules))
-
-
-def element_bytes(run: RunConfig, machine: Machine) -> int:
-    """Return the bytes of one number in the type of computation: 2 for bfloat16, 4 for float32."""
-    if run.dtype == "auto":
-        return 2 if machine.kind == "cuda" and machine.bf16 else 4
-    return 2 if run.dtype == "bfloat16" else 4
-
-
-def weight_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
-    """Return the bytes of the frozen base as loaded for training.
-
-    Source:
-        QLoRA paper, section 3: half a byte a weight, one constant for 64 weights; double quantization stores
-        that constant in one byte, with a 32-bit one for 256 of them.
-    """
-    width = element_bytes(run, machine)
-    if run.method != "qlora":
-        return model.params * width
-    constants = 1 / 64 + 4 / (64 * 256) if run.bnb_4bit_use_double_quant else 4 / 64
-    return int(model.linear_params * (0.5 + constants)) + (model.params - model.linear_params) * width
-
-
-def layer_bytes_per_token(model: ModelSpec, run: RunConfig, width: int, length: int) -> int:
-    """Return what one layer keeps of one token for its backward pass; a test counts the saved tensors.
-
-    Norms keep their input in float32; a linear layer with an adapter keeps its input once; attention keeps
-    queries, keys, values and its output; the gated MLP keeps four tensors of the inner width.
-    """
-    hidden, query, keys = model.hidden_size, model.query_size, model.key_value_size
-    norms = 4 * hidden * model.norms_per_layer + (4 * (query + keys) if model.qk_norm else 0)
-    repeated = run.attn_implementation == "eager" or not model.plain_causal
-    attention = width * (2 * query + 2 * (query if repeated else keys))
-    if run.attn_implementation == "eager":
-        attention += model.num_attention_heads * length * (4 + width)
-    else:
-        attention += model.num_attention_heads * 4
-    inputs = width * 2 * hidden
-    inner = width * 4 * model.intermediate_size
-    low = width * run.lora_r * len(model.targeted(run.lora_target_modules))
-    return norms + attention + inputs + inner + low
-
-
 def fixes(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | None = None) -> list[Fix]:
     """Return changes that save memory, cheapest first: those that leave the result alone, then by time.
 
-    When no single one is enough, the last entry sets all those together that leave the result alone.
+    When no single one is enough, combinations follow, and then a smaller model of the same kind.
     """
     now = estimate(model, run, machine, longest=longest)
     harmless = [fix for change in _harmless(run, machine) if (fix := _weigh(now, model, run, change, longest)) is not None]
     others = [fix for change in _other_changes(run, now.machine, longest) if (fix := _weigh(now, model, run, change, longest)) is not None]
     ranked = sorted(harmless, key=lambda fix: (fix.time_factor, -fix.saves_bytes)) + others
-    if not now.fits and len(harmless) > 1 and not any(fix.enough for fix in harmless):
-        together: dict[str, Value] = {name: value for fix in harmless for name, value in fix.values.items()}
-        if (fix := _weigh(now, model, run, (together, "all of these that leave the result alone"), longest)) is not None:
-            ranked.append(fix)
+    if not now.fits and not any(fix.enough for fix in ranked):
+        ranked += _stronger(now, model, run, [harmless, ranked], longest)
     return ranked
 
 
@@ -260,6 +217,31 @@ def _other_changes(run: RunConfig, machine: Machine, longest: int | None) -> lis
     return changes
 
 
+def _stronger(now: Budget, model: ModelSpec, run: RunConfig, groups: list[list[Fix]], longest: int | None) -> list[Fix]:
+    """Several changes at once, the harmless ones first, until it fits; and the largest sister model that would fit as it is."""
+    found: list[Fix] = []
+    for fixes_, words in zip(groups, ("all of these that leave the result alone", "all of these together"), strict=True):
+        together: dict[str, Value] = {name: value for fix in fixes_ for name, value in fix.values.items()}
+        fix = _weigh(now, model, run, (together, words), longest) if len(fixes_) > 1 else None
+        if fix is not None and not any(known.enough for known in found):
+            found.append(fix)
+    known = find_entry(model.name)
+    sisters = [
+        entry.spec
+        for entry in entries()
+        if entry.spec.family == model.family
+        and entry.spec.params < model.params
+        and (not entry.gated or (known is not None and known.gated))
+    ]
+    for sister in sorted(sisters, key=lambda spec: -spec.params):
+        after = estimate(sister, run, now.machine, longest=longest)
+        if after.fits:
+            factor = sister.params / model.params
+            text = f"a smaller model, {billions(sister.params)} weights: {gib(after.total_bytes)}"
+            return [*found, Fix({"model_name_or_path": sister.name}, now.total_bytes - after.total_bytes, factor, text, True)]
+    return found
+
+
 def _batch(run: RunConfig, factor: float) -> dict[str, Value]:
     rows = run.per_device_train_batch_size * run.gradient_accumulation_steps
     size = max(1, int(run.per_device_train_batch_size * factor))
@@ -296,7 +278,6 @@ class _Parts:
         self.length = min(run.max_length, longest or run.max_length)
         self.rows = run.per_device_train_batch_size
         self.tokens = self.rows * self.length
-        self.targets = model.targeted(run.lora_target_modules)
         self.params = adapter_params(model, run)
 
     def loading(self) -> tuple[Item, ...]:
@@ -372,15 +353,11 @@ class _Parts:
         return f"{count(self.model.linear_params)} weights of {bits} bytes ({self.run.bnb_4bit_quant_type}) and {rest}"
 
     def _optimizer(self) -> tuple[int, str]:
-        name = self.run.optim
-        if name == "auto":
-            name = "paged_adamw_8bit" if self.machine.kind == "cuda" else "adamw_torch"
+        name = choose_optimizer(self.run, self.machine)
+        size = optimizer_bytes(self.model, self.run, name)
         if name == "adamw_torch":
-            return self.params * 8, "AdamW: two numbers of 4 bytes for each weight of the adapter"
-        layers, rank = self.model.num_hidden_layers, self.run.lora_r
-        sizes = [rank * size for part in self.targets for size in (part.inputs, part.outputs)]
-        total = layers * sum(int(size * (2 + 8 / 256)) if size >= _MIN_8BIT else size * 8 for size in sizes)
-        return total, "8-bit AdamW: two bytes for each weight of the adapter, eight in tensors too small for it"
+            return size, "AdamW: two numbers of 4 bytes for each weight of the adapter"
+        return size, "8-bit AdamW: two bytes for each weight of the adapter, eight in tensors too small for it"
 
     def _kept(self) -> tuple[int, str]:
         """Return what the forward pass keeps for the backward pass."""
