@@ -1,0 +1,66 @@
+"""Rows of a dataset on the hub, through `datasets`: the only place that needs a network."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+from qlora_tui.engine.errors import DataError, EngineError, FetchError
+from qlora_tui.engine.text import one_line
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%-]+)?")
+_FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".parquet", ".tsv", ".gz", ".zst")
+_PATIENCE_SECONDS = 8.0
+
+
+def is_hub_name(name: str) -> bool:
+    """Say whether `name` reads like `owner/name`, with `:split` after it or not, and not like a file."""
+    return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+
+
+def read_hub(name: str) -> Iterator[Mapping[str, object]]:
+    """Yield the rows of a hub dataset's split; `train` unless the name ends in `:split`.
+
+    The hub is asked once, briefly, before anything else: an unreachable one costs seconds, not minutes.
+
+    Raises:
+        DataError: no such dataset or split, or one that may not be read.
+        FetchError: the hub could not be reached, or went away.
+    """
+    from datasets import load_dataset
+
+    repo, _, split = name.partition(":")
+    _ask(repo)
+    try:
+        yield from load_dataset(repo, split=split or "train")
+    except EngineError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f"the dataset cannot be read ({one_line(error, limit=200)})", hint="name a split: owner/name:split", where=name
+        ) from None
+    except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers do)
+        raise FetchError(f"the dataset could not be fetched ({one_line(error, limit=200)})", where=name) from None
+
+
+def _ask(repo: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return  # datasets then reads its cache alone, and says so itself
+    try:
+        HfApi().dataset_info(repo, timeout=_PATIENCE_SECONDS)
+    except GatedRepoError:
+        raise DataError("its owner has to let you in first", hint="ask on its hub page, then: hf auth login", where=repo) from None
+    except RepositoryNotFoundError:
+        raise DataError("there is no such file, and no such dataset on the hub", where=repo) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise FetchError(
+            f"the hub could not be reached ({one_line(error, limit=160)})", hint="name a local file, or try again", where=repo
+        ) from None
+    except Exception as error:  # noqa: BLE001  (httpx errors are no OSError)
+        raise FetchError(
+            f"the hub could not be reached ({type(error).__name__})", hint="name a local file, or try again", where=repo
+        ) from None
