@@ -124,7 +124,7 @@ def student_t(freedom: int) -> float:
     """
     z = statistics.NormalDist().inv_cdf(0.975)
     terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return float(sum(term / freedom**power for power, term in enumerate(terms)))
 
 
 def write_rows(path: Path, losses: Sequence[RowLoss]) -> None:

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from peft import PeftModel
 
 from qlora_tui.engine.errors import FenceError
-from qlora_tui.engine.load import trainable
+from qlora_tui.engine.load import Loaded, trainable
 
 _EXCURSION, _IDLE = "evaluation", "between steps"
 
@@ -24,15 +23,15 @@ _EXCURSION, _IDLE = "evaluation", "between steps"
 class Fence:
     """Remembers who owns the model and what it looked like; refuses anybody and anything else."""
 
-    def __init__(self, model: PeftModel) -> None:
-        """Make the calling thread the owner of `model`."""
-        self._model = model
+    def __init__(self, loaded: Loaded) -> None:
+        """Make the calling thread the owner of the model; every forward pass, by whatever door, passes the decoder's hook."""
+        self._model = model = loaded.model
         self._owner = threading.get_ident()
         self._owner_name = threading.current_thread().name
         self._phase = _IDLE
         self._trained = trainable(model)
         self._layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]  # PEFT's own mark of a tuner layer
-        model.register_forward_pre_hook(lambda *_: self.check())
+        loaded.decoder.register_forward_pre_hook(lambda *_: self.check())
 
     def check(self) -> None:
         """Refuse a foreign thread.

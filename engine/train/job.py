@@ -169,7 +169,7 @@ def _announce(job: Job, tokenized: Tokenized, total: int) -> Iterator[Event]:
 
 def _loop(job: Job, loaded: Loaded, tokenized: Tokenized, total: int) -> Loop:
     run = job.run
-    fence = Fence(loaded.model)
+    fence = Fence(loaded)
     holdout = Holdout(job.folder, tokenized.holdout, run.per_device_train_batch_size, job.wishes)
     optimizer = build_optimizer(run, fence.trained, loaded.device)
     loaded.model.train()
