@@ -218,28 +218,33 @@ def _other_changes(run: RunConfig, machine: Machine, longest: int | None) -> lis
 
 
 def _stronger(now: Budget, model: ModelSpec, run: RunConfig, groups: list[list[Fix]], longest: int | None) -> list[Fix]:
-    """Several changes at once, the harmless ones first, until it fits; and the largest sister model that would fit as it is."""
+    """Several changes at once, the harmless ones first, if that is enough; and the largest sister model that then fits."""
+    bundles = [{name: value for fix in group for name, value in fix.values.items()} for group in groups]
     found: list[Fix] = []
-    for fixes_, words in zip(groups, ("all of these that leave the result alone", "all of these together"), strict=True):
-        together: dict[str, Value] = {name: value for fix in fixes_ for name, value in fix.values.items()}
-        fix = _weigh(now, model, run, (together, words), longest) if len(fixes_) > 1 else None
-        if fix is not None and not any(known.enough for known in found):
+    for bundle, words in zip(bundles, ("all of these that leave the result alone", "all of these together"), strict=True):
+        fix = _weigh(now, model, run, (bundle, words), longest)
+        if fix is not None and fix.enough and not found:
             found.append(fix)
-    known = find_entry(model.name)
-    sisters = [
-        entry.spec
-        for entry in entries()
-        if entry.spec.family == model.family
-        and entry.spec.params < model.params
-        and (not entry.gated or (known is not None and known.gated))
-    ]
-    for sister in sorted(sisters, key=lambda spec: -spec.params):
-        after = estimate(sister, run, now.machine, longest=longest)
+    leaner = dataclasses.replace(run, **bundles[0])  # type: ignore[arg-type]  # keys of the table
+    for sister in _sisters(model):
+        after = estimate(sister, leaner, now.machine, longest=longest)
         if after.fits:
-            factor = sister.params / model.params
+            factor = sister.params / model.params * _time_factor(model, run, bundles[0], now.machine)
             text = f"a smaller model, {billions(sister.params)} weights: {gib(after.total_bytes)}"
-            return [*found, Fix({"model_name_or_path": sister.name}, now.total_bytes - after.total_bytes, factor, text, True)]
+            values = {"model_name_or_path": sister.name, **bundles[0]}
+            return [*found, Fix(values, now.total_bytes - after.total_bytes, factor, text, True)]
     return found
+
+
+def _sisters(model: ModelSpec) -> list[ModelSpec]:
+    """Return smaller models of the same maker and family that need no other licence click, the largest first."""
+    known = find_entry(model.name)
+    if known is None:
+        return []
+    maker = model.name.split("/")[0]
+    near = [entry.spec for entry in entries() if entry.spec.name.split("/")[0] == maker and (known.gated or not entry.gated)]
+    smaller = [spec for spec in near if spec.family == model.family and spec.params < model.params]
+    return sorted(smaller, key=lambda spec: -spec.params)
 
 
 def _batch(run: RunConfig, factor: float) -> dict[str, Value]:

@@ -1,0 +1,186 @@
+"""Presets and config files: TOML in, a run out, and where each value came from.
+
+A file may group keys in tables as it likes, since a key's own name is unique; a key given twice is refused.
+`tomllib` keeps no line numbers, so a small scan finds the line of the key that a message is about.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
+from qlora_tui.engine.places import place
+from qlora_tui.engine.spec import GROUPS, KEYS, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
+
+_ABOUT = "preset"  # the table of a preset that is about it and not part of the run
+_ABOUT_KEYS = ("title", "why", "card")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine."""
+
+    name: str
+    title: str
+    why: str
+    card: str
+    values: Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    source: str
+    values: Mapping[str, Value]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all presets that ship with the program."""
+    folder = importlib.resources.files("qlora_tui.presets")
+    return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
+
+
+def load(name: str) -> Preset:
+    """Return the preset called `name`.
+
+    Raises:
+        ConfigError: there is none of that name; the nearest is named.
+    """
+    if name not in names():
+        raise ConfigError(f"no preset called {name!r}", hint=nearest(name, names()) or f"there are {', '.join(names())}", where="--preset")
+    text = importlib.resources.files("qlora_tui.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    where = f"{name}.toml"
+    about = _parse(text, where).get(_ABOUT, {})
+    title, why, card = (str(about.get(key, "")) for key in _ABOUT_KEYS)
+    return Preset(name, title, why, card, _read(text, where))
+
+
+def read_file(path: Path) -> dict[str, Value]:
+    """Read the keys of a TOML file; all its faults are listed at once, each with its line.
+
+    Raises:
+        ConfigError: the file cannot be read, is no TOML, or holds a key or value that cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("no such config file", hint="name a TOML file, or write one with --dry-run", where=str(path)) from None
+    except IsADirectoryError:
+        raise ConfigError("this is a folder, not a config file", hint="name the run.toml in it", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("the file is not UTF-8 text", hint="save it as UTF-8", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
+    return _read(text, str(path))
+
+
+def resolve(*, preset: str | None = None, config: Path | None = None, flags: Mapping[str, Value] | None = None) -> RunConfig:
+    """Build the run: defaults, then the user's config, the preset, the config file and the flags; later wins.
+
+    Raises:
+        ConfigError: one of the files has faults, or the preset does not exist.
+    """
+    merged: dict[str, Value] = {}
+    for layer in _layers(preset, config, flags):
+        merged.update(layer.values)
+    return from_values(merged)
+
+
+def origins(*, preset: str | None = None, config: Path | None = None, flags: Mapping[str, Value] | None = None) -> dict[str, str]:
+    """Say for every key where its value comes from: `default`, a file, `preset NAME` or `flags`."""
+    sources = dict.fromkeys(KEYS, "default")
+    for layer in _layers(preset, config, flags):
+        sources.update(dict.fromkeys(layer.values, layer.source))
+    return sources
+
+
+def to_toml(run: RunConfig) -> str:
+    """Return `run` as a TOML file: every key in its group with its line of help, readable by `read_file`."""
+    values = values_of(run)
+    parts = []
+    for group in GROUPS:
+        rows = [f"# {key.help}\n{key.name} = {_toml(values[key.name])}" for key in KEYS.values() if key.group == group]
+        parts.append(f"[{group}]\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _layers(preset: str | None, config: Path | None, flags: Mapping[str, Value] | None) -> Iterator[_Layer]:
+    user = place("config") / "config.toml"
+    if user.is_file():
+        yield _Layer(str(user), read_file(user))
+    if preset:
+        yield _Layer(f"preset {preset}", load(preset).values)
+    if config:
+        yield _Layer(str(config), read_file(config))
+    if flags:
+        yield _Layer("flags", flags)
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = re.sub(r" \(at line (\d+), column \d+\)$", "", str(error))
+        line = re.search(r"at line (\d+)", str(error))
+        place_ = f"{where}:{line[1]}" if line else where
+        raise ConfigError(
+            f"not valid TOML: {message[:1].lower()}{message[1:]}", hint='texts need quotes: key = "value"', where=place_
+        ) from None
+
+
+def _read(text: str, where: str) -> dict[str, Value]:
+    values: dict[str, Value] = {}
+    faults: list[Problem] = []
+    seen: dict[str, int] = {}
+    for name, value in _leaves(_parse(text, where)):
+        count = seen.get(name, 0)
+        seen[name] = count + 1
+        line = _line_of(text, name, count)
+        spot = f"{where}:{line}" if line else where
+        if count:
+            faults.append(Problem(spot, f"{name} is set twice", f"the first is in line {_line_of(text, name, 0)}; keep one"))
+            continue
+        try:
+            key = find_key(name, where=spot)
+            values[key.name] = read_value(key, value, where=spot)
+        except ConfigError as error:
+            faults.append(error.problem)
+    if faults:
+        raise ConfigErrors(faults)
+    return values
+
+
+def _leaves(table: Mapping[str, Any], *, top: bool = True) -> Iterator[tuple[str, Any]]:
+    """Yield keys with their values through all tables; a known key is never taken for a table."""
+    for name, value in table.items():
+        if top and name == _ABOUT and isinstance(value, dict):
+            continue
+        if isinstance(value, dict) and name not in KEYS:
+            yield from _leaves(value, top=False)
+        else:
+            yield name, value
+
+
+def _line_of(text: str, name: str, skip: int) -> int:
+    """Return the line, from 1, on which `name` is set for the `skip`-th time; 0 when the scan does not find it."""
+    key = re.compile(rf"""(?:^|[{{,.])\s*["']?{re.escape(name)}["']?\s*=|^\s*\[+\s*(?:[\w."' -]*\.)?\s*["']?{re.escape(name)}["']?\s*\]""")
+    hits = [number for number, line in enumerate(text.splitlines(), 1) if not line.lstrip().startswith("#") and key.search(line)]
+    return hits[skip] if skip < len(hits) else hits[-1] if hits else 0
+
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _toml(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(_ESCAPES.get(char) or (char if char.isprintable() else f"\\u{ord(char):04x}") for char in value) + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(part) for part in value) + "]"
+    return repr(value)
