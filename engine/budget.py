@@ -175,7 +175,7 @@ def tips(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | N
         changes.append((_batch(run, 2), "twice the rows at once, as many rows a step"))
     found = []
     for change in changes:
-        after = estimate(model, dataclasses.replace(run, **change[0]), machine, longest=longest)  # type: ignore[arg-type]  # keys of the table
+        after = estimate(model, dataclasses.replace(run, **change[0]), machine, longest=longest)  # type: ignore[arg-type]  # table keys
         factor = _time_factor(model, run, change[0], now.machine)
         if after.fits and not after.tight and factor < 0.97:
             text = f"{change[1]}: {1 / factor:.1f}x faster, {gib(after.total_bytes)}"
@@ -225,7 +225,7 @@ def _stronger(now: Budget, model: ModelSpec, run: RunConfig, groups: list[list[F
         fix = _weigh(now, model, run, (bundle, words), longest)
         if fix is not None and fix.enough and not found:
             found.append(fix)
-    leaner = dataclasses.replace(run, **bundles[0])  # type: ignore[arg-type]  # keys of the table
+    leaner = dataclasses.replace(run, **bundles[0])  # type: ignore[arg-type]  # table keys
     for sister in _sisters(model):
         after = estimate(sister, leaner, now.machine, longest=longest)
         if after.fits:
@@ -257,7 +257,7 @@ def _batch(run: RunConfig, factor: float) -> dict[str, Value]:
 
 def _weigh(now: Budget, model: ModelSpec, run: RunConfig, change: _Change, longest: int | None) -> Fix | None:
     values, text = change
-    after = estimate(model, dataclasses.replace(run, **values), now.machine, longest=longest)  # type: ignore[arg-type]  # keys of the table
+    after = estimate(model, dataclasses.replace(run, **values), now.machine, longest=longest)  # type: ignore[arg-type]  # table keys
     saved = now.total_bytes - after.total_bytes
     if saved <= 0:
         return None
@@ -270,7 +270,7 @@ def _time_factor(model: ModelSpec, run: RunConfig, values: dict[str, Value], mac
     """Return how much longer a token takes after a change; a card that is not in the table is taken for a common one."""
     known = machine if seconds_per_token(model, run, machine) is not None else find_card("RTX 4090")
     old = seconds_per_token(model, run, known)
-    new = seconds_per_token(model, dataclasses.replace(run, **values), known)  # type: ignore[arg-type]  # keys of the table
+    new = seconds_per_token(model, dataclasses.replace(run, **values), known)  # type: ignore[arg-type]  # table keys
     return new / old if old and new else 1.0
 
 

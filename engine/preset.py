@@ -156,11 +156,11 @@ def _read(text: str, where: str) -> dict[str, Value]:
 
 
 def _leaves(table: Mapping[str, Any], *, top: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield keys with their values through all tables; a known key is never taken for a table."""
+    """Yield keys with their values through all tables; `data` is a key and a group, so its type tells which."""
     for name, value in table.items():
         if top and name == _ABOUT and isinstance(value, dict):
             continue
-        if isinstance(value, dict) and name not in KEYS:
+        if isinstance(value, dict) and (name not in KEYS or name in GROUPS):
             yield from _leaves(value, top=False)
         else:
             yield name, value
@@ -168,9 +168,11 @@ def _leaves(table: Mapping[str, Any], *, top: bool = True) -> Iterator[tuple[str
 
 def _line_of(text: str, name: str, skip: int) -> int:
     """Return the line, from 1, on which `name` is set for the `skip`-th time; 0 when the scan does not find it."""
-    key = re.compile(rf"""(?:^|[{{,.])\s*["']?{re.escape(name)}["']?\s*=|^\s*\[+\s*(?:[\w."' -]*\.)?\s*["']?{re.escape(name)}["']?\s*\]""")
-    hits = [number for number, line in enumerate(text.splitlines(), 1) if not line.lstrip().startswith("#") and key.search(line)]
-    return hits[skip] if skip < len(hits) else hits[-1] if hits else 0
+    quoted = rf"""["']?{re.escape(name)}["']?"""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if not line.lstrip().startswith("#")]
+    hits = [number for number, line in lines if re.search(rf"(?:^|[{{,.])\s*{quoted}\s*=", line)]
+    hits = hits or [number for number, line in lines if re.search(rf"^\s*\[.*{quoted}\s*\]", line)]
+    return hits[min(skip, len(hits) - 1)] if hits else 0
 
 
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
