@@ -7,6 +7,7 @@ hub cannot be reached, files in its cache are used and otherwise one sentence sa
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -37,8 +38,11 @@ SMALL_FILES = (
     INDEX,
 )
 ASK_SECONDS = 5.0
+SMALL_SECONDS = 120.0
+SAID_WHY = 3  # the child's exit code when its last line is a problem of ours, as JSON
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 Progress = Callable[[int, int], object]
@@ -105,10 +109,7 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
     def watch() -> None:
         progress(min(_done(blobs, sizes.values()), total), total)
 
-    command = [sys.executable, "-P", "-m", "qlora_tui.engine.hub", name, commit or revision, *sizes]
-    ended = child.run(command, doing=f"fetching {name}", stopping=stopping, watch=watch, env=_child_env())
-    if ended.code != 0:
-        raise FetchError(f"fetching {name} broke off: {ended.last_words}", hint="start again: what has arrived is kept")
+    _fetch_in_child(name, commit or revision, sizes, stopping=stopping, watch=watch)
     progress(total, total)
     found = _cached(name, commit or revision)
     if found is None or not found.complete:
@@ -188,33 +189,47 @@ def _cached(name: str, revision: str) -> ModelFiles | None:
 
 
 def _from_hub(name: str, revision: str) -> ModelFiles:
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    # The hub client moved from httpx to httpx2; its own error extends whichever base the installed one has.
-    broken_link = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     try:
-        info = _info(name, revision)
-        names = [part.rfilename for part in info.siblings or []]
-        pick_weights(names, name)
-        if "config.json" not in names:
-            raise ModelError("no config.json: the loader cannot know what it is", where=name, hint="choose another copy of the model")
-        where: dict[str, Any] = {"endpoint": constants.ENDPOINT, "cache_dir": constants.HF_HUB_CACHE, "etag_timeout": ASK_SECONDS}
-        # By branch first, so that the cache remembers what the branch meant and an offline start finds it again.
-        folder = Path(hf_hub_download(name, "config.json", revision=revision, **where)).parent
-        for part in SMALL_FILES[1:]:
-            if part in names:
-                hf_hub_download(name, part, revision=folder.name, **where)
-    except (broken_link, LocalEntryNotFoundError, OSError) as error:
+        names = {part.rfilename for part in _info(name, revision).siblings or []}
+    except _link_errors() as error:
         _explain(error, name, revision)
         cached = _cached(name, revision)
         if cached is not None:
             return cached
-        raise FetchError(
-            f"the hub could not be reached for {name} ({one_line(redact(str(error)), limit=120)})",
-            hint="check the network, or use a local folder",
-        ) from error
-    return ModelFiles(folder, commit=folder.name, complete=all((folder / part).is_file() for part in _listed(folder)))
+        why = one_line(redact(str(error)), limit=120)
+        raise FetchError(f"the hub could not be reached for {name} ({why})", hint="check the network, or use a local folder") from error
+    pick_weights(names, name)
+    if "config.json" not in names:
+        raise ModelError("no config.json: the loader cannot know what it is", where=name, hint="choose another copy of the model")
+    _fetch_in_child(name, revision, [part for part in SMALL_FILES if part in names], seconds=SMALL_SECONDS)
+    found = _cached(name, revision)
+    if found is None:
+        raise FetchError(f"the small files of {name} did not arrive", hint="start again")
+    return found
+
+
+def _fetch_in_child(name: str, revision: str, files: Iterable[str], **options: Any) -> None:
+    """Fetch `files` into the hub's cache in a process of its own, and raise here what it met there."""
+    command = [sys.executable, "-P", "-m", "qlora_tui.engine.hub", name, revision, *files]
+    ended = child.run(command, doing=f"fetching {name}", env=_child_env(), **options)
+    if ended.code == 0:
+        return
+    if ended.code == SAID_WHY:
+        said = json.loads(ended.talk.splitlines()[-1])
+        kind = {"ModelError": ModelError, "SpaceError": SpaceError}[said["kind"]]
+        raise kind(said["message"], where=said["where"], hint=said["hint"])
+    raise FetchError(f"fetching {name} broke off: {ended.last_words}", hint="start again: files that arrived whole are kept")
+
+
+def _link_errors() -> tuple[type[BaseException], ...]:
+    """Return what the hub's client raises when it is not answered, or answered with an error.
+
+    It moved from httpx to httpx2; its own error extends the base class of whichever is installed.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    bases = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    return (*bases, HfHubHTTPError, LocalEntryNotFoundError, OSError)
 
 
 def _info(name: str, revision: str, *, sizes: bool = False) -> Any:
@@ -224,7 +239,7 @@ def _info(name: str, revision: str, *, sizes: bool = False) -> Any:
 
 
 def _explain(error: BaseException, name: str, revision: str) -> None:
-    """Raise a ModelError for an answer of the hub that says what is wrong; return for a hub that did not answer."""
+    """Raise our own error where the cause is known; return for a hub that did not answer."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -235,16 +250,17 @@ def _explain(error: BaseException, name: str, revision: str) -> None:
         raise ModelError("no such folder here and no such model on the hub", where=name, hint=hint) from error
     if isinstance(error, RevisionNotFoundError):
         raise ModelError(f"the model has no revision {one_line(revision)}", where=name, hint="main is the usual one") from error
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        raise SpaceError(
+            f"the hub's cache cannot be written ({error.strerror})", hint="make room, or set HF_HOME to another disk"
+        ) from error
 
 
 def _sizes(name: str, commit: str) -> dict[str, tuple[str, int]]:
     """Return of each weight file its name in the cache (the content's hash) and its bytes."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    broken_link = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     try:
         siblings = {part.rfilename: part for part in _info(name, commit, sizes=True).siblings or []}
-    except (broken_link, OSError) as error:
+    except _link_errors() as error:
         _explain(error, name, commit)
         raise FetchError(f"the hub could not be reached for {name}", hint="check the network and start again") from error
     chosen = [siblings[part] for part in pick_weights(siblings, name)]
@@ -292,12 +308,29 @@ def _child_env() -> Mapping[str, str]:
     }
 
 
-def _download(name: str, commit: str, files: list[str]) -> None:
+def _download(name: str, revision: str, files: list[str]) -> int:
+    """Fetch `files` of one commit; the child's side of `_fetch_in_child`.
+
+    The first is asked for by branch, so that the cache remembers what the branch meant and an offline start finds
+    it again; the others by the commit that this one belongs to.
+    """
     from huggingface_hub import hf_hub_download
 
-    for part in files:
-        hf_hub_download(name, part, revision=commit)
+    try:
+        commit = Path(hf_hub_download(name, files[0], revision=revision, etag_timeout=ASK_SECONDS)).parent.name
+        for part in files[1:]:
+            hf_hub_download(name, part, revision=commit, etag_timeout=ASK_SECONDS)
+    except _link_errors() as error:
+        try:
+            _explain(error, name, revision)
+        except (ModelError, SpaceError) as known:
+            problem = known.problem
+            said = {"kind": type(known).__name__, "message": problem.message, "where": problem.where, "hint": problem.hint}
+            sys.stderr.write("\n" + json.dumps(said) + "\n")
+            return SAID_WHY
+        raise
+    return 0
 
 
 if __name__ == "__main__":
-    _download(sys.argv[1], sys.argv[2], sys.argv[3:])
+    sys.exit(_download(sys.argv[1], sys.argv[2], sys.argv[3:]))
