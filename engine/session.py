@@ -1,0 +1,264 @@
+"""The one owner of a run: its thread, its wishes, its journal and its last word.
+
+One plain thread touches model, optimizer, data order and CUDA; nothing else does. It is no daemon thread: if the
+main thread ends by mistake, Python waits for the run instead of cutting it mid-save. The main thread may still
+end the process at once through `end_now`, which writes the last word and leaves by `os._exit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import platform
+import threading
+import traceback
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from qlora_tui.engine import report
+from qlora_tui.engine.errors import EngineError, ExitCode, Stopped
+from qlora_tui.engine.events import Command, Event, Finished, Outcome, Started
+from qlora_tui.engine.journal import Journal, RunLock, read_records
+from qlora_tui.engine.logfile import LogFile
+from qlora_tui.engine.machine import Sampler
+from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.preflight import Checked
+from qlora_tui.engine.preset import to_toml
+from qlora_tui.engine.runs import RUN_FILE, claim
+from qlora_tui.engine.spec import RunConfig, values_of
+from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.wishes import Asked
+
+LOG = "log.txt"
+_log = logging.getLogger("qlora_tui.session")
+
+
+class Ended(Protocol):
+    """What training returns: how it ended, why in one sentence, and where in the run folder the adapter is."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Done, stopped or aborted."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in one sentence."""
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's folder, or nothing."""
+
+
+Train = Callable[..., Generator[Event, None, Ended]]
+"""Training as the session sees it: the fields of `train.Job` by name in, events out, one `Ended` back."""
+
+
+def train_for_real(**job: Any) -> Generator[Event, None, Ended]:
+    """Import the training room and start it; here, because it takes seconds and belongs to the owner thread."""
+    from qlora_tui.engine.train import Job, train
+
+    return train(Job(**job))
+
+
+def warm() -> None:
+    """Import the training room beside whatever a person is still typing; a failure will be told by the run itself."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):
+            import qlora_tui.engine.train  # noqa: F401  imported for its cost
+
+    threading.Thread(target=load, name="warm", daemon=True).start()
+
+
+class Session:
+    """One attempt at one run; made in the main thread, which then waits in `wait` and never in `join`."""
+
+    def __init__(self, run: RunConfig, checked: Checked, *, folder: Path, resume: bool = False, train: Train = train_for_real) -> None:
+        """Take the folder's lock and write down what will run; nothing is trained before `start`.
+
+        Raises:
+            JournalError: another process runs in `folder`, or it is not ours.
+        """
+        self.run, self.folder, self.resume = run, claim(folder), resume
+        self._checked, self._train = checked, train
+        self._lock = RunLock(folder)
+        try:
+            replace_file(folder / RUN_FILE, to_toml(run))
+            self._journal = Journal(folder)
+        except BaseException:
+            self._lock.release()
+            raise
+        self.attempt = self._journal.attempt
+        self.wishes = Asked(folder, self.attempt, self._write)
+        self.last_word: Finished | None = None
+        self._stop_code = ExitCode.INTERRUPTED
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._own, name="owner", daemon=False)
+
+    def start(self) -> None:
+        """Start the owner thread."""
+        _quiet_libraries()
+        self._thread.start()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the end of the run and say whether it came."""
+        return self._done.wait(timeout)
+
+    @property
+    def running(self) -> bool:
+        """Say whether the last word is still to come."""
+        return not self._done.is_set()
+
+    @property
+    def exit_code(self) -> int:
+        """Return what the process should tell the shell."""
+        return self.last_word.exit_code if self.last_word else int(ExitCode.FAILED)
+
+    def ask(self, name: str, cause: str, code: ExitCode = ExitCode.INTERRUPTED) -> None:
+        """Ask for "stop" or "abort" from a signal handler; only assigns, so it is safe at any instant."""
+        self._stop_code = code
+        self.wishes.ask(name, cause)
+
+    def end_now(self, code: int, restore: Callable[[], object] = lambda: None) -> NoReturn:
+        """End the process within two seconds whatever the owner thread does: last word, terminal, exit.
+
+        The word is written by a thread of its own, since the owner may hold the journal's lock in a stuck disk.
+        """
+        word = Finished("aborted", code, "ended at once: what came after the last checkpoint is not saved")
+        writer = threading.Thread(target=self._journal.write, args=(word,), name="last word", daemon=True)
+        writer.start()
+        writer.join(1.0)
+        try:
+            restore()
+        finally:
+            os._exit(code)
+
+    def _own(self) -> None:
+        with LogFile(self.folder / LOG):
+            word = Finished("failed", ExitCode.FAILED, "the run ended without saying why")
+            try:
+                word = self._through()
+            except BaseException as error:  # noqa: BLE001  the one place where anything becomes a last word
+                _log.error("the run failed\n%s", "".join(traceback.format_exception(error)))
+                word = self._explain(error)
+            finally:
+                self._end(word)
+
+    def _through(self) -> Finished:
+        """Run the attempt from its first event to the last one before `finished`."""
+        self._write(self._started())
+        sampler = Sampler(self._write_device)
+        sampler.start()
+        try:
+            ended = self._drain()
+        finally:
+            sampler.stop()
+        code = {"done": ExitCode.DONE, "stopped": self._stop_code, "aborted": self._stop_code}.get(ended.outcome, ExitCode.FAILED)
+        return Finished(ended.outcome, int(code), one_line(ended.reason), adapter=ended.adapter)
+
+    def _drain(self) -> Ended:
+        checked = self._checked
+        generator = self._train(
+            run=self.run,
+            folder=self.folder,
+            model_folder=checked.model_files.folder,
+            model_spec=checked.model_spec,
+            dataset=checked.dataset,
+            eval_dataset=checked.eval_dataset,
+            machine=checked.machine,
+            wishes=self.wishes,
+            resume=self.resume,
+        )
+        with contextlib.closing(generator):
+            while True:
+                try:
+                    event = next(generator)
+                except StopIteration as stop:
+                    return _ended(stop.value)
+                self._write(event)
+
+    def _explain(self, error: BaseException) -> Finished:
+        """Turn whatever ended the run into the last word; the traceback is in the log, the sentence is for people."""
+        reason = redact(one_line(error)) or type(error).__name__
+        if isinstance(error, Stopped):
+            outcome: Outcome = "aborted" if self.wishes.urgent() == "abort" else "stopped"
+            return Finished(outcome, int(self._stop_code), reason)
+        if isinstance(error, EngineError):
+            by_code: dict[ExitCode, Outcome] = {ExitCode.WILL_NOT_FIT: "will_not_fit", ExitCode.DIVERGED: "diverged"}
+            return Finished(by_code.get(error.exit_code, "failed"), int(error.exit_code), reason)
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's class, without importing torch
+            return Finished("will_not_fit", int(ExitCode.WILL_NOT_FIT), f"out of memory: {reason}")
+        return Finished("failed", int(ExitCode.FAILED), f"{type(error).__name__}: {reason} (the traceback is in {LOG})")
+
+    def _end(self, word: Finished) -> None:
+        """Write the last word and give everything back; a full disk loses the word, never the exit code."""
+        try:
+            self.wishes.close("the run ended first")
+            word = dataclasses.replace(word, report=self._report(word))
+            self._journal.write(word)
+            self._journal.close()
+        except Exception:  # noqa: BLE001  nothing is left to do about it but to say so
+            _log.exception("the last word could not be written")
+        finally:
+            self.last_word = word
+            self._lock.release()
+            self._done.set()
+
+    def _report(self, word: Finished) -> str:
+        try:
+            return report.write(self.folder, read_records(self._journal.path), word).name
+        except Exception:  # noqa: BLE001  a report that fails must not change how the run ended
+            _log.exception("report.md could not be written")
+            return ""
+
+    def _write(self, event: Event) -> None:
+        self._journal.write(event)
+        if isinstance(event, Command) and not event.obeyed:
+            _log.info("refused: %s: %s", event.name, event.why)
+
+    def _write_device(self, event: Event) -> None:
+        try:
+            self._journal.write(event)
+        except (OSError, ValueError):  # the owner thread meets the same full disk and says so
+            return
+
+    def _started(self) -> Started:
+        return Started(
+            run_id=self.folder.name,
+            config=values_of(self.run),
+            versions=_versions(),
+            device=dataclasses.asdict(self._checked.machine),
+            resumed_from=_newest_step(self.folder) if self.resume else None,
+        )
+
+
+def _ended(value: Ended | None) -> Ended:
+    if value is None:
+        raise RuntimeError("training returned without a result")
+    return value
+
+
+def _newest_step(folder: Path) -> int | None:
+    steps = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return max(steps, default=None)
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries off the screen; what they log goes to the run's log."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,320 @@
+"""The command line: what a user types, turned into one call of one command.
+
+Only the standard library and the table of keys are imported here; every command imports its rooms when it is
+called, so that `--help` answers at once and `--no-ui` never loads the screens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode
+from qlora_tui.engine.spec import KEYS, Value, find_key, nearest, read_text
+from qlora_tui.engine.text import one_line, redact, safe_text
+
+PROG = "qlora-tui"
+
+COMMANDS: Mapping[str, str] = {
+    "demo": "fine-tune a small real model on real rows, start to end; a CPU will do",
+    "attach": "the run screen on a running or finished run",
+    "budget": "how much memory and time a run needs, before anything is loaded",
+    "data": "what a dataset holds and what would be trained on",
+    "presets": "ready-made runs, and how each fits this machine",
+    "runs": "past and present runs",
+    "doctor": "what works here, and the one command that mends what does not",
+}
+
+ABOUT = """Fine-tune a language model on one GPU, from one terminal.
+
+With no command: the wizard, filled in from the options, then the run screen."""
+
+EXAMPLES = """examples:
+  qlora-tui demo                                       see the whole job once, on any machine
+  qlora-tui --preset chat-8b-24gb --data chats.jsonl   the wizard, mostly filled in
+  qlora-tui --no-ui --model ./llama --data a.jsonl --set lora_r=32
+  qlora-tui budget --preset chat-8b-24gb --card "RTX 4090"
+  qlora-tui --resume last --max-time 2h                go on where a run stopped
+
+exit codes: 0 done, 1 failed, 2 something to correct, 3 will not fit, 4 diverged, 130 stopped, 143 terminated
+Every command has its own --help; `qlora-tui --help-keys` lists every key of --set."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its habit to exit: a fault is one of our errors, with the nearest spelling."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a usage error that points to the help of this very command."""
+        raise ConfigError(message, hint=f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; as a program (`argv` is None) leave the process once a run has ended.
+
+    A process that trained ends by `os._exit`: interpreter shutdown with CUDA alive can hang or crash after
+    everything was saved.
+    """
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and "torch" in sys.modules:
+        _flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        name, options = parse(arguments)
+        return _command(name)(options)
+    except EngineError as error:
+        _say(f"{PROG}: {redact(safe_text(error))}")
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        _say(f"{PROG}: interrupted before a run began; nothing was made")
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        return int(ExitCode.DONE)
+
+
+def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
+    """Return the command's name ("" for the wizard and run) and its options.
+
+    Raises:
+        ConfigError: an unknown command or option, or a value of the wrong type; the nearest spelling is named.
+    """
+    name, rest = ("", arguments)
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+        if name not in (*COMMANDS, CHILD):
+            raise ConfigError(f"no command {one_line(name)!r}", hint=nearest(name, list(COMMANDS)) or f"there are {', '.join(COMMANDS)}")
+    parser = build(name)
+    options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}))
+    if unknown:
+        _refuse(parser, unknown[0])
+    return name, options
+
+
+def build(name: str) -> argparse.ArgumentParser:
+    """Return the parser of one command; only this one is built, so that help is quick."""
+    if not name:
+        parser = Parser(
+            prog=PROG,
+            usage=f"{PROG} [COMMAND] [OPTIONS]",
+            description=f"{ABOUT}\n\ncommands:\n" + "\n".join(f"  {command:<9} {text}" for command, text in COMMANDS.items()),
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+        parser.add_argument("--help-keys", action=_HelpKeys, nargs=0, help="print every key of --set and exit")
+    else:
+        parser = Parser(prog=f"{PROG} {name}", description=COMMANDS.get(name, "").capitalize() + ".", allow_abbrev=False)
+    _ARGUMENTS[name](parser)
+    return parser
+
+
+CHILD = "_run"
+"""The command by which `--detach` starts its own process: `qlora-tui _run FOLDER`; not for people."""
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    how = parser.add_argument_group("how to run")
+    how.add_argument("--resume", metavar="RUN", default="", help="go on with a run: an id, a path or `last`")
+    how.add_argument("--no-ui", action="store_true", help="no screen: lines on stdout; never reads stdin")
+    how.add_argument("--detach", action="store_true", help="run in a process of its own and return at once")
+    how.add_argument("--dry-run", action="store_true", help="check and show everything, make nothing")
+    how.add_argument("--json", action="store_true", help="machine-readable: events, one a line (implies --no-ui)")
+    _screen_arguments(parser)
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what decides a run: where the settings come from, and the flags that name one of them."""
+    what = parser.add_argument_group("what to train (later wins: defaults, your config, preset, config file, flags)")
+    what.add_argument("--preset", metavar="NAME", default="", help="start from a ready-made run; see qlora-tui presets")
+    what.add_argument("--config", metavar="FILE", default="", help="a run.toml")
+    _flag(what, "--model", "model_name_or_path", "DIR_OR_HUB_ID", "the base model: a folder, a hub id or builtin:smollm2-135m")
+    what.add_argument("--data", action=_Data, metavar="PATH_OR_ID", help="JSONL file, hub dataset or builtin:python-docs; repeat for more")
+    _flag(what, "--max-steps", "max_steps", "N", "stop after N optimizer steps")
+    _flag(what, "--max-time", "max_time", "TIME", "stop and save after this long: 90m, 2h")
+    what.add_argument("--skip-bad-rows", action=_Switch, nargs=0, dest="skip_bad_rows", help="leave broken rows out, counted")
+    _flag(what, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    what.add_argument("--set", action=_Set, metavar="KEY=VALUE", help="any setting, such as lora_r=32; repeatable")
+
+
+def _screen_arguments(parser: argparse.ArgumentParser) -> None:
+    screen = parser.add_argument_group("screen")
+    screen.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal (selecting text)")
+    screen.add_argument("--ascii", action="store_true", help="draw with plain characters")
+
+
+def _attach_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RUN", nargs="?", default="last", help="an id, a path or `last` (the default)")
+    parser.add_argument("--readonly", action="store_true", help="look only: no key changes the run")
+    parser.add_argument("--no-ui", action="store_true", help="no screen: lines on stdout until the run ends")
+    parser.add_argument("--json", action="store_true", help="the events, one a line (implies --no-ui)")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _screen_arguments(parser)
+
+
+def _budget_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--card", metavar="NAME", default="", help='another card than the one here, such as "RTX 4090"')
+    _json(parser)
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", nargs="?", default="", help="JSONL file, hub dataset or builtin:python-docs")
+    parser.add_argument("--examples", metavar="N", type=_count, default=0, help="show N rows and which parts are trained on")
+    _config_arguments(parser)
+    _json(parser)
+
+
+def _presets_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="show this one, key by key")
+    _json(parser)
+
+
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "only the runs in this folder (default: runs, and those begun elsewhere)")
+    _json(parser)
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _child_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder")
+
+
+_ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "": _run_arguments,
+    "demo": _run_arguments,
+    "attach": _attach_arguments,
+    "budget": _budget_arguments,
+    "data": _data_arguments,
+    "presets": _presets_arguments,
+    "runs": _runs_arguments,
+    "doctor": _json,
+    CHILD: _child_arguments,
+}
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    """Return the function of a command, importing its rooms only now."""
+    match name:
+        case "" | "demo" | "_run":
+            from qlora_tui.tui.commands import run
+
+            return {"": run.run, "demo": run.demo, CHILD: run.child}[name]
+        case "attach":
+            from qlora_tui.tui.commands import attach
+
+            return attach.attach
+        case _:
+            from qlora_tui.tui.commands import facts
+
+            return facts.COMMANDS[name]
+
+
+def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+    """Refuse what the parser does not know, with the nearest thing that it does."""
+    known = [text for action in parser._actions for text in action.option_strings]
+    option = word.split("=", 1)[0]
+    if not word.startswith("-"):
+        hint = f"put the command first: {PROG} {word} ..." if word in COMMANDS else f"see {parser.prog} --help"
+        raise ConfigError(f"unexpected {one_line(word)!r}", hint=hint)
+    key = option.lstrip("-").replace("-", "_")
+    hint = f"say --set {key}=VALUE" if key in KEYS else nearest(option, known) or f"see {parser.prog} --help"
+    raise ConfigError(f"unknown option {one_line(option)}", hint=hint)
+
+
+def _flag(parser: Any, option: str, key: str, metavar: str, text: str) -> None:
+    parser.add_argument(option, action=_Flag, dest=key, metavar=metavar, help=text)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
+class _Flag(argparse.Action):
+    """An option that names one key: its text is read as the key's type."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        namespace.flags[self.dest] = read_text(KEYS[self.dest], str(values), where=option or self.dest)
+
+
+class _Data(argparse.Action):
+    """`--data`, which adds up: a path is taken as it is, commas included."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        before: tuple[str, ...] = namespace.flags.get("data", ())
+        namespace.flags["data"] = (*before, str(values))
+
+
+class _Switch(argparse.Action):
+    """An option without a value that switches a key on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        namespace.flags[self.dest] = True
+
+
+class _Set(argparse.Action):
+    """`--set KEY=VALUE` for any key of the table."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        name, equals, text = str(values).partition("=")
+        if not equals:
+            raise ConfigError(f"{one_line(values)!r} has no `=`", hint="say --set lora_r=32", where="--set")
+        key = find_key(name.strip(), where="--set")
+        value: Value = read_text(key, text, where="--set")
+        namespace.flags[key.name] = value
+
+
+class _Version(argparse.Action):
+    """`--version`; importing the metadata reader costs 40 ms, so nothing else does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        from importlib.metadata import version
+
+        print(f"{PROG} {version('qlora-tui')}")
+        parser.exit()
+
+
+class _HelpKeys(argparse.Action):
+    """`--help-keys`: the one table of keys as people read it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        group = ""
+        for key in KEYS.values():
+            if key.group != group:
+                group = key.group
+                print(f"\n{group}")
+            shown = ",".join(key.default) if isinstance(key.default, tuple) else str(key.default)
+            print(f"  {key.name:<30} {key.help} [{shown}]")
+        parser.exit()
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody is there to read it; the exit code still tells
+        return
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed, gone, or never there
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The commands that print facts: budget, data, presets, runs, doctor. None of them loads torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.engine import preset
+from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode
+from qlora_tui.engine.runs import RunInfo, list_runs
+from qlora_tui.engine.spec import RunConfig, values_of
+from qlora_tui.engine.text import one_line
+from qlora_tui.engine.units import count, gib
+from qlora_tui.tui.printer import Streams, table
+
+
+def budget(options: argparse.Namespace) -> int:
+    """Print what a run needs: memory by item, time if the data are named, and what would make it fit."""
+    from qlora_tui.engine import machine, preflight
+    from qlora_tui.tui.commands import planning
+
+    run = _resolve(options)
+    if not run.model_name_or_path:
+        raise ConfigError("no model named", hint="say --model DIR_OR_HUB_ID or --preset NAME", where="model_name_or_path")
+    spec = preflight.find_spec(run)
+    device = machine.find_card(options.card) if options.card else machine.look()
+    plan = planning.plan(run, spec, device)
+    streams = Streams()
+    if options.json:
+        streams.data.document(plan.document())
+    else:
+        streams.data.write("".join(f"{line}\n" for line in plan.lines()))
+    return int(ExitCode.DONE if plan.budget.fits else ExitCode.WILL_NOT_FIT)
+
+
+def data(options: argparse.Namespace) -> int:
+    """Print what a dataset holds and, where a tokenizer is at hand, what would be trained on."""
+    from qlora_tui.engine import data as room
+    from qlora_tui.tui.commands import planning
+
+    if options.path:
+        options.flags["data"] = (*options.flags.get("data", ()), options.path)
+    run = dataclasses.replace(_resolve(options), skip_bad_rows=True)
+    if not run.data:
+        raise ConfigError("no data named", hint="qlora-tui data FILE.jsonl", where="data")
+    streams = Streams()
+    tokenizer = None
+    try:
+        tokenizer = planning.tokenizer_of(run, ask_hub=True)
+    except EngineError as error:
+        streams.talk.line(f"without a tokenizer: {error}")
+    if options.examples and tokenizer is None:
+        streams.talk.line("examples need the model's tokenizer: name it with --model")
+    held = room.load_eval(run, lenient=True)
+    found = room.describe(run, room.load(run, lenient=True), tokenizer, options.examples, eval_dataset=held)
+    if options.json:
+        streams.data.document(found)
+    else:
+        streams.data.write("".join(f"{line}\n" for line in planning.data_lines(found)))
+    return int(ExitCode.DONE if found["usable"] else ExitCode.USAGE)
+
+
+def presets(options: argparse.Namespace) -> int:
+    """Print the ready-made runs, or one of them as the run.toml it stands for."""
+    streams = Streams()
+    if options.name and not options.json:
+        streams.data.write(preset.to_toml(preset.resolve(preset=options.name, config=None, flags={})))
+        return int(ExitCode.DONE)
+    names = (options.name,) if options.name else preset.names()
+    rows = [_preset_row(preset.load(name)) for name in names]
+    if options.json:
+        streams.data.document(rows)
+        return int(ExitCode.DONE)
+    shown = [(row["name"], row["card"], _fit_words(row), row["title"]) for row in rows]
+    streams.data.write(table(("preset", "card", "here", "what for"), shown))
+    streams.talk.line("qlora-tui presets NAME shows one in full; qlora-tui --preset NAME --data FILE starts with it")
+    return int(ExitCode.DONE)
+
+
+def runs(options: argparse.Namespace) -> int:
+    """Print the runs, newest first."""
+    folder = Path(str(options.flags.get("runs_dir", "runs"))).expanduser()
+    found = list_runs(folder, everywhere="runs_dir" not in options.flags)
+    streams = Streams()
+    if options.json:
+        streams.data.document([_run_row(info) for info in found])
+    elif not found:
+        streams.talk.line("no run yet; qlora-tui demo makes a first one")
+    else:
+        rows = [
+            (info.id, info.state, f"{info.step}/{info.total_steps}", _loss(info), _when(info.started), str(info.path)) for info in found
+        ]
+        streams.data.write(table(("run", "state", "step", "loss", "began", "folder"), rows))
+    return int(ExitCode.DONE)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what works here; a line that fails ends with the one command that mends it."""
+    from qlora_tui.engine.doctor import checks
+
+    streams = Streams()
+    bad, rows = 0, []
+    for check in checks():
+        bad += not check.ok
+        rows.append({"check": check.check, "ok": check.ok, "found": check.found, "mend": check.mend})
+        if not options.json:
+            mend = f"\n         mend: {one_line(check.mend)}" if check.mend and not check.ok else ""
+            streams.data.write(f"{'ok ' if check.ok else 'BAD'}  {one_line(check.check)}: {one_line(check.found)}{mend}\n")
+    if options.json:
+        streams.data.document(rows)
+    return int(ExitCode.FAILED if bad else ExitCode.DONE)
+
+
+def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
+    """Check a run as if to start it, and print the plan, the budget and the equivalent command; nothing is made."""
+    from qlora_tui.engine import preflight
+    from qlora_tui.tui.commands import planning
+
+    checked = preflight.check(run, fit=False)
+    plan = planning.plan(run, checked.model_spec, checked.machine, rows=checked.dataset.rows)
+    rows = {
+        "format": checked.dataset.format,
+        "why": checked.dataset.why,
+        "usable": len(checked.dataset.rows),
+        "refused": len(checked.dataset.refused),
+    }
+    command = planning.command_of(run)
+    if as_json:
+        streams.data.document(
+            {"config": values_of(run), "data": rows, "budget": plan.document(), "command": command, "runs_dir": run.runs_dir}
+        )
+    else:
+        lines = [
+            *plan.lines(),
+            "",
+            f"data    {count(rows['usable'])} usable rows of {one_line(rows['format'])}, {count(rows['refused'])} refused",
+        ]
+        lines += [f"runs    {one_line(run.runs_dir)} (not made: this is a dry run)", f"command {one_line(command, limit=4000)}"]
+        streams.data.write("".join(f"{line}\n" for line in lines))
+    return int(ExitCode.DONE if plan.budget.fits else ExitCode.WILL_NOT_FIT)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "budget": budget,
+    "data": data,
+    "presets": presets,
+    "runs": runs,
+    "doctor": doctor,
+}
+
+
+def _resolve(options: argparse.Namespace) -> RunConfig:
+    config = Path(options.config) if options.config else None
+    return preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
+
+
+def _preset_row(found: preset.Preset) -> dict[str, Any]:
+    """Say how a preset fits this machine; a model that cannot be sized without a network has no answer."""
+    from qlora_tui.engine import machine, models
+    from qlora_tui.engine.budget import estimate
+
+    run = preset.resolve(preset=found.name, config=None, flags={})
+    spec = models.find(run.model_name_or_path)
+    size = estimate(spec, run, machine.look()) if spec else None
+    return {
+        "name": found.name,
+        "title": found.title,
+        "card": found.card,
+        "why": found.why,
+        "fits": size.fits if size else None,
+        "total_bytes": size.total_bytes if size else None,
+        "model": run.model_name_or_path,
+    }
+
+
+def _fit_words(row: Mapping[str, Any]) -> str:
+    if row["total_bytes"] is None:
+        return "unknown"
+    return f"{'fits' if row['fits'] else 'too large'}, {gib(row['total_bytes'])}"
+
+
+def _run_row(info: RunInfo) -> dict[str, Any]:
+    return {
+        "id": info.id,
+        "state": info.state,
+        "step": info.step,
+        "total_steps": info.total_steps,
+        "loss": info.loss,
+        "started": info.started,
+        "path": str(info.path),
+    }
+
+
+def _loss(info: RunInfo) -> str:
+    return "" if info.loss is None or not math.isfinite(info.loss) else f"{info.loss:.4f}"
+
+
+def _when(moment: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else ""

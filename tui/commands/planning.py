@@ -1,0 +1,206 @@
+"""What a run would need and what a dataset holds, as documents and as lines for people; no torch."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.engine import builtin, data, hub
+from qlora_tui.engine.budget import Budget, Fix, estimate, fixes
+from qlora_tui.engine.data import Row, Tokenizer, load_tokenizer
+from qlora_tui.engine.errors import BadRow, EngineError
+from qlora_tui.engine.forecast import Before, before
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.spec import BUILTIN, RunConfig, changed, rows_per_step
+from qlora_tui.engine.text import one_line
+from qlora_tui.engine.units import billions, count, gib, percent, words
+
+_SAMPLE_ROWS = 200
+_CHARACTERS_A_TOKEN = 4.0
+_BAR = 30
+_FIXES_SHOWN = 4
+_REFUSED_SHOWN = 20
+_SHORT = {"model_name_or_path": "--model", "max_steps": "--max-steps", "runs_dir": "--runs-dir"}
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Memory and time of a run that has not started, both estimates."""
+
+    run: RunConfig
+    spec: ModelSpec
+    budget: Budget
+    fixes: tuple[Fix, ...]
+    time: Before | None
+    basis: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """Return what `budget --json` prints."""
+        return self.budget.to_json(fixes=self.fixes, time=self.time)
+
+    def lines(self) -> list[str]:
+        """Return the same for people."""
+        device = self.budget.machine
+        verdict = "does NOT fit" if not self.budget.fits else "fits, but only just" if self.budget.tight else "fits"
+        others = f", {gib(device.others_bytes)} of it in use by others" if device.others_bytes else ""
+        lines = [
+            f"model   {one_line(self.spec.name)}, {billions(self.spec.params)} weights, {self.run.method} r{self.run.lora_r}",
+            f"device  {one_line(device.name)}, {gib(device.total_bytes)}{others}",
+            f"memory  {_bar(self.budget)} {gib(self.budget.total_bytes)} (± {gib(self.budget.margin_bytes)}, an estimate): {verdict}",
+        ]
+        lines += [f"        {gib(item.bytes):>9}  {item.name:<12} {one_line(item.how)}" for item in self.budget.items]
+        if self.time is not None:
+            low, middle, high = self.time.total_seconds
+            lines.append(f"time    {words(middle)} ({words(low)} - {words(high)}), {words(self.time.step_seconds[1])} a step; {self.basis}")
+        shown = self.fixes[:_FIXES_SHOWN] if not self.budget.fits or self.budget.tight else ()
+        lines += [f"{'try' if not index else '':<7} --set {fix.set}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
+        return lines
+
+
+def plan(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] | None = None) -> Needs:
+    """Estimate memory and, where data are named, time."""
+    budget = estimate(spec, run, device)
+    found = tuple(fixes(spec, run, device))
+    if rows is None and run.data:
+        rows = data.load(run, lenient=True).rows
+    if not rows:
+        return Needs(run, spec, budget, found, None)
+    time, basis = _time(run, spec, device, rows)
+    return Needs(run, spec, budget, found, time, basis)
+
+
+def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
+    """Return the model's tokenizer where it lies on this machine, or also from the hub; None where it does not.
+
+    Raises:
+        EngineError: a hub or folder that was asked has none.
+    """
+    name = run.model_name_or_path
+    if not name:
+        return None
+    if name == builtin.NAME:
+        files = builtin.small_files()
+        return load_tokenizer(files.folder) if files.complete else None
+    if Path(name).expanduser().is_dir():
+        return load_tokenizer(Path(name).expanduser())
+    return load_tokenizer(hub.small_files(name, run.revision).folder) if ask_hub and not name.startswith(BUILTIN) else None
+
+
+def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row]) -> tuple[Before | None, str]:
+    """Estimate the time from a sample of the rows, spread evenly over them."""
+    used = min(len(rows), run.max_samples or len(rows))
+    held = 0 if run.eval_data else int(run.val_set_size) if run.val_set_size >= 1 else round(used * run.val_set_size)
+    trained = max(1, used - held)
+    each, basis = _tokens_a_row(run, rows)
+    an_epoch = math.ceil(trained / rows_per_step(run))
+    steps = run.max_steps or max(1, math.ceil(run.num_train_epochs * an_epoch))
+    time = before(
+        spec,
+        run,
+        device,
+        tokens_per_epoch=round(each * trained),
+        steps=steps,
+        steps_per_epoch=an_epoch,
+        holdout_tokens=round(each * held),
+    )
+    return time, f"{count(steps)} steps, about {each:.0f} tokens a row {basis}"
+
+
+def _tokens_a_row(run: RunConfig, rows: Sequence[Row]) -> tuple[float, str]:
+    sample = [rows[index] for index in range(0, len(rows), max(1, len(rows) // _SAMPLE_ROWS))]
+    try:
+        tokenizer = tokenizer_of(run)
+    except EngineError:  # the run itself will say so; an estimate can do without
+        tokenizer = None
+    if tokenizer is not None:
+        lengths = [length for row in sample if (length := _length(data.Renderer(tokenizer), row)) <= run.max_length]
+        if any(lengths):
+            return sum(lengths) / len(lengths), f"(of {count(len(lengths))} looked at)"
+    characters = sum(len(turn.content) for row in sample for turn in row.chat.turns) / len(sample)
+    return min(characters / _CHARACTERS_A_TOKEN + 8, run.max_length), "(guessed from characters)"
+
+
+def _length(renderer: data.Renderer, row: Row) -> int:
+    try:
+        return len(renderer.tokens(row).input_ids)
+    except BadRow:
+        return 0
+
+
+def _bar(budget: Budget) -> str:
+    total = max(budget.machine.total_bytes, 1)
+    ours, others = (min(_BAR, round(part / total * _BAR)) for part in (budget.total_bytes, budget.machine.others_bytes))
+    return f"[{'#' * ours}{'x' * min(others, _BAR - ours)}{'.' * max(0, _BAR - ours - others)}]"
+
+
+def data_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the facts about a dataset for people; every text of its own is escaped."""
+    lines = [f"format     {one_line(found['format'] or 'none')} ({one_line(found['why'])})"]
+    lines.append(f"rows       {count(found['rows'])}, {count(found['usable'])} usable, {count(len(found['refused']))} refused")
+    lines.append(
+        f"turns      {_roles(found['turns_in'])}" + (f"; {count(found['trained_turns'])} trained" if found["trained_turns"] else "")
+    )
+    if tokens := found["tokens"]:
+        lines.append(f"tokens     {count(tokens['total'])}, {count(tokens['supervised'])} trained ({_share(tokens)})")
+        lines.append(f"a row      {tokens['p50']} at the median, {tokens['p95']} at 95 %, {tokens['p99']} at 99 %, {tokens['max']} at most")
+        long = found["too_long"]
+        lines.append(f"too long   {count(long['rows'])} rows, {count(long['answer_lost'])} of them with no answer inside the limit")
+    copies, held = found["duplicates"], found["holdout"]
+    lines.append(f"duplicates {count(copies['exact'])} exact, {count(copies['near'])} near")
+    lines.append(f"held out   {count(held['rows'])} rows, {count(held['leaks'])} of them also in the training rows")
+    lines += [f"note       {one_line(note)}" for note in found.get("notes", ())]
+    for fault in found["refused"][:_REFUSED_SHOWN]:
+        place = f", line {fault['line']}" if fault.get("line") else ""
+        lines.append(f"refused    row {fault['row']}{place}: {one_line(fault['field'])} {one_line(fault['reason'])}")
+    if len(found["refused"]) > _REFUSED_SHOWN:
+        lines.append(f"           and {count(len(found['refused']) - _REFUSED_SHOWN)} more (--json lists all)")
+    for example in found.get("examples", ()):
+        lines += _example_lines(example)
+    return lines
+
+
+def _example_lines(example: Mapping[str, Any]) -> list[str]:
+    """Show one row as runs of tokens; trained ones are marked at the margin, since colour may be missing."""
+    lines = ["", f"row {example['row']}: {len(example['tokens'])} tokens, {sum(example['trained'])} trained (marked >)"]
+    start = 0
+    flags = example["trained"]
+    for end in range(1, len(flags) + 1):
+        if end == len(flags) or flags[end] != flags[start]:
+            text = "".join(example["tokens"][start:end])
+            lines.append(f"  {'>' if flags[start] else ' '} {one_line(text, limit=2000)}")
+            start = end
+    return lines
+
+
+def _roles(turns: Mapping[str, int]) -> str:
+    return ", ".join(f"{count(number)} {one_line(role)}" for role, number in turns.items() if number) or "none"
+
+
+def _share(tokens: Mapping[str, int]) -> str:
+    return percent(tokens["supervised"] / tokens["total"]) if tokens["total"] else "0 %"
+
+
+def command_of(run: RunConfig) -> str:
+    """Return the command that starts `run` again without a screen."""
+    parts = ["qlora-tui", "--no-ui"]
+    for name, value in changed(run).items():
+        if name == "data" and isinstance(value, tuple):
+            parts += [part for path in value for part in ("--data", shlex.quote(path))]
+        elif name == "skip_bad_rows":
+            parts.append("--skip-bad-rows")
+        elif name in _SHORT:
+            parts += [_SHORT[name], shlex.quote(str(value))]
+        else:
+            parts += ["--set", shlex.quote(f"{name}={_typed(value)}")]
+    return " ".join(parts)
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,265 @@
+"""A run from the command line: with the screen, without, detached, resumed, or only looked at."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_tui.engine import preflight, preset, runs
+from qlora_tui.engine.errors import ConfigError, ExitCode, JournalError
+from qlora_tui.engine.events import Finished, Record
+from qlora_tui.engine.journal import EVENTS, Tail, is_running
+from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.session import LOG, Session, warm
+from qlora_tui.engine.signals import Signals
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, problems
+from qlora_tui.tui import cli
+from qlora_tui.tui.printer import Printer, Streams
+
+LOOKS_A_SECOND = 4
+_BEGIN_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the command line asks for: the config, a name for the run, and the folder when it goes on with one."""
+
+    run: RunConfig
+    name: str
+    folder: Path | None = None
+    demo: bool = False
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the wizard and the run screen, or the run alone with `--no-ui`."""
+    return _launch(options, _resumed(options) if options.resume else _new(options))
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo: the preset of that name, whose values the options may replace."""
+    if options.preset not in ("", "demo"):
+        raise ConfigError(
+            f"the demo is a preset itself and cannot be {options.preset}", hint=f"qlora-tui --preset {options.preset}", where="--preset"
+        )
+    options.preset = "demo"
+    return _launch(options, dataclasses.replace(_resumed(options) if options.resume else _new(options), demo=True))
+
+
+def child(options: argparse.Namespace) -> int:
+    """Run what `--detach` prepared in a folder; this is that process."""
+    folder = Path(options.folder)
+    plan = Plan(from_values(preset.read_file(folder / runs.RUN_FILE)), folder.name, folder)
+    return headless(plan, Streams(), as_json=False)
+
+
+def _new(options: argparse.Namespace) -> Plan:
+    config = Path(options.config) if options.config else None
+    chosen = preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
+    return Plan(chosen, options.preset or chosen.model_name_or_path.removeprefix(BUILTIN))
+
+
+def _resumed(options: argparse.Namespace) -> Plan:
+    """Return the plan of `--resume`: the run's own settings, with the few changes that a resume allows.
+
+    Raises:
+        ConfigError: there is no such run, it is done, or a change would make it another run.
+        JournalError: it is running.
+    """
+    if options.config or (options.preset and options.preset != "demo"):
+        raise ConfigError("a resumed run keeps its own settings", hint="leave out --config and --preset", where="--resume")
+    flags: dict[str, Value] = dict(options.flags)
+    folder = runs.find_run(options.resume, Path(str(flags.pop("runs_dir", "runs"))).expanduser())
+    if is_running(folder):
+        raise JournalError(f"run {folder.name} is running", hint=f"qlora-tui attach {folder.name}", where="--resume")
+    saved = from_values(preset.read_file(folder / runs.RUN_FILE))
+    chosen, effects = preflight.resumable(saved, flags)
+    info = runs.read_info(folder)
+    if info.outcome == "done" and info.step >= info.total_steps and not effects:
+        raise ConfigError(f"run {folder.name} is done", hint=f"--max-steps {info.total_steps * 2} would go on", where="--resume")
+    for effect in effects:
+        Streams().talk.line(effect)
+    return Plan(chosen, folder.name, folder)
+
+
+def _launch(options: argparse.Namespace, plan: Plan) -> int:
+    streams = Streams()
+    if options.dry_run:
+        from qlora_tui.tui.commands import facts
+
+        return facts.dry_run(plan.run, streams, as_json=options.json)
+    if options.detach:
+        return detach(plan, streams)
+    wanted = not (options.no_ui or options.json)
+    if wanted and not can_draw():
+        _without_terminal(plan.run)
+        streams.talk.line("no terminal here: going on as with --no-ui")
+        wanted = False
+    if wanted:
+        return _with_screen(options, plan, streams)
+    return headless(plan, streams, as_json=options.json)
+
+
+def can_draw() -> bool:
+    """Say whether a screen can be drawn: it reads stdin and draws on stderr; stdout may be a pipe."""
+    return bool(
+        sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+    )
+
+
+def _without_terminal(run: RunConfig) -> None:
+    if found := problems(run):
+        missing = "\n".join(f"  {problem}" for problem in found)
+        raise ConfigError(f"there is no terminal for the wizard, and the options alone do not make a run:\n{missing}")
+
+
+def begin(plan: Plan, run: RunConfig) -> Session:
+    """Check `run`, make its folder and return its session, not yet started.
+
+    Raises:
+        EngineError: the run cannot be, in one sentence or a list of them.
+    """
+    placed = anchored(run)
+    checked = preflight.check(placed)
+    folder = plan.folder or runs.new_run_folder(placed, plan.name or placed.model_name_or_path.removeprefix(BUILTIN))
+    return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists())
+
+
+def anchored(run: RunConfig) -> RunConfig:
+    """Return `run` with local paths made absolute, so that its run.toml means the same from every folder."""
+
+    def fixed(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if name and not name.startswith(BUILTIN) and path.exists() else name
+
+    data = tuple(fixed(name) for name in run.data)
+    return dataclasses.replace(run, model_name_or_path=fixed(run.model_name_or_path), data=data, eval_data=fixed(run.eval_data))
+
+
+def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:
+    """Run without a screen: the main thread prints what the journal says and never touches the run."""
+    with Signals() as signals:
+        session = signals.session = begin(plan, plan.run)
+        with streams.apart(session.folder / LOG):
+            signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
+            follower = Follower(session.folder, streams, as_json=as_json)
+            session.start()
+            follower.until(session)
+    return session.exit_code
+
+
+class Follower:
+    """Print a run from its journal, from now on; a slow reader of stdout delays only this."""
+
+    def __init__(self, folder: Path, streams: Streams, *, as_json: bool) -> None:
+        """Pass over what earlier attempts, or this one so far, have said."""
+        self._tail = Tail(folder / EVENTS)
+        self._printer = Printer(streams, folder)
+        self._streams, self._json = streams, as_json
+        self._last: Record | None = None
+        while records := self._tail.records():
+            for record in records:
+                self._printer.note(record)
+                self._last = record
+
+    def until(self, session: Session) -> None:
+        """Print until the session has ended and all it said is printed."""
+        while True:
+            ended = session.wait(1 / LOOKS_A_SECOND)
+            self.drain()
+            if ended:
+                return
+
+    def last_word(self) -> None:
+        """Say how the run ended, when it ended before this began to look."""
+        if self._last is not None and isinstance(self._last.event, Finished):
+            self._printer.show(self._last)
+
+    def drain(self) -> None:
+        """Print what is new."""
+        if self._json:
+            while lines := self._tail.lines():
+                self._streams.data.write("".join(f"{line}\n" for line in lines))
+            return
+        while records := self._tail.records():
+            for record in records:
+                self._printer.show(record)
+
+
+def _with_screen(options: argparse.Namespace, plan: Plan, streams: Streams) -> int:
+    """Open the wizard or the run screen; whatever becomes of it, the run is seen to its end here."""
+    from qlora_tui.tui.app import run_app
+    from qlora_tui.tui.terminal import restore_terminal
+
+    with Signals(say=lambda text: None, restore=restore_terminal) as signals:
+
+        def start(run: RunConfig) -> Path:
+            session = signals.session = begin(plan, run)
+            session.start()
+            return session.folder
+
+        follow = start(plan.run) if plan.folder else None
+        try:
+            kind = run_app(
+                start=None if follow else start,
+                draft=None if follow else plan.run,
+                follow=follow,
+                readonly=False,
+                mouse=not options.no_mouse,
+                ascii_only=options.ascii,
+                demo=plan.demo,
+                on_abort=lambda: signals.session.end_now(ExitCode.INTERRUPTED, restore_terminal) if signals.session else None,
+                on_ready=warm,
+            ).kind
+        except Exception as error:  # noqa: BLE001  a broken screen must not take the run with it
+            kind = "crashed"
+            streams.talk.line(f"the screen failed: {type(error).__name__}: {error}")
+        signals.install()
+        if signals.session is None:
+            return int(ExitCode.FAILED if kind == "crashed" else ExitCode.INTERRUPTED)
+        return _see_out(signals, signals.session, streams, kind)
+
+
+def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) -> int:
+    """Go on without a screen until the run has ended, then say how."""
+    if kind == "crashed":
+        streams.talk.line(f"the screen failed; its log is {session.folder / LOG}")
+    with streams.apart(session.folder / LOG):
+        signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
+        follower = Follower(session.folder, streams, as_json=False)
+        if session.running:
+            streams.talk.line(f"run {session.folder.name} goes on here without a screen; Ctrl+C stops and saves it")
+            follower.until(session)
+        else:
+            follower.last_word()
+    return session.exit_code
+
+
+def detach(plan: Plan, streams: Streams) -> int:
+    """Start the run in a process of its own session, wait until it has begun, and say how to watch it."""
+    placed = anchored(plan.run)
+    preflight.check(placed)
+    folder = plan.folder or runs.new_run_folder(placed, plan.name)
+    replace_file(folder / runs.RUN_FILE, preset.to_toml(placed))
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    tail = Tail(folder / EVENTS)
+    while tail.lines():
+        pass
+    command = [sys.executable, "-P", "-m", "qlora_tui.tui.cli", cli.CHILD, str(folder.resolve())]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    os.close(log)
+    deadline = time.monotonic() + _BEGIN_SECONDS
+    while not tail.records() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if process.poll() not in (None, 0) and not (folder / EVENTS).exists():
+        streams.talk.line(f"the run did not begin; its log is {folder / LOG}")
+        return int(process.returncode)
+    streams.data.line(folder.name)
+    streams.talk.line(f"running in process {process.pid}; watch it with: qlora-tui attach {folder.name}")
+    return int(ExitCode.DONE)
