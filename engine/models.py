@@ -31,7 +31,7 @@ class Family:
     extra_norms: int = 0  # norms a layer beyond the usual two
     qk_norm: QkNorm = ""
     windowed: bool = False  # some layers always see only a window
-    soft_caps: bool = False  # attention scores are squashed, which the flash kernel cannot do
+    soft_caps: bool = False  # attention scores are squashed, which no fused kernel does: eager attention only
     default_window: int | None = None
     default_tied: bool = False
     default_head_dim: int | None = None
@@ -100,7 +100,7 @@ class ModelSpec:
     def linears(self) -> tuple[Linear, ...]:
         """Return the linear modules of one layer, in the order in which they run."""
         hidden, inner, query, keys = self.hidden_size, self.intermediate_size, self.query_size, self.key_value_size
-        if FAMILIES[self.family].fused:
+        if self.fused:
             return (
                 Linear("qkv_proj", hidden, query + 2 * keys),
                 Linear("o_proj", query, hidden),
@@ -155,6 +155,16 @@ class ModelSpec:
         family = FAMILIES[self.family]
         small = self.sliding_window is not None and self.sliding_window < self.max_position_embeddings
         return not (family.windowed or family.soft_caps or small)
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether `attn_implementation = "sdpa"` exists for this family; without it attention holds all scores."""
+        return not FAMILIES[self.family].soft_caps
+
+    @property
+    def fused(self) -> bool:
+        """Whether query, key and value come from one linear module, and gate and up from another."""
+        return FAMILIES[self.family].fused
 
     @property
     def norms_per_layer(self) -> int:

@@ -48,9 +48,13 @@ def layer_bytes_per_token(model: ModelSpec, run: RunConfig, width: int, length: 
     queries, keys, values and its output; the gated MLP keeps four tensors of the inner width.
     """
     hidden, query, keys = model.hidden_size, model.query_size, model.key_value_size
-    norms = 4 * hidden * model.norms_per_layer + (4 * (query + keys) if model.qk_norm else 0)
+    norms = 4 * (hidden + 1) * model.norms_per_layer
+    if model.qk_norm:
+        norms += 4 * (query + keys + model.num_attention_heads + model.num_key_value_heads)
     repeated = run.attn_implementation == "eager" or not model.plain_causal
     attention = width * (2 * query + 2 * (query if repeated else keys))
+    if model.fused:  # the values are a view of one tensor that holds all three, and the output is copied once
+        attention += width * (2 * query + keys)
     if run.attn_implementation == "eager":
         attention += model.num_attention_heads * length * (4 + width)
     else:
