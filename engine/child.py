@@ -6,11 +6,12 @@ Downloads and conversions belong here: a thread that hangs in somebody's socket 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from qlora_tui.engine.errors import Stopped
@@ -47,31 +48,35 @@ def run(
     """Run `command` to its end, calling `watch` and looking at `stopping` several times a second.
 
     The child has a session of its own: a Ctrl+C at the terminal reaches us alone, and we decide what becomes of it.
-    It reads nothing, so it can never wait for an answer. After `seconds` it is ended and code -9 is reported.
+    It reads nothing, so it can never wait for an answer. After `seconds` it is ended, and a code below 0 is reported.
 
     Raises:
         Stopped: `stopping()` became true; the child was asked to clean up, then ended.
         OSError: the command could not be started.
     """
-    polls_left = None if seconds is None else max(1, int(seconds / POLL_SECONDS))
+    polls = itertools.count() if seconds is None else range(max(1, int(seconds / POLL_SECONDS)))
     with tempfile.TemporaryFile() as talk:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=talk, stderr=talk, env={**os.environ, **(env or {})}, start_new_session=True
         )
         try:
-            while not _ended(child, POLL_SECONDS):
-                if stopping():
-                    raise Stopped(f"stopped while {doing}; nothing half-made was kept")
-                if watch is not None:
-                    watch()
-                if polls_left is not None:
-                    polls_left -= 1
-                    if polls_left <= 0:
-                        break
+            _follow(child, polls, doing, stopping, watch or (lambda: None))
         finally:
             _end(child)
         talk.seek(0)
         return Ended(child.returncode, talk.read().decode("utf-8", "replace"))
+
+
+def _follow(
+    child: subprocess.Popen[bytes], polls: Iterable[int], doing: str, stopping: Callable[[], bool], watch: Callable[[], object]
+) -> None:
+    """Return once the child has ended or the polls are used up."""
+    for _ in polls:
+        if _ended(child, POLL_SECONDS):
+            return
+        if stopping():
+            raise Stopped(f"stopped while {doing}; nothing half-made was kept")
+        watch()
 
 
 def _ended(child: subprocess.Popen[bytes], seconds: float) -> bool:

@@ -101,7 +101,7 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
         raise ModelError(f"no {SINGLE} or {INDEX} in the folder", where=name, hint="the weights are missing")
     if _offline():
         raise FetchError(f"HF_HUB_OFFLINE is set and the weights of {name} are not in the hub's cache", hint="unset it once")
-    sizes = _sizes(name, commit or revision)
+    small, sizes = _listing(name, commit or revision)
     blobs = _blobs(name)
     total = sum(size for _, size in sizes.values())
     _need_space(name, blobs, total - _done(blobs, sizes.values()))
@@ -109,7 +109,8 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
     def watch() -> None:
         progress(min(_done(blobs, sizes.values()), total), total)
 
-    _fetch_in_child(name, commit or revision, sizes, stopping=stopping, watch=watch)
+    # The small files once more: they cost nothing where they lie already, and all files are then of one commit.
+    _fetch_in_child(name, commit or revision, [*small, *sizes], stopping=stopping, watch=watch)
     progress(total, total)
     found = _cached(name, commit or revision)
     if found is None or not found.complete:
@@ -256,15 +257,16 @@ def _explain(error: BaseException, name: str, revision: str) -> None:
         ) from error
 
 
-def _sizes(name: str, commit: str) -> dict[str, tuple[str, int]]:
-    """Return of each weight file its name in the cache (the content's hash) and its bytes."""
+def _listing(name: str, commit: str) -> tuple[list[str], dict[str, tuple[str, int]]]:
+    """Return the small files, and of each weight file its name in the cache (the content's hash) and its bytes."""
     try:
         siblings = {part.rfilename: part for part in _info(name, commit, sizes=True).siblings or []}
     except _link_errors() as error:
         _explain(error, name, commit)
         raise FetchError(f"the hub could not be reached for {name}", hint="check the network and start again") from error
     chosen = [siblings[part] for part in pick_weights(siblings, name)]
-    return {part.rfilename: (str(part.lfs.sha256 if part.lfs else part.blob_id), int(part.size or 0)) for part in chosen}
+    small = [part for part in SMALL_FILES if part in siblings]
+    return small, {part.rfilename: (str(part.lfs.sha256 if part.lfs else part.blob_id), int(part.size or 0)) for part in chosen}
 
 
 def _blobs(name: str) -> Path:
