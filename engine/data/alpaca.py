@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from qlora_tui.engine.data.chat import Chat, Turn, checked, fields, read_text, read_words
+from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_text, read_words, share
 from qlora_tui.engine.errors import BadRow
 
 
@@ -16,8 +16,9 @@ class Alpaca:
     shape: ClassVar[str] = '{"instruction": "...", "input": "...", "output": "..."}'
 
     def score(self, rows: Sequence[Mapping[str, object]]) -> float:
-        """Return the share of rows that have both `instruction` and `output`."""
-        return sum({"instruction", "output"} <= fields(row).keys() for row in rows) / max(1, len(rows))
+        """Count rows that have both `instruction` and `output`; `instruction` alone counts a little, to name what is missing."""
+        plain = [fields(row) for row in rows]
+        return share(rows, sum(1 if "output" in row else PARTLY for row in plain if "instruction" in row))
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """Read one row; the input follows the instruction after an empty line.

@@ -82,6 +82,15 @@ class Format(Protocol):
         """
 
 
+PARTLY = 0.3
+"""What a row counts for a format when it has the format's name on it but not its shape."""
+
+
+def share(rows: Sequence[object], fitting: float) -> float:
+    """Return `fitting` as a share of the rows; 0 of none."""
+    return fitting / len(rows) if rows else 0.0
+
+
 def fields(row: Mapping[str, object]) -> dict[str, object]:
     """Return the row by plain key names: lower case, outer spaces cut, `-` and space as `_`.
 

@@ -30,8 +30,8 @@ def detect(rows: Sequence[Mapping[str, object]], wanted: str = "auto") -> tuple[
     if best <= 0:
         raise DataError(f"no known format fits: the rows hold {_keys(rows)}", hint=_shapes(rows))
     fitting = [form for score, form in scores if score == best]
-    share = "every row looked at fits" if best == 1 else f"{best:.0%} of the rows looked at fit"
-    why = f"{fitting[0].name}: {share} ({len(rows)} looked at)"
+    whole = sum(fitting[0].score([row]) == 1 for row in rows)
+    why = f"{fitting[0].name}: {whole} of the {len(rows)} rows looked at fit"
     if len(fitting) > 1:
         why += f"; {' and '.join(form.name for form in fitting[1:])} would fit too: --set data_format=NAME chooses"
     return fitting[0], why

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from qlora_tui.engine.data.chat import Chat, Turn, checked, fields, read_role, read_text, read_words
+from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_role, read_text, read_words, share
 from qlora_tui.engine.errors import BadRow
 
 _NOT_TRAINED_YET = ("tool_calls", "function_call", "reasoning_content", "audio")
@@ -18,8 +18,9 @@ class Messages:
     shape: ClassVar[str] = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
     def score(self, rows: Sequence[Mapping[str, object]]) -> float:
-        """Return the share of rows whose `messages` is a list of objects."""
-        return sum(looks_like_turns(fields(row).get("messages")) for row in rows) / max(1, len(rows))
+        """Count rows whose `messages` is a list of objects; the key alone counts a little, so that its fault can be named."""
+        plain = [fields(row) for row in rows]
+        return share(rows, sum(looks_like_turns(row.get("messages")) or PARTLY * ("messages" in row) for row in plain))
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """Read one row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from qlora_tui.engine.data.chat import Chat, Turn, checked, fields, read_words
+from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_words, share
 from qlora_tui.engine.data.messages import looks_like_turns, read_turns
 from qlora_tui.engine.errors import BadRow
 
@@ -17,8 +17,9 @@ class PromptCompletion:
     shape: ClassVar[str] = '{"prompt": "...", "completion": "..."}'
 
     def score(self, rows: Sequence[Mapping[str, object]]) -> float:
-        """Return the share of rows that have both `prompt` and `completion`."""
-        return sum({"prompt", "completion"} <= fields(row).keys() for row in rows) / max(1, len(rows))
+        """Count rows that have both `prompt` and `completion`; `prompt` alone counts a little, so that what is missing can be told."""
+        plain = [fields(row) for row in rows]
+        return share(rows, sum(1 if "completion" in row else PARTLY for row in plain if "prompt" in row))
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """Read one row.
