@@ -6,6 +6,7 @@ so nothing is asked of the network for a run that cannot be, and all faults foun
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -128,7 +129,7 @@ def find_model(run: RunConfig) -> tuple[ModelFiles, ModelSpec]:
     """
     name = run.model_name_or_path
     files = builtin_files(name) if name.startswith(BUILTIN) else hub.small_files(name, run.revision)
-    return files, models.from_folder(files.folder)
+    return files, dataclasses.replace(models.from_folder(files.folder), name=name)
 
 
 _ON_RESUME: Mapping[str, str] = {
@@ -238,7 +239,6 @@ def checkpoint_bytes(run: RunConfig, spec: ModelSpec) -> int:
 
 def wont_fit(estimate: Budget, spec: ModelSpec, run: RunConfig, device: Machine) -> WontFit:
     """Return the refusal of a run that is too large, with the cheapest changes that would make it fit."""
-    free = device.total_bytes - device.others_bytes
     free, card = gib(estimate.machine.free_bytes), one_line(device.name)
     told = f"this run needs about {gib(estimate.total_bytes)} (an estimate, ± {gib(estimate.margin_bytes)}) and {free} of {card} are free"
     cheapest = budget.fixes(spec, run, device)[:_FIXES_SHOWN]
@@ -250,7 +250,7 @@ def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:
     """Check the disks again, now that the sizes are known: the checkpoints kept, and the weights to fetch."""
     kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 1)
     check_space(Path(run.runs_dir).expanduser(), kept + _FLOOR_BYTES, "this run with its checkpoints")
-    if files.complete or _is_here(run.model_name_or_path):
+    if files.complete:
         return
     if run.model_name_or_path.startswith(BUILTIN):
         check_space(place("cache"), builtin.SPACE_BYTES, "the demo's model")
@@ -265,7 +265,8 @@ def _hub_cache() -> Path:
 
 
 def _is_here(name: str) -> bool:
-    return name.startswith(BUILTIN) or Path(name).expanduser().exists()
+    """Say whether looking at the model asks no network: built in, a folder, or a name that can only be a folder's."""
+    return name.startswith((BUILTIN, "/", ".", "~")) or Path(name).expanduser().exists()
 
 
 def _vocabulary(folder: Path) -> int:

@@ -199,10 +199,11 @@ class Session:
             self.wishes.close("the run ended first")
             word = dataclasses.replace(word, report=self._report(word))
             self._journal.write(word)
-            self._journal.close()
         except Exception:  # noqa: BLE001  nothing is left to do about it but to say so
             _log.exception("the last word could not be written")
         finally:
+            with contextlib.suppress(OSError):
+                self._journal.close()
             self.last_word = word
             self._lock.release()
             self._done.set()

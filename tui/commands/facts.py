@@ -123,23 +123,14 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
 
     checked = preflight.check(run, fit=False)
     plan = planning.plan(run, checked.model_spec, checked.machine, rows=checked.dataset.rows)
-    rows = {
-        "format": checked.dataset.format,
-        "why": checked.dataset.why,
-        "usable": len(checked.dataset.rows),
-        "refused": len(checked.dataset.refused),
-    }
+    found, usable, refused = checked.dataset, len(checked.dataset.rows), len(checked.dataset.refused)
     command = planning.command_of(run)
     if as_json:
-        streams.data.document(
-            {"config": values_of(run), "data": rows, "budget": plan.document(), "command": command, "runs_dir": run.runs_dir}
-        )
+        about = {"format": found.format, "why": found.why, "usable": usable, "refused": refused}
+        document = {"config": values_of(run), "data": about, "budget": plan.document(), "command": command, "runs_dir": run.runs_dir}
+        streams.data.document(document)
     else:
-        lines = [
-            *plan.lines(),
-            "",
-            f"data    {count(rows['usable'])} usable rows of {one_line(rows['format'])}, {count(rows['refused'])} refused",
-        ]
+        lines = [*plan.lines(), f"data    {count(usable)} usable rows of {one_line(found.format)}, {count(refused)} refused"]
         lines += [f"runs    {one_line(run.runs_dir)} (not made: this is a dry run)", f"command {one_line(command, limit=4000)}"]
         streams.data.write("".join(f"{line}\n" for line in lines))
     return int(ExitCode.DONE if plan.budget.fits else ExitCode.WILL_NOT_FIT)

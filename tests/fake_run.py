@@ -1,0 +1,100 @@
+"""A run without a model: what `Session` needs, and trainings that end in every way one can end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.engine import budget, models
+from qlora_tui.engine.data import Dataset
+from qlora_tui.engine.errors import Diverged, WontFit
+from qlora_tui.engine.events import Evaluated, Event, Phase, Saved, Stepped
+from qlora_tui.engine.hub import ModelFiles
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.preflight import Checked
+from qlora_tui.engine.spec import RunConfig
+
+RUN = RunConfig(model_name_or_path="builtin:smollm2-135m", data=("builtin:python-docs",))
+DEVICE = Machine("a test", "cpu", 64 * 2**30, cores=2)
+PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a training returns."""
+
+    outcome: Any
+    reason: str
+    adapter: str = ""
+
+
+def checked(run: RunConfig = RUN) -> Checked:
+    """Return a run that passed every check, without looking at anything."""
+    spec = models.find("builtin:smollm2-135m") or models.catalogue()[0]
+    return Checked(run, ModelFiles(Path("/nowhere"), complete=True), spec, Dataset(()), None, DEVICE, budget.estimate(spec, run, DEVICE))
+
+
+def step(number: int, total: int = 3, **changes: Any) -> Stepped:
+    """Return one ordinary step."""
+    facts = {"loss": 4.0 - number * 0.01, "grad_norm": 1.0, "clipped": False, "skipped": False, "lr": 1e-4}
+    rest = {"tokens": 100, "supervised_tokens": 50, "seconds": 0.5, "data_seconds": 0.0, "memory_peak_bytes": 2**30}
+    return Stepped(step=number, total_steps=total, epoch=number / total, **{**facts, **rest, **changes})
+
+
+def three_steps(**_job: Any) -> Generator[Event, None, Ended]:
+    """Take three steps, measure, and be done."""
+    yield Phase("train", "begin")
+    for number in (1, 2, 3):
+        yield step(number)
+    yield Evaluated(3, 2.8, 24, 0.1, "eval/step-000003.jsonl", 4.6, 1.7, (1.4, 2.0), 0.96, "a measurable improvement")
+    yield Saved(3, "adapter", 1024, "adapter")
+    return Ended("done", "all 3 steps done", "adapter")
+
+
+def until_asked(wishes: Any, **_job: Any) -> Generator[Event, None, Ended]:
+    """Step until somebody asks for a stop or an abort; a wish to save is obeyed between steps."""
+    pace, number = threading.Event(), 0
+    while (asked := wishes.urgent()) is None:
+        number += 1
+        yield step(number, 1_000_000)
+        for wish in wishes.take():
+            yield Saved(number, f"checkpoints/{wish.name}", 10)
+        pace.wait(0.005)
+    return Ended("stopped" if asked == "stop" else "aborted", f"{asked} at step {number}")
+
+
+def deaf(**_job: Any) -> Generator[Event, None, Ended]:
+    """Take one step and then hang, whatever anybody asks: a stuck kernel."""
+    yield step(1)
+    threading.Event().wait(PATIENCE * 2)
+    return Ended("done", "never")
+
+
+def crashing(**_job: Any) -> Generator[Event, None, Ended]:
+    """Fail inside, with a secret and an escape sequence in hand."""
+    yield step(1)
+    secret = "hf_" + "a" * 20
+    raise ValueError(f"broken \x1b]0;title\x07 {secret}")
+
+
+def raising(error: BaseException) -> Callable[..., Generator[Event, None, Ended]]:
+    """Return a training that ends in `error` after one step."""
+
+    def train(**_job: Any) -> Generator[Event, None, Ended]:
+        yield step(1)
+        raise error
+
+    return train
+
+
+TRAININGS: dict[str, Callable[..., Generator[Event, None, Ended]]] = {
+    "three_steps": three_steps,
+    "until_asked": until_asked,
+    "deaf": deaf,
+    "crashing": crashing,
+    "will_not_fit": raising(WontFit("too large")),
+    "diverged": raising(Diverged("not finite")),
+}

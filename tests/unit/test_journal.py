@@ -1,0 +1,133 @@
+"""The journal holds whole lines whatever happens, and one process owns a run."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.engine.errors import JournalError
+from qlora_tui.engine.events import Command, Finished, Resumed, Stepped
+from qlora_tui.engine.journal import COMMANDS, EVENTS, LOCK, Inbox, Journal, RunLock, Tail, is_running, leave_wish, read_records
+
+STEP = Stepped(1, 2, 0.5, 3.0, 1.0, False, False, 1e-4, 10, 5, 0.1, 0.0)
+DONE = Finished("done", 0, "all steps done")
+
+
+def test_lines_are_numbered_across_attempts_and_the_file_is_private(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    first.write(STEP)
+    first.write(DONE)
+    first.close()
+    second = Journal(tmp_path)
+    second.write(Resumed(1))
+    second.close()
+    assert [(record.attempt, record.seq) for record in read_records(tmp_path / EVENTS)] == [(1, 1), (1, 2), (2, 3)]
+    assert stat.S_IMODE((tmp_path / EVENTS).stat().st_mode) == 0o600
+
+
+def test_nothing_follows_the_last_word(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(DONE)
+    assert journal.write(DONE) is None
+    assert journal.write(STEP) is None
+    journal.close()
+    assert len(read_records(tmp_path / EVENTS)) == 1
+
+
+def test_a_torn_line_is_cut_off_before_the_next_attempt(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(STEP)
+    journal.close()
+    with (tmp_path / EVENTS).open("ab") as file:
+        file.write(b'{"v":1,"attempt":1,"se')
+    again = Journal(tmp_path)
+    again.write(DONE)
+    again.close()
+    assert [type(record.event) for record in read_records(tmp_path / EVENTS)] == [Stepped, Finished]
+    assert (tmp_path / EVENTS).read_bytes().count(b"\n") == 2
+
+
+def test_threads_never_mix_their_lines(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    threads = [threading.Thread(target=lambda: [journal.write(STEP) for _ in range(100)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    assert [record.seq for record in read_records(tmp_path / EVENTS)] == list(range(1, 401))
+
+
+def test_a_reader_gets_whole_lines_only(tmp_path: Path) -> None:
+    tail = Tail(tmp_path / "file")
+    assert tail.lines() == []
+    (tmp_path / "file").write_bytes(b"one\ntw")
+    assert tail.lines() == ["one"]
+    with (tmp_path / "file").open("ab") as file:
+        file.write(b"o\nthree\n")
+    assert tail.lines() == ["two", "three"]
+
+
+def test_a_reader_takes_a_long_file_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456\n" * 10)
+    tail = Tail(tmp_path / "file")
+    assert len(tail.lines(limit=20)) == 2
+    assert len(tail.lines()) == 8
+
+
+def test_an_old_wish_is_never_read_again(tmp_path: Path) -> None:
+    leave_wish(tmp_path, "stop")
+    inbox = Inbox(tmp_path)
+    assert inbox.take() == []
+    wish = leave_wish(tmp_path, "save", {"why": "now"}, attempt=2)
+    (found,) = inbox.take()
+    assert (found.id, found.name, found.args, found.attempt) == (wish, "save", {"why": "now"}, 2)
+    assert inbox.take() == []
+
+
+def test_lines_that_are_no_wish_are_passed_over(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    (tmp_path / COMMANDS).write_text('nonsense\n{"id":1}\n[]\n{"v":1,"id":"a","t":1,"name":"stop"}\n')
+    assert [wish.name for wish in inbox.take()] == ["stop"]
+
+
+def test_the_lock_names_its_owner(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    assert is_running(tmp_path)
+    with pytest.raises(JournalError, match="already running"):
+        RunLock(tmp_path)
+    lock.release()
+    assert not is_running(tmp_path)
+    RunLock(tmp_path).release()
+
+
+def test_looking_at_a_run_never_takes_it(tmp_path: Path) -> None:
+    assert not is_running(tmp_path)
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_the_kernel_drops_the_lock_of_a_killed_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from qlora_tui.engine.journal import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert is_running(tmp_path)
+        process.kill()
+        process.wait(30)
+    assert not is_running(tmp_path)
+
+
+def test_an_answer_is_an_event_like_any_other(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    record = journal.write(Command("a", "stop", True, "asked"))
+    journal.close()
+    assert record is not None
+    assert read_records(tmp_path / EVENTS) == [record]
