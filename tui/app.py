@@ -1,0 +1,309 @@
+"""The screens as one program: what they may ask of the caller, and how they end.
+
+The app never imports torch, the session or the training loop. It asks `start` for a run and gets a folder; from
+there on it only reads that folder's journal. A crash here, a lost terminal or a hang-up ends the viewer and
+never the run: `run_app` returns what happened, and the caller decides.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import locale
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar, Literal
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.theme import Theme
+
+from qlora_tui.engine.places import place
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.text import redact, safe_text
+from qlora_tui.tui.screens.desk import Desk
+from qlora_tui.tui.screens.run import RunScreen
+from qlora_tui.tui.screens.wizard import WizardScreen
+from qlora_tui.tui.terminal import TerminalGuard, restore_terminal
+
+Kind = Literal["quit", "detached", "finished", "hangup", "crashed", "no-run"]
+Start = Callable[[RunConfig], Path]
+RUN_LOG = "log.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class AppExit:
+    """How the screens ended, and which run they showed last."""
+
+    kind: Kind
+    folder: Path | None = None
+    detail: str = ""
+
+
+THEME = Theme(
+    name="qlora",
+    primary="#56b4e9",
+    secondary="#7d8899",
+    accent="#e69f00",
+    success="#2fb992",
+    warning="#e6a23c",
+    error="#ef6f53",
+    foreground="#d7dde6",
+    background="#0f131a",
+    surface="#161c26",
+    panel="#1d2532",
+    variables={
+        "frame": "#3a4657",
+        "frame-chosen": "#56b4e9",
+        "text-muted": "#8793a5",
+        "footer-background": "#161c26",
+        "footer-key-foreground": "#56b4e9",
+        "footer-description-foreground": "#aab4c3",
+        "input-cursor-background": "#56b4e9",
+        "block-cursor-background": "#56b4e9",
+    },
+)
+"""Colours in the order of Okabe and Ito, which the colour-blind can tell apart; no state is told by colour alone."""
+
+
+class TunerApp(App[AppExit]):
+    """The wizard and the run screen."""
+
+    TITLE = "qlora-tui"
+    ENABLE_COMMAND_PALETTE = False
+    CSS_PATH: ClassVar[list[str | os.PathLike[str]]] = [  # type: ignore[assignment]  # Textual's union type is narrower than its use
+        "screens/app.tcss",
+        "screens/run.tcss",
+        "screens/dialogs.tcss",
+        "screens/wizard.tcss",
+    ]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c", "interrupt", show=False, priority=True, system=True),
+        Binding("ctrl+q", "leave", show=False, priority=True, system=True),
+    ]
+
+    def __init__(
+        self,
+        *,
+        start: Start | None,
+        draft: RunConfig | None,
+        follow: Path | None,
+        readonly: bool = False,
+        ascii_only: bool = False,
+        demo: bool = False,
+        on_abort: Callable[[], object] | None = None,
+        on_ready: Callable[[], object] | None = None,
+        desk: Desk | None = None,
+        guard: TerminalGuard | None = None,
+    ) -> None:
+        """Keep what the screens need; see `run_app`."""
+        super().__init__()
+        self.animation_level = "none"
+        self.register_theme(THEME)
+        self.theme = THEME.name
+        self.start, self.draft, self.follow = start, draft, follow
+        self.readonly, self.ascii_only, self.demo = readonly, ascii_only, demo
+        self.folder = follow
+        self.desk = desk or Desk()
+        self.failure = ""
+        self._on_abort, self._on_ready = on_abort, on_ready
+        self._guard = guard
+        self._signals: set[int] = set()
+
+    def on_mount(self) -> None:
+        """Open the first screen."""
+        if self._guard is not None:
+            self._guard.route()
+        self.set_interval(0.25, self._obey_signals)
+        if self.follow is not None:
+            self.show_run(self.follow)
+        else:
+            self.push_screen(WizardScreen(self.desk, self.draft, start=self.start, demo=self.demo, ascii_only=self.ascii_only))
+
+    def show_run(self, folder: Path, *, stop: bool = False) -> None:
+        """Go over to the run in `folder`; `stop` asks it to stop at once, since the person already wanted to leave."""
+        self.folder = folder
+        owned = self._on_abort is not None
+        if self._guard is not None and owned:
+            self._guard.move_log(folder / RUN_LOG)
+        screen = RunScreen(folder, self._leave_as, owned=owned, readonly=self.readonly, ascii_only=self.ascii_only)
+        if isinstance(self.screen, WizardScreen):
+            self.switch_screen(screen)
+        else:
+            self.push_screen(screen)
+        if stop:
+            self.call_after_refresh(screen.interrupt)
+
+    def ready(self) -> None:
+        """Tell the caller that a run is about to be started, so that it may load libraries meanwhile."""
+        if self._on_ready is not None:
+            self._on_ready()
+
+    def take_signal(self, number: int) -> None:
+        """Remember a signal; called from its handler, so it only assigns."""
+        self._signals.add(number)
+
+    @property
+    def run_screen(self) -> RunScreen | None:
+        """Return the run screen if there is one, also under a dialog."""
+        return next((screen for screen in self.screen_stack if isinstance(screen, RunScreen)), None)
+
+    def action_interrupt(self) -> None:
+        """Obey Ctrl+C: stop and save at once, abort the second time; leave where nothing runs."""
+        screen = self.run_screen
+        if screen is None:
+            self._leave_wizard()
+            return
+        if screen.running and not screen.owned and not screen.readonly:
+            self._top_action(screen.action_leave)  # a viewer of another process asks first
+            return
+        if screen.interrupt():
+            return
+        if self._on_abort is not None:
+            restore_terminal()
+            self._on_abort()
+        screen.abort()
+
+    def action_leave(self) -> None:
+        """Obey Ctrl+Q: as `q` on the run screen; out of the wizard without a run."""
+        screen = self.run_screen
+        if screen is None:
+            self._leave_wizard()
+        else:
+            self._top_action(screen.action_leave)
+
+    def get_key_display(self, binding: Binding) -> str:
+        """Name keys in words where arrows and carets cannot be shown."""
+        shown = super().get_key_display(binding)
+        return shown if not self.ascii_only or shown.isascii() else binding.key.split(",")[0]
+
+    def _leave_wizard(self) -> None:
+        """Leave without a run; one that is just being started is waited for and then stopped."""
+        wizard = next((screen for screen in self.screen_stack if isinstance(screen, WizardScreen)), None)
+        if wizard is not None and wizard.starting:
+            wizard.stop_at_start = True
+            self.notify("leaving as soon as the start is through", timeout=5, markup=False)
+        else:
+            self._leave_as("no-run")
+
+    def _top_action(self, action: Callable[[], None]) -> None:
+        if not isinstance(self.screen, RunScreen):
+            self.pop_screen()
+        action()
+
+    def _leave_as(self, kind: str) -> None:
+        kinds: dict[str, Kind] = {"detached": "detached", "finished": "finished", "no-run": "no-run", "hangup": "hangup"}
+        self.exit(AppExit(kinds.get(kind, "quit"), self.folder))
+
+    def _obey_signals(self) -> None:
+        if not self._signals:
+            return
+        taken, self._signals = self._signals, set()
+        screen = self.run_screen
+        if signal.SIGHUP in taken:
+            self._leave_as("hangup")
+        elif screen is None:
+            self._leave_wizard()
+        elif not screen.running:
+            self._leave_as("finished")
+        elif screen.owned:
+            screen.leave_when_finished()
+        else:
+            self._leave_as("quit")
+
+    def _fatal_error(self) -> None:
+        """Keep the traceback without local variables, which may hold tokens, and close; the caller writes it down."""
+        error = self._exception
+        told = traceback.format_exception(error) if error else ["the screen failed without saying why"]
+        self.failure = safe_text(redact("".join(told)))
+        self._close_messages_no_wait()
+
+
+def run_app(
+    *,
+    start: Start | None,
+    draft: RunConfig | None,
+    follow: Path | None,
+    readonly: bool = False,
+    mouse: bool = True,
+    ascii_only: bool = False,
+    demo: bool = False,
+    on_abort: Callable[[], object] | None = None,
+    on_ready: Callable[[], object] | None = None,
+) -> AppExit:
+    """Show the screens until they end, and give the terminal back as it was.
+
+    Args:
+        start: checks and starts a run and returns its folder; called on a thread of its own, so it must not
+            install signal handlers. It may raise EngineError, which the wizard shows.
+        draft: what the command line already says about the run; the wizard begins with it.
+        follow: show this run instead of the wizard.
+        readonly: leave no wishes in the run's folder.
+        mouse: let the terminal report the mouse.
+        ascii_only: draw with ASCII alone; also chosen where the locale is not UTF-8.
+        demo: the draft is complete: Enter alone walks through, and nothing is kept for the next time.
+        on_abort: the run lives in this process; called for the second Ctrl+C with the terminal restored.
+        on_ready: called once on the page before the start.
+    """
+    os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
+    log = place("state") / "screen.log"
+    guard = TerminalGuard(log)
+    app = TunerApp(
+        start=start,
+        draft=draft,
+        follow=follow,
+        readonly=readonly,
+        ascii_only=ascii_only or not _speaks_utf8(),
+        demo=demo,
+        on_abort=on_abort,
+        on_ready=on_ready,
+        guard=guard,
+    )
+    with guard, _signals(app, guard):
+        result: AppExit | None = None
+        try:
+            result = app.run(mouse=mouse)
+        except Exception:  # noqa: BLE001  whatever breaks the screens must not break the run
+            app.failure = safe_text(redact(traceback.format_exc()))
+        if app.failure:
+            sys.stderr.write(f"the screen failed:\n{app.failure}\n")  # the guard sends this to the log
+    if guard.hung_up:
+        return AppExit("hangup", app.folder)
+    if app.failure or result is None:
+        return AppExit("crashed", app.folder, app.failure.strip().rsplit("\n", 1)[-1])
+    return result
+
+
+@contextlib.contextmanager
+def _signals(app: TunerApp, guard: TerminalGuard) -> Iterator[None]:
+    """Let signals reach the app as flags, after whatever handler the caller had; put the old ones back."""
+    kept: dict[signal.Signals, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        app.take_signal(number)
+        if number == signal.SIGHUP:
+            guard.hang_up()
+        before = kept.get(signal.Signals(number))
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)
+
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        kept[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
+
+
+def _speaks_utf8() -> bool:
+    try:
+        return codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
+    except LookupError:
+        return False

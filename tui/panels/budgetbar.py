@@ -1,0 +1,100 @@
+"""The memory bar at the foot of the wizard: what would be needed of what there is, by part, and how long it takes."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from qlora_tui.engine.budget import Budget, Fix
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui import words
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.desk import Outlook
+
+_LABEL = 9
+_GROUPS = (
+    ("weights", ("weights",), "█", "#56b4e9"),
+    ("adapter", ("adapter", "gradients"), "▓", "#2fb992"),
+    ("optimizer", ("optimizer",), "█", "#e6a23c"),
+    ("activations", ("activations", "workspace"), "▓", "#cc79a7"),
+    ("loss", ("loss",), "█", "#f0e442"),
+)
+_REST = ("rest", "▒", "#9aa5b5")
+
+
+def badge(budget: Budget) -> Part:
+    """Return whether it fits, as a glyph and a word."""
+    if not budget.fits:
+        return ("✖ too big", f"bold {cells.BAD}")
+    return ("▲ tight", f"bold {cells.WARN}") if budget.tight else ("● fits", f"bold {cells.GOOD}")
+
+
+def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "") -> Content:
+    """Return the four lines of the bar; an estimate says that it is one."""
+    if outlook is None:
+        hint = waiting or "pick a model to see what it needs"
+        return cells.stack([cells.assemble([_label("memory"), (hint, cells.DIM)]), *[Content(" ")] * 3])
+    budget = outlook.budget
+    used = budget.total_bytes + budget.machine.others_bytes
+    total = max(budget.machine.total_bytes, 1)
+    margin = words.gib(budget.margin_bytes, unit=False)
+    figure = f"  {words.gib(budget.total_bytes, unit=False)} of {words.gib(budget.machine.total_bytes)} (± {margin})"
+    mark = badge(budget)
+    length = max(10, width - _LABEL - len(figure) - len(mark[0]) - 3)
+    parts = [_label("memory"), *cells.bar(_pieces(budget), max(total, used), length), (figure, "bold")]
+    lines = [cells.row(parts, [mark], width), cells.assemble([_label(""), *cells.fit(_legend(budget), width - _LABEL)])]
+    lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now)]))
+    lines.append(_advice(outlook, advice, width))
+    return cells.stack(lines)
+
+
+def _label(text: str) -> Part:
+    return (f" {text:<{_LABEL - 1}}", cells.DIM)
+
+
+def _pieces(budget: Budget) -> list[tuple[float, str, str]]:
+    pieces = [(float(budget.bytes_of(*names)), glyph, style) for _, names, glyph, style in _GROUPS]
+    rest = budget.total_bytes - sum(amount for amount, _, _ in pieces)
+    return [*pieces, (rest, _REST[1], _REST[2]), (float(budget.machine.others_bytes), "▒", cells.DIM)]
+
+
+def _legend(budget: Budget) -> list[list[Part]]:
+    shown: list[list[Part]] = []
+    rest = float(budget.total_bytes)
+    for label, names, _, style in _GROUPS:
+        amount = budget.bytes_of(*names)
+        rest -= amount
+        if amount:
+            shown.append([(label, style), (f" {_short(amount)}", "")])
+    shown.append([(_REST[0], _REST[2]), (f" {_short(rest)}", "")])
+    if budget.machine.others_bytes:
+        shown.append([("others", cells.DIM), (f" {_short(budget.machine.others_bytes)}", cells.DIM)])
+    return shown
+
+
+def _short(amount: float) -> str:
+    gib = amount / (1 << 30)
+    return f"{gib:.1f}" if gib >= 0.095 else f"{gib:.2f}"
+
+
+def _time(outlook: Outlook, width: int, now: float) -> list[Part]:
+    if outlook.time is None:
+        return [("name the data to see how long it takes", cells.DIM)]
+    low, mid, high = outlook.time.total_seconds
+    groups: list[list[Part]] = [[(f"{words.duration(mid)}", "bold"), (f" ({words.span(low, high)})", cells.DIM)]]
+    groups.append([(f"· {outlook.steps:,} steps", cells.DIM)])
+    groups.append([(f"· done about {words.clock(now + mid)}", cells.DIM)])
+    groups.append([("· an estimate", cells.DIM)])
+    return cells.fit(groups, width, " ")
+
+
+def _advice(outlook: Outlook, advice: Fix | None, width: int) -> Content:
+    if advice is None:
+        return Content(" ") if outlook.budget.fits else cells.assemble([_label("fix"), ("choose a smaller model", cells.WARN)])
+    text = one_line(advice.text, limit=200)
+    if outlook.budget.fits and not outlook.budget.tight:
+        parts = [_label("tip"), ("f ", f"bold {cells.MAIN}"), (text, cells.DIM)]
+    else:
+        saves = f", saves {words.size(advice.saves_bytes)}" if advice.saves_bytes > 0 else ""
+        parts = [_label("fix"), ("f ", f"bold {cells.MAIN}"), (f"{text}{saves}", cells.WARN)]
+    return cells.assemble(parts).truncate(width, ellipsis=True)

@@ -1,0 +1,132 @@
+"""Small pieces that every panel draws with: bars, sparklines, fitting text, and the ASCII stand-ins.
+
+Foreign text enters a `Content` as plain text only, never as markup, and always through `safe_text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.content import Content
+
+Part = tuple[str, str]
+"""Text and its style, such as ("1.284", "bold")."""
+
+DIM = "$text-muted"
+GOOD = "$success"
+WARN = "$warning"
+BAD = "$error"
+MAIN = "$primary"
+STYLES = {"info": "", "good": GOOD, "warn": WARN, "bad": BAD}
+
+_TICKS = "▁▂▃▄▅▆▇█"
+_ASCII = str.maketrans(
+    {
+        **dict(zip(_TICKS, "_.-~=+*#", strict=True)),
+        "▏": "|",
+        "▎": "|",
+        "▍": "|",
+        "▌": "#",
+        "▋": "#",
+        "▊": "#",
+        "▉": "#",
+        "▓": "%",
+        "▒": "=",
+        "░": ".",
+        "●": "*",
+        "○": "o",
+        "◌": "o",
+        "▲": "!",
+        "✖": "x",
+        "✔": "+",
+        "■": "#",
+        "◆": "E",
+        "▸": ">",
+        "▾": "v",
+        "▴": "^",
+        "‹": "<",
+        "›": ">",
+        "·": "-",
+        "→": ">",
+        "←": "<",
+        "↑": "^",
+        "↓": "v",
+        "─": "-",
+        "│": "|",
+        "°": " ",
+        "±": "~",
+        "…": ".",
+        "×": "x",
+        "—": "-",
+        "–": "-",
+    }
+)
+
+
+def plain_ascii(content: Content) -> Content:
+    """Return the same cells with ASCII stand-ins, one for one; what has none becomes a question mark."""
+    text = content.plain.translate(_ASCII)
+    return content if text == content.plain and text.isascii() else Content(_question_marks(text), list(content.spans))
+
+
+def _question_marks(text: str) -> str:
+    return "".join(char if char.isascii() else "?" for char in text)
+
+
+def assemble(parts: Sequence[Part]) -> Content:
+    """Return parts as one content."""
+    return Content.assemble(*parts)
+
+
+def row(left: Sequence[Part], right: Sequence[Part], width: int) -> Content:
+    """Return one line with parts at both ends; the left end is cut with an ellipsis where both do not fit."""
+    end = assemble(right)
+    start = assemble(left)
+    room = max(0, width - end.cell_length - (1 if right else 0))
+    if start.cell_length > room:
+        start = start.truncate(room, ellipsis=True)
+    gap = max(0, width - start.cell_length - end.cell_length)
+    return Content.assemble(start, " " * gap, end)
+
+
+def fit(groups: Sequence[Sequence[Part]], width: int, gap: str = "  ") -> list[Part]:
+    """Return as many whole groups as fit into `width`, first ones first: nothing is shown cut in half."""
+    kept: list[Part] = []
+    used = 0
+    for group in groups:
+        need = sum(Content(text).cell_length for text, _ in group) + (len(gap) if kept else 0)
+        if used + need > width:
+            continue
+        kept += [(gap, ""), *group] if kept else list(group)
+        used += need
+    return kept
+
+
+def stack(lines: Sequence[Content | str]) -> Content:
+    """Return lines as one content."""
+    return Content("\n").join([line if isinstance(line, Content) else Content(line) for line in lines])
+
+
+def bar(pieces: Sequence[tuple[float, str, str]], total: float, width: int) -> list[Part]:
+    """Return a bar of `width` cells: each piece is (amount, glyph, style); the rest is free.
+
+    A piece that is not nothing gets at least its rounded share, and the whole never exceeds the bar.
+    """
+    parts: list[Part] = []
+    used, amount = 0, 0.0
+    for value, glyph, style in pieces:
+        amount += max(0.0, value)
+        end = min(width, round(amount / total * width)) if total > 0 else 0
+        if end > used:
+            parts.append((glyph * (end - used), style))
+            used = end
+    if used < width:
+        parts.append(("░" * (width - used), DIM))
+    return parts
+
+
+def spark(values: Sequence[float], width: int, *, low: float = 0.0, high: float = 100.0) -> str:
+    """Return the newest values as a line of ticks between `low` and `high`."""
+    room = high - low
+    shown = values[-width:] if width > 0 else ()
+    return "".join(_TICKS[max(0, min(7, int((value - low) / room * 7.999)))] for value in shown) if room > 0 else ""

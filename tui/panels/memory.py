@@ -1,0 +1,70 @@
+"""Memory: what was predicted, what is used now, the most that was used, and what there is."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from qlora_tui.tui import words
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.base import Panel, View
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.state import RunState
+
+
+class MemoryPanel(Panel):
+    """The bar that never leaves the screen."""
+
+    digit = "2"
+    noun = "memory"
+
+    def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
+        """Draw the bar with the predicted amount marked on it, and the figures beneath."""
+        now, others, total = readings(state)
+        if not total:
+            return cells.assemble([("waiting for the first reading", cells.DIM)])
+        tail = f"  {words.gib(now or 0, unit=False)}/{words.gib(total)}"
+        length = max(8, width - len(tail))
+        parts = cells.bar([(now or 0, "█", _colour(state, total)), (others, "▒", cells.DIM)], total, length)
+        marked = _with_mark(parts, state.predicted_bytes, total, length)
+        lines = [cells.assemble([*marked, (tail, "bold")]), cells.assemble(cells.fit(_figures(state, others), width))]
+        if height >= 4:
+            lines.append(cells.assemble([("█ this run  ▒ other programs  │ predicted", cells.DIM)]))
+        return cells.stack(lines)
+
+
+def readings(state: RunState) -> tuple[int | None, int, int | None]:
+    """Return bytes used by this run, by others, and in all; the steps' own figure stands in for a missing sensor."""
+    device, last = state.device, state.last
+    now = device.memory_ours_bytes if device and device.memory_ours_bytes is not None else last.memory_reserved_bytes if last else None
+    others = device.memory_others_bytes or 0 if device else 0
+    total = device.memory_total_bytes if device and device.memory_total_bytes else state.machine_bytes
+    return now, others, total
+
+
+def _figures(state: RunState, others: int) -> list[list[Part]]:
+    found: list[list[Part]] = []
+    if state.predicted_bytes is not None:
+        found.append([("predicted ", cells.DIM), (words.gib(state.predicted_bytes, unit=False), "")])
+    if state.peak_bytes:
+        over = state.predicted_bytes is not None and state.peak_bytes > state.predicted_bytes * 1.1
+        found.append([("peak ", cells.DIM), (words.gib(state.peak_bytes, unit=False), cells.WARN if over else "")])
+    if others:
+        found.append([("others ", cells.DIM), (words.gib(others, unit=False), "")])
+    return found
+
+
+def _colour(state: RunState, total: int) -> str:
+    now, others, _ = readings(state)
+    share = ((now or 0) + others) / total
+    return cells.BAD if share > 0.97 else cells.WARN if share > 0.92 else cells.GOOD
+
+
+def _with_mark(parts: list[Part], predicted: int | None, total: int, length: int) -> list[Part]:
+    """Return the bar with a thin line at the predicted amount, where that lies in the free part."""
+    if predicted is None or not parts or parts[-1][0][:1] != "░":
+        return parts
+    free = len(parts[-1][0])
+    at = min(length - 1, round(predicted / total * length)) - (length - free)
+    if not 0 <= at < free:
+        return parts
+    return [*parts[:-1], ("░" * at, cells.DIM), ("│", "bold"), ("░" * (free - at - 1), cells.DIM)]

@@ -1,0 +1,103 @@
+"""The two lines on top: what runs and in which state, then the figures that matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.content import Content
+
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui import words
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.base import Panel, View
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.state import RunState, phase_words
+
+_OUTCOMES = {
+    "done": ("✔ done", cells.GOOD),
+    "stopped": ("■ stopped, saved", cells.WARN),
+    "aborted": ("■ aborted", cells.WARN),
+    "failed": ("✖ failed", cells.BAD),
+    "will_not_fit": ("✖ does not fit", cells.BAD),
+    "diverged": ("✖ diverged", cells.BAD),
+}
+
+
+def state_words(state: RunState, view: View) -> Part:
+    """Return the state of the run as a glyph and a word; colour only repeats what they say."""
+    if state.finished:
+        return _OUTCOMES.get(state.finished.outcome, (f"■ {state.finished.outcome}", cells.WARN))
+    if view.lost:
+        return ("✖ crashed", cells.BAD)
+    if view.stopping:
+        return ("◌ stopping: saves at the next safe point", cells.WARN)
+    if state.doing and state.doing.name != "train":
+        return (f"◌ {phase_words(state.doing.name)}", cells.MAIN)
+    if state.last or state.doing:
+        return ("● training", cells.GOOD)
+    return ("◌ starting", cells.MAIN)
+
+
+def figures(state: RunState, view: View) -> list[list[Part]]:
+    """Return the figures of the second line, most important first."""
+    found: list[list[Part]] = []
+    if state.total_steps or state.step:
+        total = f"/{state.total_steps:,}" if state.total_steps else ""
+        found.append([("step ", cells.DIM), (f"{state.step:,}{total}", "bold")])
+    if state.last:
+        smooth = state.history.smooth
+        loss = state.last.loss if smooth is None else smooth
+        found.append([("loss ", cells.DIM), (words.number(loss), "bold")])
+    if state.finished:
+        found.append([("took ", cells.DIM), (words.duration(state.t - state.started_at), "bold")])
+    elif state.forecast and not view.stopping and not view.lost:
+        found.append(_time_left(state, view))
+    if state.speed is not None:
+        found.append([(f"{state.speed:,.0f}", "bold"), (" tok/s", cells.DIM)])
+    if state.last:
+        found.append([("epoch ", cells.DIM), (f"{state.last.epoch:.2f}", "")])
+    if state.started_at and not state.last and not state.finished:
+        found.append([("since ", cells.DIM), (words.duration(view.now - state.started_at), "")])
+    return found
+
+
+def _time_left(state: RunState, view: View) -> list[Part]:
+    if state.forecast is None:
+        return []
+    passed = max(0.0, view.now - state.forecast_at)
+    low, mid, high = (max(0.0, part - passed) for part in state.forecast.seconds_left)
+    end = words.clock(view.now + mid)
+    return [("left ", cells.DIM), (words.duration(mid), "bold"), (f" ({words.span(low, high)}) · {end}", cells.DIM)]
+
+
+def title(state: RunState) -> list[list[Part]]:
+    """Return what is trained, in a few groups: run, model, method, shape."""
+    config = state.config
+    model = one_line(config.get("model_name_or_path", ""), limit=60).rsplit("/", 1)[-1]
+    groups: list[list[Part]] = [[(one_line(state.run_id, limit=60) or "qlora-tui", "bold")]]
+    if model:
+        groups.append([("· ", cells.DIM), (model, cells.MAIN)])
+    method = config.get("bnb_4bit_quant_type") if config.get("method") == "qlora" else config.get("method")
+    if method:
+        groups.append([("· ", cells.DIM), (one_line(f"{method} r{config.get('lora_r', '?')}"), "")])
+    if config.get("max_length"):
+        micro, sums = config.get("per_device_train_batch_size", "?"), config.get("gradient_accumulation_steps", "?")
+        groups.append([("· ", cells.DIM), (one_line(f"{micro} x {sums} x {config['max_length']}"), "")])
+    return groups
+
+
+class StatusLine(Panel):
+    """What runs and how it stands; two lines that never leave the screen."""
+
+    noun = "status"
+
+    def heading(self, state: RunState, view: View) -> Content:
+        """Return nothing: these lines have no frame."""
+        return Content("")
+
+    def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
+        """Draw the title with the state at its right, and the figures beneath."""
+        right: Sequence[Part] = [state_words(state, view)]
+        used = Content(right[0][0]).cell_length
+        first = cells.row(cells.fit(title(state), max(0, width - used - 1), " "), right, width)
+        return cells.stack([first, cells.assemble(cells.fit(figures(state, view), width))])

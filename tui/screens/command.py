@@ -1,0 +1,43 @@
+"""The command that does what the wizard is about to do: what people paste into a script."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from qlora_tui.engine.spec import KEYS, RunConfig, Value, values_of
+
+
+def equivalent(run: RunConfig, *, preset: str = "", base: RunConfig | None = None) -> str:
+    """Return the command line that starts `run` without screens.
+
+    Args:
+        run: what will run.
+        preset: the ready-made run it began from, named instead of repeating its keys.
+        base: the values that this preset gives; without it, the defaults.
+    """
+    start = values_of(base) if base is not None and preset else {name: key.default for name, key in KEYS.items()}
+    differing = {name: value for name, value in values_of(run).items() if value != start[name]}
+    words = ["qlora-tui", "demo"] if preset == "demo" else ["qlora-tui"]
+    words.append("--no-ui")
+    if preset and preset != "demo":
+        words += ["--preset", preset]
+    words += _flags(differing)
+    return shlex.join(words)
+
+
+def _flags(values: Mapping[str, Value]) -> list[str]:
+    named = {"model_name_or_path": "--model", "data": "--data", "runs_dir": "--runs-dir"}
+    words: list[str] = []
+    for name, value in values.items():
+        text = _typed(value)
+        words += [named[name], text] if name in named else ["--set", f"{name}={text}"]
+    return words
+
+
+def _typed(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

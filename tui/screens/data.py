@@ -1,0 +1,216 @@
+"""The data page: name the data, see what they hold, and which rows cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.suggester import Suggester
+from textual.timer import Timer
+from textual.widgets import Input, Static
+
+from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, RunConfig
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.desk import DataLook
+from qlora_tui.tui.screens.pages import Page
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.screens.wizard import WizardScreen
+
+_PAUSE = 0.3
+
+
+class PathSuggester(Suggester):
+    """Complete paths: the first file or folder that goes on from what is typed."""
+
+    def __init__(self) -> None:
+        """Look again every time: files come and go."""
+        super().__init__(use_cache=False, case_sensitive=True)
+
+    async def get_suggestion(self, value: str) -> str | None:
+        """Return a longer path, or nothing."""
+        return complete(value)
+
+
+def complete(value: str) -> str | None:
+    """Return the first path that begins with `value`, folders with a slash; hidden ones only when asked for."""
+    if not value or value.startswith(BUILTIN):
+        return DEMO_DATA if value and DEMO_DATA.startswith(value) else None
+    typed = Path(value).expanduser()
+    folder, start = (typed, "") if value.endswith("/") else (typed.parent, typed.name)
+    try:
+        names = sorted(path for path in folder.iterdir() if path.name.startswith(start) and (start or not path.name.startswith(".")))
+    except OSError:
+        return None
+    if not names or not one_line(names[0].name, limit=300).isprintable() or one_line(names[0].name, limit=300) != names[0].name:
+        return None
+    found = names[0]
+    return value[: len(value) - len(start)] + found.name + ("/" if found.is_dir() else "")
+
+
+class DataPage(Page):
+    """One line for the data; beneath it the format, the first rows, and the faults by row."""
+
+    title = "data"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+o", "skip_bad", "go on without broken rows", show=False),
+        Binding("tab", "complete", "complete the path", show=False),
+    ]
+
+    def __init__(self, wizard: WizardScreen) -> None:
+        """Start without having looked at anything."""
+        super().__init__(wizard)
+        self._timer: Timer | None = None
+        self._busy: tuple[str, ...] = ()
+        self._going_on = False
+
+    def compose(self) -> ComposeResult:
+        """Lay out the line and what is found behind it."""
+        yield Static("What should it learn from? A JSONL file, a hub dataset, or builtin:python-docs.", markup=False, classes="question")
+        yield Input(placeholder="such as my-chats.jsonl", id="data-name", suggester=PathSuggester(), compact=True)
+        yield Static("", markup=False, id="data-found")
+
+    def enter(self) -> None:
+        """Show the run's data and take the focus."""
+        box = self.query_one("#data-name", Input)
+        box.value = ", ".join(self.wizard.run.data)
+        box.cursor_position = len(box.value)
+        box.focus()
+        self._show()
+        self._look_soon()
+
+    def commit(self) -> bool:
+        """Go on once the data have been looked at and hold rows that can be used."""
+        look = self._look
+        if not self.wizard.run.data:
+            self._tell([("✖ name the data", cells.BAD)])
+            return False
+        if look is None:
+            self._going_on = True
+            self._look_now()
+            return False
+        blocked = bool(look.problem) or (look.refused > 0 and not self.wizard.run.skip_bad_rows)
+        if blocked:
+            self._show()
+        return not blocked
+
+    def action_skip_bad(self) -> None:
+        """Decide to go on without broken rows, or take that back."""
+        self.wizard.change(dataclasses.replace(self.wizard.run, skip_bad_rows=not self.wizard.run.skip_bad_rows))
+        self._show()
+
+    def action_complete(self) -> None:
+        """Take the suggested path."""
+        box = self.query_one("#data-name", Input)
+        found = complete(box.value)
+        if found:
+            box.value = found
+            box.cursor_position = len(found)
+
+    @property
+    def _look(self) -> DataLook | None:
+        look = self.wizard.data_look
+        return look if look is not None and look.names == self.wizard.run.data else None
+
+    @on(Input.Changed, "#data-name")
+    def _typed_in(self, event: Input.Changed) -> None:
+        event.stop()
+        names = tuple(part.strip() for part in event.value.split(",") if part.strip())
+        if names == self.wizard.run.data:
+            return
+        self._going_on = False
+        self.wizard.change(dataclasses.replace(self.wizard.run, data=names))
+        self._show()
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        """Look once the person pauses, not at every key: a file may be large."""
+        if self._timer is not None:
+            self._timer.stop()
+        if self.wizard.run.data and self._look is None:
+            self._timer = self.set_timer(_PAUSE, self._look_now)
+
+    def _look_now(self) -> None:
+        run = self.wizard.run
+        if self._busy != run.data:
+            self._busy = run.data
+            self._show()
+            self._read(run)
+
+    @work(thread=True, group="data", exclusive=True, exit_on_error=False)
+    def _read(self, run: RunConfig) -> None:
+        try:
+            look = self.wizard.desk.look_at_data(run)
+        except Exception as error:  # noqa: BLE001  a library's error is the person's to read, not the screen's to die of
+            look = DataLook(run.data, problem=f"{type(error).__name__}: {error}")
+        self.app.call_from_thread(self._have, look)
+
+    def _have(self, look: DataLook) -> None:
+        if look.names != self.wizard.run.data:
+            return
+        self._busy = ()
+        self.wizard.use_data(look)
+        self._show()
+        if self._going_on:
+            self._going_on = False
+            self.wizard.action_next()
+
+    def _show(self) -> None:
+        look = self._look
+        if look is None:
+            reading = self._busy and self._busy == self.wizard.run.data
+            self._tell([("reading …", cells.DIM)] if reading else [])
+            return
+        lines = found_lines(look, self.wizard.run, max(20, self.wizard.size.width - 4))
+        self.query_one("#data-found", Static).update(self.text(cells.stack(lines)))
+
+    def _tell(self, parts: list[Part]) -> None:
+        self.query_one("#data-found", Static).update(self.text(cells.assemble(parts)))
+
+
+def found_lines(look: DataLook, run: RunConfig, width: int) -> list[Content]:
+    """Return what was found in the data, as lines; every text of theirs is made safe here."""
+    lines: list[Content] = []
+    if look.problem:
+        lines.append(cells.assemble([(f"✖ {one_line(look.problem, limit=400)}", cells.BAD)]))
+        if look.hint:
+            lines.append(cells.assemble([("  " + one_line(look.hint, limit=400), cells.DIM)]))
+    else:
+        tokens = f"  about {look.tokens:,} tokens" if look.tokens else ""
+        lines.append(cells.assemble([("✔ ", cells.GOOD), (f"{look.rows:,} rows", "bold"), (f"  {look.format}{tokens}", "")]))
+        if look.why:
+            lines.append(cells.assemble([("  " + one_line(look.why, limit=200), cells.DIM)]).truncate(width, ellipsis=True))
+    lines += _fault_lines(look, run, width)
+    lines.append(Content(" "))
+    for role, text in look.samples:
+        style = cells.MAIN if role == "assistant" else cells.DIM
+        parts: list[Part] = [(f"  {one_line(role, limit=12):<10}", style), (one_line(text, limit=400), "")]
+        lines.append(cells.assemble(parts).truncate(width, ellipsis=True))
+    return lines
+
+
+def _fault_lines(look: DataLook, run: RunConfig, width: int) -> list[Content]:
+    if not look.refused:
+        return []
+    if run.skip_bad_rows:
+        head: list[Part] = [
+            (f"▲ {look.refused:,} rows cannot be used and will be left out", cells.WARN),
+            ("   ctrl+o takes that back", cells.DIM),
+        ]
+    else:
+        head = [
+            (f"✖ {look.refused:,} rows cannot be used", cells.BAD),
+            ("   mend them, or ctrl+o goes on without them", cells.DIM),
+        ]
+    lines = [cells.assemble(head)]
+    lines += [cells.assemble([("  " + one_line(fault, limit=300), "")]).truncate(width, ellipsis=True) for fault in look.faults[:5]]
+    if look.refused > 5:
+        lines.append(cells.assemble([(f"  and {look.refused - 5:,} more: qlora-tui data PATH lists them", cells.DIM)]))
+    return lines

@@ -1,0 +1,262 @@
+"""All that the wizard asks of the engine, in one place; no torch behind any of it.
+
+Tests put another desk in its place. What reads a disk for long or asks a network is marked "slow": the wizard
+calls it on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora_tui.engine import budget, forecast, hub, machine, models, preset
+from qlora_tui.engine.budget import Budget, Fix
+from qlora_tui.engine.errors import ConfigError, EngineError
+from qlora_tui.engine.forecast import Before
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.places import place, replace_file
+from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
+
+DRAFT = "draft.toml"
+_CHARACTERS_A_TOKEN = 3.6
+_ROW_OVERHEAD = 12
+_SHOWN_ROWS = 6
+_SHOWN_FAULTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A ready-made run to begin from."""
+
+    name: str
+    title: str
+    why: str
+    card: str
+    run: RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model one could train: where it is, how big, and what to know before fetching it."""
+
+    name: str
+    spec: ModelSpec
+    place: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DataLook:
+    """What a data source holds; `problem` is set when it cannot be used at all."""
+
+    names: tuple[str, ...]
+    format: str = ""
+    why: str = ""
+    rows: int = 0
+    tokens: int = 0
+    samples: tuple[tuple[str, str], ...] = ()
+    faults: tuple[str, ...] = ()
+    refused: int = 0
+    problem: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run would need: memory, and time where the data are known."""
+
+    budget: Budget
+    time: Before | None = None
+    steps: int = 0
+    steps_per_epoch: int = 0
+
+
+@dataclass(slots=True)
+class Desk:
+    """The engine, as the wizard sees it."""
+
+    _machine: Machine | None = None
+    _specs: dict[tuple[str, str], ModelSpec] = field(default_factory=dict)
+
+    def machine(self) -> Machine:
+        """Return this machine, looked at once."""
+        if self._machine is None:
+            self._machine = machine.look()
+        return self._machine
+
+    def presets(self) -> list[Ready]:
+        """Return the ready-made runs, those that cannot be read left out."""
+        found = []
+        for name in preset.names():
+            try:
+                ready = preset.load(name)
+                run = preset.resolve(preset=name, config=None, flags={})
+            except EngineError:
+                continue
+            found.append(Ready(name, ready.title, ready.why, ready.card, run))
+        return found
+
+    def model(self, run: RunConfig) -> ModelSpec | None:
+        """Return the shape of the run's model where it is known without asking a network."""
+        name = run.model_name_or_path
+        if not name:
+            return None
+        known = self._specs.get((name, run.revision))
+        if known is None:
+            try:
+                known = models.from_folder(Path(name).expanduser()) if Path(name).expanduser().is_dir() else models.find(name)
+            except (EngineError, OSError):
+                return None
+        return known
+
+    def look_up(self, name: str, revision: str) -> ModelSpec:
+        """Return the shape of any model; slow, may ask the hub.
+
+        Raises:
+            EngineError: there is no such model, it is not supported, or the hub cannot be reached.
+        """
+        known = models.find(name) if not Path(name).expanduser().is_dir() else None
+        if known is None and name.startswith(BUILTIN):
+            raise ConfigError(f"no built-in model {name!r}", hint=f"there is {DEMO_MODEL}")
+        spec = known or models.from_folder(hub.small_files(name, revision).folder)
+        self._specs[name, revision] = spec
+        return spec
+
+    def models(self) -> list[ModelChoice]:
+        """Return models on this disk first, then the catalogue, smallest first; slow, reads the hub's cache."""
+        cached = _cached_models()
+        found = [ModelChoice(name, spec, "on disk") for name, spec in cached if spec is not None]
+        here = {choice.name for choice in found}
+        listed = sorted(models.entries(), key=lambda entry: entry.spec.params)
+        for entry in listed:
+            if entry.spec.name not in here:
+                note = "needs a licence accepted on the hub" if entry.gated else entry.licence
+                found.append(ModelChoice(entry.spec.name, entry.spec, "to fetch", note))
+        return found
+
+    def look_at_data(self, run: RunConfig) -> DataLook:
+        """Return what the run's data hold; slow, reads all of them."""
+        from qlora_tui.engine import data
+
+        try:
+            found = data.load(run, lenient=True)
+        except EngineError as error:
+            return DataLook(run.data, problem=str(error.problem.message), hint=error.problem.hint)
+        except (OSError, ValueError, ImportError) as error:
+            return DataLook(run.data, problem=f"{type(error).__name__}: {error}")
+        characters = sum(len(turn.content) for row in found.rows for turn in row.chat.turns)
+        turns = sum(len(row.chat.turns) for row in found.rows)
+        samples = tuple((turn.role, turn.content[:400]) for row in found.rows[:_SHOWN_ROWS] for turn in row.chat.turns[:4])
+        faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in found.refused[:_SHOWN_FAULTS])
+        return DataLook(
+            names=run.data,
+            format=found.format,
+            why=found.why,
+            rows=len(found.rows),
+            tokens=int(characters / _CHARACTERS_A_TOKEN) + _ROW_OVERHEAD * turns,
+            samples=samples,
+            faults=faults,
+            refused=len(found.refused),
+            problem="" if found.rows else "no row of it can be used",
+        )
+
+    def outlook(self, run: RunConfig, look: DataLook | None = None) -> Outlook | None:
+        """Return what `run` would need, or None while its model is not known."""
+        spec = self.model(run)
+        if spec is None:
+            return None
+        try:
+            needed = budget.estimate(spec, run, self.machine())
+        except EngineError:
+            return None
+        if look is None or not look.rows or look.problem:
+            return Outlook(needed)
+        rows, held = _split(run, look.rows)
+        per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
+        steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
+        each = look.tokens / look.rows
+        time = forecast.before(
+            spec,
+            run,
+            self.machine(),
+            tokens_per_epoch=int(each * rows),
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            holdout_tokens=int(each * held),
+        )
+        return Outlook(needed, time, steps, per_epoch)
+
+    def remedies(self, run: RunConfig) -> list[Fix]:
+        """Return what makes the run fit, cheapest first, or faster where it fits already."""
+        spec = self.model(run)
+        if spec is None:
+            return []
+        try:
+            needed = budget.estimate(spec, run, self.machine())
+            if needed.fits and not needed.tight:
+                return budget.tips(spec, run, self.machine())
+            return sorted(budget.fixes(spec, run, self.machine()), key=lambda fix: not fix.enough)
+        except EngineError:
+            return []
+
+    def save_draft(self, run: RunConfig) -> None:
+        """Keep an unfinished run for the next time; a disk that is full or read-only only loses the draft."""
+        try:
+            replace_file(place("state") / DRAFT, preset.to_toml(run))
+        except OSError:
+            return
+
+    def load_draft(self) -> RunConfig | None:
+        """Return the run that was left unfinished; None if there is none that can be read."""
+        try:
+            return from_values(preset.read_file(place("state") / DRAFT))
+        except (OSError, EngineError):
+            return None
+
+    def drop_draft(self) -> None:
+        """Forget the unfinished run: it has been started."""
+        try:
+            (place("state") / DRAFT).unlink(missing_ok=True)
+        except OSError:
+            return
+
+
+def _split(run: RunConfig, rows: int) -> tuple[int, int]:
+    """Return about how many rows are trained on and held out."""
+    used = min(rows, run.max_samples) if run.max_samples else rows
+    if run.eval_data:
+        return used, 0
+    held = int(run.val_set_size) if run.val_set_size >= 1 else round(used * run.val_set_size)
+    held = min(held, used - 1)
+    return used - held, held
+
+
+def _fault(row: int, line: int | None, field_name: str, reason: str) -> str:
+    where = f"row {row}" + (f" (line {line})" if line and line != row else "") + (f", {field_name}" if field_name else "")
+    return f"{where}: {reason}"
+
+
+@functools.cache
+def _cached_models() -> list[tuple[str, ModelSpec | None]]:
+    """Return models in the hub's cache, read from its folders alone: importing the hub's library costs more."""
+    found: dict[str, ModelSpec | None] = {}
+    for config in sorted(_hub_cache().glob("models--*/snapshots/*/config.json")):
+        name = config.parents[2].name.removeprefix("models--").replace("--", "/")
+        if not any(config.parent.glob("*.safetensors")):
+            continue
+        try:
+            found[name] = models.from_folder(config.parent)
+        except (EngineError, OSError):
+            continue
+    return list(found.items())
+
+
+def _hub_cache() -> Path:
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    home = os.environ.get("HF_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"

@@ -1,0 +1,104 @@
+"""Small windows over a screen: how to stop, and which keys there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import OptionList, Static
+from textual.widgets.option_list import Option
+
+from qlora_tui.tui.panels import cells
+
+Choice = Literal["stop", "detach", "abort", "cancel"]
+_CHOICES: dict[Choice, tuple[str, str]] = {
+    "stop": ("stop and save", "finish this step, save a checkpoint and the adapter"),
+    "detach": ("leave it running", "close the screen; training goes on"),
+    "abort": ("abort now", "lose what came after the last checkpoint"),
+    "cancel": ("back", "change nothing"),
+}
+
+
+class StopDialog(ModalScreen[Choice]):
+    """Ask how to leave a run; the first choice is what Enter takes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q", "choose('cancel')", "back"),
+        Binding("s", "choose('stop')", "stop and save", show=False),
+        Binding("d", "choose('detach')", "leave it running", show=False),
+    ]
+
+    def __init__(self, *, first: Choice = "stop") -> None:
+        """Offer all choices with `first` on top."""
+        super().__init__()
+        self._order: list[Choice] = [first, *(choice for choice in _CHOICES if choice != first)]
+
+    def compose(self) -> ComposeResult:
+        """Lay out the question and the choices."""
+        with Vertical(id="dialog"):
+            yield Static("This run is still training.", markup=False, classes="question")
+            yield OptionList(*[Option(self._line(choice), id=choice) for choice in self._order], compact=True)
+            yield Static("up/down choose   enter take   esc back", markup=False, classes="keys")
+
+    def on_mount(self) -> None:
+        """Put the cursor on the first choice."""
+        self.query_one(OptionList).focus()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Close with what was chosen."""
+        self.dismiss(self._order[event.option_index])
+
+    def action_choose(self, choice: Choice) -> None:
+        """Close with a choice made by key."""
+        self.dismiss(choice)
+
+    def _line(self, choice: Choice) -> Content:
+        name, meaning = _CHOICES[choice]
+        return Content.assemble((f"{name:<18}", "bold"), (meaning, cells.DIM))
+
+
+class HelpDialog(ModalScreen[None]):
+    """The keys of a screen, made from its bindings so that none can be missing."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter,f1", "dismiss", "close")]
+
+    def __init__(self, keys: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> None:
+        """Show `keys` as (key, what it does), then notes."""
+        super().__init__()
+        self._keys, self._notes = keys, notes
+
+    def compose(self) -> ComposeResult:
+        """Lay out the table."""
+        lines = [Content.assemble((f"{key:>10}  ", f"bold {cells.MAIN}"), meaning) for key, meaning in self._keys]
+        notes = [Content.styled(note, cells.DIM) for note in self._notes]
+        with Vertical(id="dialog"):
+            yield Static("Keys", markup=False, classes="question")
+            yield Static(cells.stack([*lines, *([Content("")] if notes else []), *notes]), markup=False)
+            yield Static("esc closes", markup=False, classes="keys")
+
+
+def keys_of(bindings: Sequence[BindingType]) -> list[tuple[str, str]]:
+    """Return (key, description) of bindings that say what they do."""
+    told = [binding for binding in bindings if isinstance(binding, Binding) and binding.description]
+    return [(binding.key_display or _key_words(binding.key), binding.tooltip or binding.description) for binding in told]
+
+
+_NAMES = {
+    "question_mark": "?",
+    "slash": "/",
+    "escape": "esc",
+    "full_stop": ".",
+    "pageup": "pgup",
+    "pagedown": "pgdn",
+    "left_square_bracket": "[",
+    "right_square_bracket": "]",
+}
+
+
+def _key_words(keys: str) -> str:
+    return " ".join(_NAMES.get(key, key.replace("ctrl+", "^")) for key in keys.split(",")[:2])

@@ -1,0 +1,89 @@
+"""The last page: what will run, in words and as a command, and the key that starts it."""
+
+from __future__ import annotations
+
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.widgets import Static
+
+from qlora_tui.engine.errors import Problem
+from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.desk import DataLook, Outlook
+from qlora_tui.tui.screens.pages import Page
+from qlora_tui.tui.screens.settings import show
+
+_LABEL = 12
+
+
+class GoPage(Page):
+    """A summary to read once, and Enter to start."""
+
+    title = "go"
+
+    def compose(self) -> ComposeResult:
+        """Lay out the summary and the place for faults."""
+        with VerticalScroll(id="go-scroll"):
+            yield Static("", markup=False, id="go-summary")
+            yield Static("", markup=False, id="go-faults", classes="fault")
+
+    def enter(self) -> None:
+        """Show the run as it is now."""
+        self.refresh_summary()
+        self.query_one("#go-scroll").focus()
+
+    def refresh_summary(self) -> None:
+        """Draw the summary again, such as after the cheapest fix was applied."""
+        wizard = self.wizard
+        lines = summary(wizard.run, wizard.outlook, wizard.data_look, wizard.command())
+        self.query_one("#go-summary", Static).update(self.text(cells.stack(lines)))
+
+    def say(self, news: str) -> None:
+        """Show what is happening, in place of faults."""
+        self.query_one("#go-faults", Static).update(self.text(Content.styled(news, cells.DIM)))
+
+    def show_problems(self, problems: list[Problem]) -> None:
+        """List what is wrong, all at once; nothing that was chosen is lost."""
+        lines: list[Content] = []
+        for problem in problems:
+            where = f"{one_line(problem.where, limit=120)}: " if problem.where else ""
+            lines.append(cells.assemble([("✖ ", cells.BAD), (where, "bold"), (one_line(problem.message, limit=600), cells.BAD)]))
+            if problem.hint:
+                lines.append(cells.assemble([("  " + one_line(problem.hint, limit=600), cells.DIM)]))
+        faults = self.query_one("#go-faults", Static)
+        faults.update(self.text(cells.stack(lines)))
+        self.call_after_refresh(faults.scroll_visible, animate=False)
+
+
+def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, command: str) -> list[Content]:
+    """Return the lines of the summary."""
+    base = "16-bit base" if run.method == "lora" else f"4-bit {run.bnb_4bit_quant_type} base"
+    rows = f"{look.rows:,} rows · " if look and look.rows else ""
+    held = f"{run.val_set_size:.0%} held out" if run.val_set_size < 1 else f"{run.val_set_size:.0f} rows held out"
+    if run.eval_data:
+        held = f"measured on {one_line(run.eval_data, limit=80)}"
+    steps = f"{outlook.steps:,} steps" if outlook and outlook.steps else f"{run.max_steps:,} steps" if run.max_steps else ""
+    passes = f"{run.num_train_epochs:g} epochs" if not run.max_steps else ""
+    size = f"{rows_per_step(run):,} rows a step ({run.per_device_train_batch_size} at once x {run.gradient_accumulation_steps})"
+    length = " · ".join(part for part in (steps, passes, size) if part)
+    rate = f"learning rate {show('learning_rate', run.learning_rate)}, {run.lr_scheduler_type}"
+    return [
+        _line("model", [(one_line(run.model_name_or_path, limit=120), "bold"), (f" · {base}", "")]),
+        _line("data", [(one_line(", ".join(run.data), limit=160), "bold"), (f" · {rows}{held}", "")]),
+        _line("adapter", [(f"rank {run.lora_r}, alpha {run.lora_alpha}, on {', '.join(run.lora_target_modules)}", "")]),
+        _line("training", [(length, "")]),
+        _line("", [(f"up to {run.max_length:,} tokens a row · {rate}", "")]),
+        _line("saved in", [(one_line(run.runs_dir, limit=120) + "/", "")]),
+        Content(" "),
+        Content.styled(" The same without screens:", cells.DIM),
+        Content.styled(f" {one_line(command, limit=4000)}", cells.MAIN),
+        Content(" "),
+        Content.assemble((" enter ", "bold reverse"), (" starts the run", "bold")),
+    ]
+
+
+def _line(label: str, parts: list[Part]) -> Content:
+    return cells.assemble([(f" {label:<{_LABEL}}", cells.DIM), *parts])

@@ -1,0 +1,182 @@
+"""The model page: what is on this disk, what can be fetched, or any folder or hub id typed in."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from qlora_tui.engine import units
+from qlora_tui.engine.errors import EngineError
+from qlora_tui.engine.spec import BUILTIN
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui import words
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.budgetbar import badge
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.desk import ModelChoice
+from qlora_tui.tui.screens.pages import Page
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.screens.wizard import WizardScreen
+
+
+class ModelPage(Page):
+    """A line to type in, and a list that it filters; the arrows move in the list while one types."""
+
+    title = "model"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "model", show=False),
+        Binding("down", "move(1)", "model", show=False),
+        Binding("pageup", "move(-8)", show=False),
+        Binding("pagedown", "move(8)", show=False),
+    ]
+
+    def __init__(self, wizard: WizardScreen) -> None:
+        """Start without a list; it is read on a thread."""
+        super().__init__(wizard)
+        self._choices: list[ModelChoice] = []
+        self._shown: list[ModelChoice] = []
+        self._failed = ""
+        self._moved = False
+        self._looking = ""
+
+    def compose(self) -> ComposeResult:
+        """Lay out the line and the list."""
+        yield Static("Which model? Type a folder or a hub id, or pick one.", markup=False, classes="question")
+        yield Input(placeholder="such as Qwen/Qwen3-4B or ./my-model", id="model-name", compact=True)
+        yield Static("", markup=False, id="model-fault", classes="fault")
+        models = OptionList(id="models", compact=True)
+        models.can_focus = False
+        yield models
+
+    def enter(self) -> None:
+        """Show the run's model and take the focus."""
+        self._moved = False
+        box = self.query_one("#model-name", Input)
+        box.value = self.wizard.run.model_name_or_path
+        box.cursor_position = len(box.value)
+        box.focus()
+        self._fill()
+        if not self._choices:
+            self._gather()
+
+    def commit(self) -> bool:
+        """Take the typed or the picked model; one that is not known yet is looked up first, on a thread."""
+        name = self._named()
+        if not name:
+            self._say("name a model: a folder, a hub id, or one of the list")
+            return False
+        run = dataclasses.replace(self.wizard.run, model_name_or_path=name)
+        if self.wizard.desk.model(run) is not None:
+            self._say("")
+            self.wizard.change(run)
+            return True
+        if self._looking != name:
+            self._looking = name
+            self._say("", f"looking for {one_line(name, limit=80)} …")
+            self._look_up(name, run.revision)
+        return False
+
+    def action_move(self, lines: int) -> None:
+        """Move in the list while the line keeps the focus."""
+        listed = self.query_one(OptionList)
+        if not listed.option_count:
+            return
+        at = listed.highlighted
+        listed.highlighted = max(0, min(listed.option_count - 1, (at + lines) if at is not None else 0))
+        self._moved = True
+        self._preview()
+
+    @on(Input.Changed, "#model-name")
+    def _typed_in(self, event: Input.Changed) -> None:
+        event.stop()
+        self._moved = False
+        self._say("")
+        self._fill()
+        self._preview()
+
+    @on(OptionList.OptionSelected, "#models")
+    def _clicked(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        self._moved = True
+        self.query_one(OptionList).highlighted = event.option_index
+        self._preview()
+
+    def _named(self) -> str:
+        """Return the model meant: the one moved to, else what is typed, else the only match."""
+        typed = self.query_one("#model-name", Input).value.strip()
+        at = self.query_one(OptionList).highlighted
+        picked = self._shown[at].name if at is not None and at < len(self._shown) else ""
+        if self._moved and picked:
+            return picked
+        exact = any(choice.name == typed for choice in self._choices) or typed.startswith(BUILTIN)
+        if exact or not picked or "/" in typed or Path(typed).expanduser().exists():
+            return typed
+        return picked if len(self._shown) == 1 else typed
+
+    def _preview(self) -> None:
+        name = self._named()
+        if name != self.wizard.run.model_name_or_path:
+            self.wizard.change(dataclasses.replace(self.wizard.run, model_name_or_path=name))
+
+    @work(thread=True, group="models", exclusive=True, exit_on_error=False)
+    def _gather(self) -> None:
+        found = self.wizard.desk.models()
+        self.app.call_from_thread(self._have, found)
+
+    def _have(self, found: list[ModelChoice]) -> None:
+        self._choices = found
+        self._fill()
+
+    @work(thread=True, group="look-up", exclusive=True, exit_on_error=False)
+    def _look_up(self, name: str, revision: str) -> None:
+        problem = ""
+        try:
+            self.wizard.desk.look_up(name, revision)
+        except EngineError as error:
+            problem = str(error.problem)
+        except Exception as error:  # noqa: BLE001  a library's error is the person's to read, not the screen's to die of
+            problem = f"{type(error).__name__}: {error}"
+        self.app.call_from_thread(self._looked_up, name, problem)
+
+    def _looked_up(self, name: str, problem: str) -> None:
+        self._looking = ""
+        if name != self._named():
+            return
+        self._say(problem)
+        self.wizard.change(dataclasses.replace(self.wizard.run, model_name_or_path=name))
+        if not problem:
+            self.wizard.action_next()
+
+    def _fill(self) -> None:
+        typed = self.query_one("#model-name", Input).value.strip().casefold()
+        known = any(choice.name.casefold() == typed for choice in self._choices)
+        self._shown = [choice for choice in self._choices if known or typed in choice.name.casefold()]
+        listed = self.query_one(OptionList)
+        listed.clear_options()
+        listed.add_options([Option(self.text(self._line(choice))) for choice in self._shown])
+        at = next((index for index, choice in enumerate(self._shown) if choice.name.casefold() == typed), None)
+        listed.highlighted = at if at is not None else 0 if self._shown and typed else None
+
+    def _line(self, choice: ModelChoice) -> Content:
+        run = dataclasses.replace(self.wizard.run, model_name_or_path=choice.name)
+        outlook = self.wizard.desk.outlook(run)
+        name = one_line(choice.name, limit=42)
+        parts: list[Part] = [(f"{name:<43}", ""), (f"{units.billions(choice.spec.params):>6}", "")]
+        if outlook:
+            mark = badge(outlook.budget)
+            parts += [(f"  {words.gib(outlook.budget.total_bytes):>9}  ", cells.DIM), (f"{mark[0]:<10}", mark[1])]
+        note = choice.place + (f" · {one_line(choice.note, limit=60)}" if choice.note else "")
+        return cells.assemble([*parts, (note, cells.DIM)])
+
+    def _say(self, fault: str, news: str = "") -> None:
+        line = [(f"✖ {one_line(fault, limit=300)}", cells.BAD)] if fault else [(news, cells.DIM)] if news else []
+        self.query_one("#model-fault", Static).update(self.text(cells.assemble(line)))

@@ -1,0 +1,97 @@
+"""The numbers page: every setting that matters, its cost in memory told as it changes."""
+
+from __future__ import annotations
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.widgets import Static
+
+from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui import words
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.screens.fields import FieldRow
+from qlora_tui.tui.screens.pages import Page
+from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
+
+
+class NumbersPage(Page):
+    """Fields in one column; the sentence about the current one stands beneath."""
+
+    title = "numbers"
+
+    def compose(self) -> ComposeResult:
+        """Lay out the fields; the rarer ones follow below a line."""
+        with VerticalScroll(can_focus=False, id="fields"):
+            for setting in MAIN:
+                yield FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
+            yield Static("", markup=False, id="more-line")
+            for setting in MORE:
+                yield FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
+        yield Static("", markup=False, id="field-help")
+
+    def on_mount(self) -> None:
+        """Write the line between the usual and the rarer fields."""
+        line = Content.styled(" ── rarely changed ──", cells.DIM)
+        self.query_one("#more-line", Static).update(self.text(line))
+
+    def enter(self) -> None:
+        """Show the run as it is and go to the first field."""
+        self.use(self.wizard.run)
+        self.query(FieldRow).first().focus()
+
+    def use(self, run: RunConfig) -> None:
+        """Show another run in every field."""
+        for field in self.query(FieldRow):
+            field.use(run, note_of(field.setting, run))
+
+    def commit(self) -> bool:
+        """Go on only when no field holds something that is not a value."""
+        wrong = next((field for field in self.query(FieldRow) if field.fault), None)
+        if wrong is not None:
+            wrong.focus()
+        return wrong is None
+
+    @on(FieldRow.Changed)
+    def _field_changed(self, event: FieldRow.Changed) -> None:
+        event.stop()
+        self.wizard.change(event.run)
+        self.use(event.run)
+        focused = next((field for field in self.query(FieldRow) if field.has_focus), None)
+        if focused is not None:
+            self._explain(focused.setting)
+
+    @on(FieldRow.Entered)
+    def _field_entered(self, event: FieldRow.Entered) -> None:
+        event.stop()
+        self._explain(event.setting)
+
+    def _explain(self, setting: Setting) -> None:
+        parts = [(f" {setting.help}", "")]
+        costs = self._cost(setting)
+        if costs:
+            parts += [("  ", ""), (costs, cells.MAIN)]
+        self.query_one("#field-help", Static).update(self.text(cells.assemble(parts)))
+
+    def _cost(self, setting: Setting) -> str:
+        """Say what one value more would do to memory, by asking the budget."""
+        run = self.wizard.run
+        after = setting.stepped(run, 1)
+        now, then = self.wizard.desk.outlook(run), self.wizard.desk.outlook(after)
+        if now is None or then is None or after == run:
+            return ""
+        change = then.budget.total_bytes - now.budget.total_bytes
+        if abs(change) < 1 << 20:
+            return "Memory stays the same."
+        return f"{one_line(setting.shown(after))}: {'+' if change > 0 else '-'}{words.size(abs(change))} of memory."
+
+
+def note_of(setting: Setting, run: RunConfig) -> str:
+    """Return the half-sentence beside a field; some depend on the run."""
+    if setting.name == "gradient_accumulation_steps":
+        return f"{rows_per_step(run):,} rows a step; costs no memory"
+    if setting.name == "num_train_epochs" and run.max_steps:
+        return f"{run.max_steps:,} steps at most"
+    return setting.note

@@ -1,0 +1,317 @@
+"""The run screen: follows a run's journal, wherever that run lives, and leaves wishes for it.
+
+It holds no reference to the run itself. Four times a second at most it reads what was appended, folds it and lets
+each panel draw; a panel sends cells only when they changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.screen import Screen
+from textual.widgets import Footer, Input
+
+from qlora_tui.engine.errors import JournalError
+from qlora_tui.engine.events import decode
+from qlora_tui.engine.journal import EVENTS, Tail, is_running, leave_wish
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui.panels.base import Panel, View
+from qlora_tui.tui.panels.device import DevicePanel
+from qlora_tui.tui.panels.findings import FindingsPanel
+from qlora_tui.tui.panels.log import LogPanel
+from qlora_tui.tui.panels.loss import LossPanel
+from qlora_tui.tui.panels.memory import MemoryPanel
+from qlora_tui.tui.panels.scorecard import ScorecardPanel
+from qlora_tui.tui.panels.status import StatusLine
+from qlora_tui.tui.panels.summary import SummaryPanel
+from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog, keys_of
+from qlora_tui.tui.state import RunState, fold
+
+TICK = 0.25
+_BLOCK = 1 << 18
+_READ_FOR = 0.1
+_SILENT = 5.0
+PANELS = ("loss", "memory", "device", "findings", "log")
+
+Leave = Callable[[str], None]
+
+
+class RunScreen(Screen[None]):
+    """One run, live or finished."""
+
+    AUTO_FOCUS = ""  # keys belong to the screen; the search line takes the focus only when asked for
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-short"), (20, "-usual"), (30, "-tall")]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("s", "stop", "stop", tooltip="stop: choose how"),
+        Binding("d", "detach", "leave running", tooltip="close the screen; training goes on"),
+        Binding("k", "save", "save now", tooltip="save a checkpoint at the next safe point"),
+        Binding("z", "zoom", "zoom", tooltip="make one panel fill the screen, or back"),
+        Binding("y", "log_y", "log scale", tooltip="logarithmic loss axis, or back"),
+        Binding("slash", "find", "find", key_display="/", tooltip="show only log lines with some words"),
+        Binding("question_mark", "help", "help", key_display="?"),
+        Binding("q", "leave", "quit", show=False, tooltip="leave; asks first while the run is training"),
+        Binding("1", "panel(0)", "panel", show=False, key_display="1-5", tooltip="show one panel alone, or back"),
+        Binding("2", "panel(1)", show=False),
+        Binding("3", "panel(2)", show=False),
+        Binding("4", "panel(3)", show=False),
+        Binding("5", "panel(4)", show=False),
+        Binding("escape", "back", "back", show=False, key_display="esc", tooltip="one level back"),
+        Binding("up,j", "scroll(1)", show=False),
+        Binding("down", "scroll(-1)", show=False),
+        Binding("pageup", "scroll(10)", show=False),
+        Binding("pagedown", "scroll(-10)", show=False),
+        Binding("home,g", "scroll(100000)", show=False),
+        Binding("end,G", "scroll(-100000)", show=False),
+    ]
+
+    def __init__(self, folder: Path, leave: Leave, *, owned: bool, readonly: bool, ascii_only: bool) -> None:
+        """Follow the run in `folder`.
+
+        Args:
+            folder: the run's folder; its journal need not exist yet.
+            leave: closes the screen with a reason: "quit", "detached" or "finished".
+            owned: the run lives in this process, so leaving means to stop it or to let it go on unseen.
+            readonly: leave no wishes.
+            ascii_only: draw without anything beyond ASCII.
+        """
+        super().__init__()
+        self.folder, self.owned, self.readonly = folder, owned, readonly
+        self.state = RunState(run_id=folder.name)
+        self.view = View(now=time.time(), ascii_only=ascii_only, readonly=readonly)
+        self._leave = leave
+        self._tail = Tail(folder / EVENTS)
+        self._opened = time.time()
+        self._checked = 0.0
+        self._selected = 0
+        self._leave_at_end = False
+        self.behind = True
+
+    def compose(self) -> ComposeResult:
+        """Lay out the panels; what is seen of them at which size is in the style sheet."""
+        yield StatusLine(id="status")
+        yield SummaryPanel(id="summary")
+        yield LossPanel(id="loss")
+        with Horizontal(id="meters"):
+            yield MemoryPanel(id="memory")
+            yield DevicePanel(id="device")
+        yield ScorecardPanel(id="scorecard")
+        yield FindingsPanel(id="findings")
+        yield LogPanel(id="log")
+        yield Input(placeholder="words to look for in the log", id="find", compact=True)
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        """Show what is there, then look again four times a second."""
+        self.set_class(self.view.ascii_only, "-ascii")
+        self.query_one("#find", Input).display = False
+        self._choose_panel(0)
+        self.look()
+        self.set_interval(TICK, self.look)
+
+    def look(self) -> None:
+        """Read what was appended, fold it, and draw; a long history is read in slices so that keys still answer."""
+        now = time.time()
+        try:
+            self._read()
+        except JournalError as error:
+            self.app.notify(one_line(error), severity="error", timeout=30, markup=False)
+            self._leave("quit")
+            return
+        self.view = replace(self.view, now=now, lost=self._is_lost(now))
+        if self.state.finished and self._leave_at_end:
+            self._leave("finished")
+            return
+        self.draw()
+
+    def draw(self) -> None:
+        """Let every panel draw the state as it is."""
+        ended = self.state.finished is not None or self.view.lost
+        self.set_class(ended, "-ended")
+        self.set_class(bool(self.state.warnings), "-warned")
+        for panel in self.query(Panel):
+            panel.show(self.state, self.view)
+        self.refresh_bindings()
+
+    @property
+    def running(self) -> bool:
+        """Say whether there is still a run to stop."""
+        return self.state.finished is None and not self.view.lost
+
+    def interrupt(self) -> bool:
+        """Ask the run to stop and save, at once; return False if it was asked already, so that the caller aborts."""
+        if not self.running or self.readonly:
+            self._leave("finished" if self.state.finished else "quit")
+            return True
+        if self.view.stopping:
+            return False
+        self._leave_at_end = self.owned
+        self._wish("stop")
+        return True
+
+    def leave_when_finished(self) -> None:
+        """Close the screen as soon as the run has written its last word."""
+        self._leave_at_end = True
+        self.view = replace(self.view, stopping=True)
+
+    def abort(self) -> None:
+        """Ask the run to end at once."""
+        self._wish("abort")
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer no key that would do nothing."""
+        if action in ("stop", "save"):
+            return self.running and not self.readonly
+        if action == "detach":
+            return self.running
+        return True
+
+    def action_stop(self) -> None:
+        """Ask how to stop."""
+        self.app.push_screen(StopDialog(), self._chosen)
+
+    def action_leave(self) -> None:
+        """Leave; a run that trains in this process, or that this viewer may steer, is asked about first."""
+        if not self.running:
+            self._leave("finished" if self.state.finished else "quit")
+        elif self.readonly:
+            self._leave("quit")
+        else:
+            self.app.push_screen(StopDialog(first="stop" if self.owned else "detach"), self._chosen)
+
+    def action_detach(self) -> None:
+        """Close the screen and let the run go on."""
+        self._leave("detached")
+
+    def action_save(self) -> None:
+        """Ask for a checkpoint."""
+        self._wish("save")
+
+    def action_log_y(self) -> None:
+        """Switch the loss axis between linear and logarithmic."""
+        self.view = replace(self.view, log_y=not self.view.log_y)
+        self.draw()
+
+    def action_zoom(self) -> None:
+        """Make the chosen panel fill the screen, or go back."""
+        self._zoom("" if self.view.zoomed else PANELS[self._selected])
+
+    def action_panel(self, index: int) -> None:
+        """Show panel `index` alone; the same key again goes back."""
+        again = self._selected == index and self.view.zoomed == PANELS[index]
+        self._choose_panel(index)
+        self._zoom("" if again else PANELS[index])
+
+    def action_back(self) -> None:
+        """Go one level back: the search first, then the zoom, then out of a finished run."""
+        if self.view.needle or self.query_one("#find", Input).display:
+            self._search("")
+        elif self.view.zoomed:
+            self._zoom("")
+        elif not self.running:
+            self.action_leave()
+
+    def action_find(self) -> None:
+        """Ask for words, and show only log lines that hold them."""
+        box = self.query_one("#find", Input)
+        box.display = True
+        box.focus()
+        self.action_panel(4) if self.view.zoomed != "log" else None
+
+    def action_scroll(self, lines: int) -> None:
+        """Scroll the zoomed panel; up is back in time."""
+        down = self.view.zoomed == "findings"
+        most = len(self.state.log) if not down else 4 * len(self.state.findings)
+        step = -lines if down else lines
+        self.view = replace(self.view, scroll=max(0, min(most, self.view.scroll + step)))
+        self.draw()
+
+    def action_help(self) -> None:
+        """Show the keys."""
+        notes = ["Ctrl+C stops and saves at once; a second Ctrl+C ends without saving.", one_line(f"This run: {self.folder}")]
+        self.app.push_screen(HelpDialog(keys_of(self.BINDINGS), notes))
+
+    @on(Input.Changed, "#find")
+    def _search_changed(self, event: Input.Changed) -> None:
+        self.view = replace(self.view, needle=event.value, scroll=0)
+        self.draw()
+
+    @on(Input.Submitted, "#find")
+    def _search_entered(self) -> None:
+        self.query_one("#find", Input).display = False
+        self.set_focus(None)
+
+    def _search(self, needle: str) -> None:
+        box = self.query_one("#find", Input)
+        box.value, box.display = needle, False
+        self.set_focus(None)
+        self.view = replace(self.view, needle=needle, scroll=0)
+        self.draw()
+
+    def _choose_panel(self, index: int) -> None:
+        self._selected = index
+        for at, name in enumerate(PANELS):
+            self.query_one(f"#{name}", Panel).set_class(at == index, "-chosen")
+
+    def _zoom(self, name: str) -> None:
+        self.view = replace(self.view, zoomed=name, scroll=0)
+        self.set_class(bool(name), "-zoomed")
+        for panel in PANELS:
+            self.query_one(f"#{panel}", Panel).set_class(panel == name, "-only")
+        self.query_one("#meters").set_class(name in ("memory", "device"), "-only")
+        self.call_after_refresh(self.draw)
+
+    def _chosen(self, choice: Choice | None) -> None:
+        if choice == "stop":
+            self._wish("stop")
+        elif choice == "abort":
+            self.abort()
+        elif choice == "detach":
+            self._leave("detached")
+
+    def _wish(self, name: str) -> None:
+        if self.readonly or not self.running:
+            return
+        try:
+            leave_wish(self.folder, name, attempt=self.state.attempt)
+        except OSError as error:
+            self.app.notify(f"could not ask the run to {name}: {one_line(error)}", severity="error", markup=False)
+            return
+        if name in ("stop", "abort"):
+            self.view = replace(self.view, stopping=True)
+            self.draw()
+        else:
+            self.app.notify("a checkpoint will be saved at the next safe point", timeout=4, markup=False)
+
+    def _read(self) -> None:
+        """Fold what is new; `behind` says that there is more than one look may take."""
+        until = time.monotonic() + _READ_FOR
+        self.behind = True
+        while lines := self._tail.lines(_BLOCK):
+            for line in lines:
+                record = decode(line)
+                if record is not None:
+                    self.state = fold(self.state, record)
+            if time.monotonic() > until:
+                break
+        else:
+            self.behind = False
+        if self.state.finished:
+            self.view = replace(self.view, stopping=False)
+
+    def _is_lost(self, now: float) -> bool:
+        """Say whether the run ended without a last word: its lock is free and nothing came for a while."""
+        if self.state.finished or now - max(self._opened, self.state.t) < _SILENT:
+            return False
+        if now - self._checked < 1.0:
+            return self.view.lost
+        self._checked = now
+        return not is_running(self.folder)

@@ -1,0 +1,146 @@
+"""The settings of the numbers page: how each is shown, stepped with the arrows, and read from what is typed.
+
+Types, bounds and help come from the one table of keys; only the short label, the ladder of usual values and the
+half-sentence beside the field live here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_tui.engine.errors import ConfigError, Problem
+from qlora_tui.engine.spec import KEYS, RunConfig, Value, problems, read_text, values_of
+from qlora_tui.engine.units import words
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field: a key, its short label, the values the arrows go through, and a half-sentence of advice."""
+
+    name: str
+    label: str
+    note: str = ""
+    ladder: tuple[float, ...] = ()
+
+    @property
+    def help(self) -> str:
+        """Return the sentence of the key's help."""
+        return KEYS[self.name].help
+
+    @property
+    def typed(self) -> bool:
+        """Say whether the field takes typing; a choice only takes arrows."""
+        return not KEYS[self.name].choices and KEYS[self.name].kind != "flag"
+
+    def shown(self, run: RunConfig) -> str:
+        """Return the value as a person reads it."""
+        return show(self.name, values_of(run)[self.name])
+
+    def stepped(self, run: RunConfig, direction: int) -> RunConfig:
+        """Return the run one value further; at the end of a ladder it stays as it is."""
+        key, now = KEYS[self.name], values_of(run)[self.name]
+        if key.kind == "flag":
+            return _with(run, self.name, not now)
+        if key.choices:
+            at = key.choices.index(str(now)) if str(now) in key.choices else 0
+            return _with(run, self.name, key.choices[(at + direction) % len(key.choices)])
+        if not self.ladder or not isinstance(now, (int, float)):
+            return run
+        beyond = (
+            [step for step in self.ladder if step > now * (1 + 1e-9)] if direction > 0 else [x for x in self.ladder if x < now * (1 - 1e-9)]
+        )
+        if not beyond:
+            return run
+        chosen = min(beyond) if direction > 0 else max(beyond)
+        return _with(run, self.name, int(chosen) if key.kind == "integer" else float(chosen))
+
+    def read(self, run: RunConfig, text: str) -> RunConfig:
+        """Return the run with what was typed.
+
+        Raises:
+            ConfigError: the text is not of the key's type, or out of its bounds.
+        """
+        changed = _with(run, self.name, read_text(KEYS[self.name], text))
+        fault = next((problem for problem in problems(changed) if problem.where == self.name), None)
+        if fault is not None:
+            raise ConfigError(fault.message, hint=fault.hint)
+        return changed
+
+
+class Base(Setting):
+    """How the base model is held: method and 4-bit type are one question to a person."""
+
+    __slots__ = ()
+    _OPTIONS: Sequence[tuple[str, str, str]] = (
+        ("4-bit nf4", "qlora", "nf4"),
+        ("4-bit fp4", "qlora", "fp4"),
+        ("16-bit", "lora", ""),
+    )
+
+    def shown(self, run: RunConfig) -> str:
+        """Return the kind of base."""
+        return "16-bit" if run.method == "lora" else f"4-bit {run.bnb_4bit_quant_type}"
+
+    def stepped(self, run: RunConfig, direction: int) -> RunConfig:
+        """Return the run with the next kind of base."""
+        names = [name for name, _, _ in self._OPTIONS]
+        _, method, kind = self._OPTIONS[(names.index(self.shown(run)) + direction) % len(names)]
+        return dataclasses.replace(run, method=method, bnb_4bit_quant_type=kind or run.bnb_4bit_quant_type)
+
+
+MAIN: tuple[Setting, ...] = (
+    Setting("lora_r", "rank", "what the adapter can learn", (2, 4, 8, 16, 32, 64, 128, 256)),
+    Setting("max_length", "max length", "tokens; longer rows are dropped", (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)),
+    Setting("per_device_train_batch_size", "rows at once", "more is faster, costs memory", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)),
+    Setting("gradient_accumulation_steps", "times", "rows a step, costs no memory", (1, 2, 4, 8, 16, 32, 64)),
+    Setting("num_train_epochs", "epochs", "most tasks peak after 1-2", (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 8, 10)),
+    Setting("learning_rate", "learning rate", "1e-4 to 3e-4 is usual", (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)),
+    Setting("gradient_checkpointing", "checkpointing", "less memory, about a third slower"),
+    Base("method", "base model", "4-bit takes a quarter of the memory"),
+)
+MORE: tuple[Setting, ...] = (
+    Setting("lora_alpha", "alpha", "one or two times the rank", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)),
+    Setting("lora_dropout", "dropout", "0 is fine for most", (0.0, 0.05, 0.1, 0.2)),
+    Setting("lora_target_modules", "layers", "all-linear is the usual choice"),
+    Setting("optim", "optimizer", "auto picks for the device"),
+    Setting("lr_scheduler_type", "schedule", "how the learning rate falls"),
+    Setting("warmup_steps", "warm-up", "a share of the steps, or a count", (0.0, 0.03, 0.05, 0.1, 0.2)),
+    Setting("max_steps", "max steps", "0: by epochs", (0, 10, 30, 100, 300, 1000, 3000)),
+    Setting("max_time", "max time", "stop and save after this; 0: no limit", (0.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0)),
+    Setting("val_set_size", "held out", "a share, or a number of rows", (0.02, 0.05, 0.1, 0.2)),
+    Setting("bnb_4bit_use_double_quant", "double quant", "saves 0.37 bits a weight"),
+    Setting("memory_limit_gib", "memory limit", "GiB; 0: all of the device", (0.0, 8.0, 12.0, 16.0, 24.0, 40.0, 48.0, 80.0)),
+    Setting("seed", "seed", "same seed, same run", (0, 1, 2, 3, 42)),
+)
+
+
+def show(name: str, value: Value) -> str:
+    """Return a value of the key `name` as a person reads it.
+
+    >>> show("learning_rate", 2e-4), show("gradient_checkpointing", True), show("max_time", 5400.0)
+    ('2e-4', 'on', '1 h 30 min')
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if KEYS[name].kind == "duration" and isinstance(value, (int, float)):
+        return words(value) if value else "0"
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-").replace("e+0", "e") if value >= 1e-3 or not value else _power(value)
+    return str(value)
+
+
+def _power(value: float) -> str:
+    return f"{value:.2e}".replace("e-0", "e-").replace(".00e", "e").replace("0e-", "e-")
+
+
+def _with(run: RunConfig, name: str, value: Value) -> RunConfig:
+    return dataclasses.replace(run, **{name: value})  # type: ignore[arg-type]  # read and bounded by the table
+
+
+def faults_of(run: RunConfig, name: str) -> list[Problem]:
+    """Return what is wrong with one key of `run`."""
+    return [problem for problem in problems(run) if problem.where == name]

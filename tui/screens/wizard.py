@@ -1,0 +1,284 @@
+"""The wizard: five pages that change one run, with its cost at the foot of every page.
+
+Nothing is lost by going back, by an error at the start, or by leaving: an unfinished run is kept as a draft and
+offered the next time (never for a demo).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.screen import Screen
+from textual.widgets import ContentSwitcher, Footer, Static
+
+from qlora_tui.engine.budget import Fix
+from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem
+from qlora_tui.engine.spec import RunConfig, from_values, problems, values_of
+from qlora_tui.engine.text import one_line, redact
+from qlora_tui.tui import words
+from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.budgetbar import draw_outlook
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.command import equivalent
+from qlora_tui.tui.screens.data import DataPage
+from qlora_tui.tui.screens.desk import DataLook, Desk, Outlook
+from qlora_tui.tui.screens.dialogs import HelpDialog, keys_of
+from qlora_tui.tui.screens.go import GoPage
+from qlora_tui.tui.screens.model import ModelPage
+from qlora_tui.tui.screens.numbers import NumbersPage
+from qlora_tui.tui.screens.pages import GoalPage, Page
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import TunerApp
+
+STEPS = ("goal", "model", "data", "numbers", "go")
+
+
+class WizardScreen(Screen[None]):
+    """Goal, model, data, numbers, go."""
+
+    app: TunerApp
+
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (14, "-short"), (22, "-usual")]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "next", "next", priority=True, tooltip="go on; on the last page: start the run"),
+        Binding("escape", "previous", "back", key_display="esc", tooltip="one page back; nothing is lost"),
+        Binding("f", "fix", "tip", tooltip="apply what stands under the memory bar"),
+        Binding("c", "copy", "copy command", tooltip="copy the command, where the terminal allows it"),
+        Binding("question_mark", "help", "help", key_display="?"),
+        Binding("f1", "help", show=False),
+        Binding("q", "app.leave", "quit", tooltip="leave; an unfinished run is kept for the next time"),
+    ]
+
+    def __init__(
+        self, desk: Desk, given: RunConfig | None, *, start: Callable[[RunConfig], Path] | None, demo: bool, ascii_only: bool
+    ) -> None:
+        """Begin with `given`, what the command line already says.
+
+        Args:
+            desk: the engine, as the wizard sees it.
+            given: prefilled values; the pages change them.
+            start: checks and starts a run and returns its folder.
+            demo: the run is complete, so Enter alone walks through; no draft is read or kept.
+            ascii_only: draw without anything beyond ASCII.
+        """
+        super().__init__()
+        self.desk, self.demo, self.ascii_only = desk, demo, ascii_only
+        self.run = given or RunConfig()
+        self.data_look: DataLook | None = None
+        self.outlook: Outlook | None = None
+        self._given, self._start = given, start
+        self._preset = "demo" if demo else ""
+        self._preset_run: RunConfig | None = None
+        self._page = 0
+        self._changed = False
+        self._advice: Fix | None = None
+        self._told_ready = False
+        self.starting = False
+        self.stop_at_start = False
+
+    def compose(self) -> ComposeResult:
+        """Lay out the steps, the pages and the bar."""
+        yield Static("", markup=False, id="steps")
+        with ContentSwitcher(initial="page-goal", id="pages"):
+            yield GoalPage(self, self._given)
+            yield ModelPage(self)
+            yield DataPage(self)
+            yield NumbersPage(self)
+            yield GoPage(self)
+        yield Static("", markup=False, id="outlook")
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        """Show the first page."""
+        self.set_class(self.ascii_only, "-ascii")
+        self._show_page(0)
+        self.redraw()
+
+    def on_resize(self) -> None:
+        """Draw again for the new size."""
+        self.redraw()
+
+    @property
+    def page(self) -> Page:
+        """Return the page in sight."""
+        return self.query_one(f"#page-{STEPS[self._page]}", Page)
+
+    def begin(self, run: RunConfig, preset: str) -> None:
+        """Start over from `run`, a ready-made one called `preset` or one of the person's own."""
+        self._preset, self._preset_run = preset, run if preset else None
+        self._changed = False
+        self._use(run)
+
+    def preview(self, run: RunConfig) -> None:
+        """Show what `run` would need without taking it yet."""
+        self.run = run
+        self.redraw()
+
+    def change(self, run: RunConfig) -> None:
+        """Take a changed run and show its cost at once."""
+        if run != self.run:
+            self._changed = True
+            self._use(run)
+
+    def use_data(self, look: DataLook) -> None:
+        """Remember what the data hold; times follow from it."""
+        self.data_look = look
+        self.redraw()
+
+    def command(self) -> str:
+        """Return the command that does the same without screens."""
+        return equivalent(self.run, preset=self._preset, base=self._preset_run)
+
+    def action_next(self) -> None:
+        """Go on, or start the run on the last page."""
+        if self.starting or not self.page.commit():
+            return
+        self._keep_draft()
+        if self._page == len(STEPS) - 1:
+            self._go()
+        else:
+            self._show_page(self._page + 1)
+
+    def action_previous(self) -> None:
+        """Go one page back."""
+        if not self.starting and self._page > 0:
+            self._show_page(self._page - 1)
+
+    def action_fix(self) -> None:
+        """Apply the cheapest change that the bar offers."""
+        if self._advice is None or self.starting:
+            return
+        self.change(from_values(values_of(self.run) | dict(self._advice.values)))
+        self._refresh_page()
+
+    def action_copy(self) -> None:
+        """Send the command to the terminal's clipboard; whether it took it cannot be known."""
+        self.app.copy_to_clipboard(self.command())
+        self.app.notify("sent to the terminal's clipboard, where it allows that", timeout=3, markup=False)
+
+    def action_help(self) -> None:
+        """Show the keys."""
+        fields = [("up down", "go to another field"), ("left right", "change a value"), ("letters", "type a value over the old one")]
+        notes = ["The memory bar is an estimate; the run screen shows what is really used."]
+        self.app.push_screen(HelpDialog([*fields, *keys_of(self.BINDINGS)], notes))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer only the keys that do something on this page."""
+        if action == "copy":
+            return self._page == len(STEPS) - 1
+        if action == "fix":
+            return self._advice is not None
+        if action == "previous":
+            return self._page > 0
+        return True
+
+    def redraw(self) -> None:
+        """Draw the steps and the bar for the run as it is."""
+        if not self.is_mounted:
+            return
+        self.outlook = self.desk.outlook(self.run, self._data_of_run())
+        remedies = self.desk.remedies(self.run) if self.outlook else []
+        self._advice = remedies[0] if remedies else None
+        width = max(20, self.size.width - 2)
+        waiting = ""
+        if self.run.model_name_or_path and self.outlook is None:
+            waiting = "the size of this model is not known yet: enter looks it up"
+        bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting)
+        self._put("#outlook", bar)
+        self._put("#steps", self._steps(width))
+        self.refresh_bindings()
+
+    def _use(self, run: RunConfig) -> None:
+        self.run = run
+        self.redraw()
+
+    def _data_of_run(self) -> DataLook | None:
+        look = self.data_look
+        return look if look is not None and look.names == self.run.data else None
+
+    def _put(self, where: str, content: Content) -> None:
+        self.query_one(where, Static).update(cells.plain_ascii(content) if self.ascii_only else content, layout=False)
+
+    def _steps(self, width: int) -> Content:
+        parts: list[Part] = [("qlora-tui  ", f"bold {cells.MAIN}")] if width >= 70 else []
+        for index, name in enumerate(STEPS):
+            here = index == self._page
+            style = f"bold {cells.MAIN}" if here else "" if index < self._page else cells.DIM
+            parts.append((f"{'▸' if here else ' '}{index + 1} {name} ", style))
+        machine = self.desk.machine()
+        size = words.gib(machine.total_bytes)
+        room = width - sum(len(text) for text, _ in parts) - len(size) - 5
+        name = one_line(machine.name, limit=60)
+        device = f"{name} · {size}" if len(name) <= room else size
+        return cells.row(parts, [(device, cells.DIM)], width)
+
+    def _show_page(self, index: int) -> None:
+        self._page = index
+        self.query_one(ContentSwitcher).current = f"page-{STEPS[index]}"
+        if index == len(STEPS) - 1 and not self._told_ready:
+            self._told_ready = True
+            self.app.ready()
+        self.redraw()
+        self.page.enter()
+
+    def _refresh_page(self) -> None:
+        page = self.page
+        if isinstance(page, NumbersPage):
+            page.use(self.run)
+        elif isinstance(page, GoPage):
+            page.refresh_summary()
+
+    def _keep_draft(self) -> None:
+        if self._changed and not self.demo:
+            self.desk.save_draft(self.run)
+
+    def _go(self) -> None:
+        found = problems(self.run)
+        if found:
+            self._show_problems(found)
+        elif self._start is None:
+            self._show_problems([Problem("", "nothing here can start a run", "use the command above")])
+        else:
+            self.starting = True
+            self._say("checking the run …")
+            self._start_run(self.run)
+
+    @work(thread=True, group="start", exit_on_error=False)
+    def _start_run(self, run: RunConfig) -> None:
+        found: list[Problem] = []
+        folder: Path | None = None
+        try:
+            folder = self._start(run) if self._start else None
+        except ConfigErrors as error:
+            found = error.problems
+        except EngineError as error:
+            found = [error.problem]
+        except Exception as error:  # noqa: BLE001  whatever the start raises is shown; what was chosen stays
+            found = [Problem(type(error).__name__, redact(one_line(error)) or "no message", "this is a fault of the program")]
+        self.app.call_from_thread(self._started, folder, found)
+
+    def _started(self, folder: Path | None, found: list[Problem]) -> None:
+        self.starting = False
+        if folder is None:
+            self._show_problems(found)
+            if self.stop_at_start:
+                self.app.action_leave()
+            return
+        if not self.demo:
+            self.desk.drop_draft()
+        self.app.show_run(folder, stop=self.stop_at_start)
+
+    def _say(self, news: str) -> None:
+        self.query_one(GoPage).say(news)
+
+    def _show_problems(self, found: list[Problem]) -> None:
+        self.query_one(GoPage).show_problems(found)
