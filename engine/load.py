@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.fast.lora import ADAPTER, fuse
 from qlora_tui.engine.fast.loss import Head
+from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig
 
@@ -74,7 +75,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if run.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(base.get_decoder().layers, dropout=run.lora_dropout > 0)
     fuse(model)
     loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype)
     _check_head(loaded, base)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from qlora_tui.engine.errors import FenceError
 from qlora_tui.engine.load import Loaded, trainable
@@ -30,7 +31,7 @@ class Fence:
         self._owner_name = threading.current_thread().name
         self._phase = _IDLE
         self._trained = trainable(model)
-        self._layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]  # PEFT's own mark of a tuner layer
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         loaded.decoder.register_forward_pre_hook(lambda *_: self.check())
 
     def check(self) -> None:
