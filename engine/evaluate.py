@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from qlora_tui.engine.batches import collate
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.places import replace_file
-from qlora_tui.engine.batches import collate
 
 IMPROVEMENT_NATS = 0.5
 """A drop of this much on held-out answers is called a measurable improvement."""
@@ -62,8 +62,7 @@ def measure(loaded: Loaded, rows: Sequence[TokenRow], batch: int, poll: Callable
     for start in range(0, len(order), batch):
         poll()
         chosen = order[start : start + batch]
-        for index, loss in zip(chosen, _measure_batch(loaded, [rows[index] for index in chosen]), strict=True):
-            losses[index] = loss
+        losses.update(zip(chosen, _measure_batch(loaded, [rows[index] for index in chosen]), strict=True))
         yield len(losses)
     return [losses[index] for index in range(len(rows))]
 

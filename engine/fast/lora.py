@@ -49,7 +49,8 @@ class _Forward:
         dropout = layer.lora_dropout[ADAPTER]
         dropped = None if isinstance(dropout, torch.nn.Identity) or not dropout.training else dropout(x)
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        out: torch.Tensor = _LoraLinear.apply(x, dropped, base.weight, base.bias, a, b, layer.scaling[ADAPTER])
+        scaling = layer.scaling[ADAPTER]
+        out: torch.Tensor = _LoraLinear.apply(x, dropped, base.weight, base.bias, a, b, scaling)  # type: ignore[no-untyped-call]  # torch leaves it bare
         return out
 
 

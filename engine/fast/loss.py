@@ -34,7 +34,7 @@ class Head:
 
 def token_losses(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor) -> torch.Tensor:
     """Return the negative log-likelihood of each label in float32 nats [N], differentiable in `hidden_NH`."""
-    losses: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, labels_N, head)
+    losses: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, labels_N, head)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return losses
 
 
