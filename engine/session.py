@@ -170,6 +170,7 @@ class Session:
             eval_dataset=checked.eval_dataset,
             machine=checked.machine,
             wishes=self.wishes,
+            say=self._write,
             resume=self.resume,
         )
         with contextlib.closing(generator):
