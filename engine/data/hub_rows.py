@@ -28,8 +28,9 @@ def read_hub(name: str) -> Iterator[Mapping[str, object]]:
         DataError: no such dataset or split, or one that may not be read.
         FetchError: the hub could not be reached, or went away.
     """
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()  # they would be drawn into the screen
     repo, _, split = name.partition(":")
     _ask(repo)
     try:

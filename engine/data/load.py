@@ -155,8 +155,12 @@ def _open(name: str) -> Iterator[Raw]:
     if name.startswith(BUILTIN):
         hint = nearest(name, [PYTHON_DOCS]) or f"there is {PYTHON_DOCS}"
         raise DataError("no such data is built in", hint=hint, where=one_line(name))
-    path = Path(name).expanduser()
-    if not path.exists() and is_hub_name(name):
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"this cannot be a file name ({one_line(error, limit=120)})", where=one_line(name)) from None
+    if not there and is_hub_name(name):
         return _from_rows(read_hub(name))
     return read_file(path)
 

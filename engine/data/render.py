@@ -85,7 +85,14 @@ class Renderer:
             found.append("The chat template takes no system turn: it was put before the first question.")
         if self.tokenizer.template and not self.ending:
             found.append(f"The chat template does not end the last answer: {self.tokenizer.eos} was added and is trained.")
+        if stop := self._unknown_stop():
+            found.append(f"Answers end with {stop}, no stop token by the model's files: whoever serves the adapter has to name it.")
         return tuple(found)
+
+    def _unknown_stop(self) -> str:
+        """Return the token that ends an answer if generation would not stop at it."""
+        token = next((token for token in self._added if self.ending.endswith(token)), "")
+        return token if token and token not in self._stops else ""
 
     def _is_plain(self, chat: Chat) -> bool:
         if self.tokenizer.template:

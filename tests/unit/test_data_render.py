@@ -371,6 +371,11 @@ def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config(tmp_path:
     assert tokenizer.vocab_size == 260
 
 
+def test_an_end_token_that_would_not_stop_the_model_is_told(make: Make) -> None:
+    assert any("Answers end with <end_of_turn>" in note for note in Renderer(make(GEMMA)).notes())
+    assert Renderer(make(SMOLLM)).notes() == ()
+
+
 def test_the_light_path_gives_the_ids_of_autotokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
