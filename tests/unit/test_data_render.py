@@ -286,6 +286,25 @@ def test_sentencepiece_tokenizers_train_the_first_word_too(tmp_path: Path, norma
     assert trained_texts(tokens, tokenizer) == [" the end é🙂</s>"]
 
 
+def test_a_model_without_tokenizer_json_is_read_from_its_older_files(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert "has no tokenizer.json" in tokenizer.note
+    plain = Row(1, 1, Chat((Turn("user", "a"), Turn("assistant", " b")), plain=True))
+    assert trained_texts(Renderer(tokenizer).tokens(plain), tokenizer) == [" b<|endoftext|>"]
+
+
+def test_answers_in_several_turns_are_followed_where_only_the_last_gets_a_thought(make: Make) -> None:
+    tokenizer = make(QWEN3)
+    assert trained_texts(Renderer(tokenizer).tokens(chat("a?", "one", "b?", "two")), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
+
+
 def test_thoughts_that_a_template_rearranges_are_followed_in_a_single_answer(make: Make) -> None:
     tokenizer = make(QWEN3)
     row = chat("why?", "<think>\nhm\n</think>\n\nso")
