@@ -56,7 +56,8 @@ def layer_bytes_per_token(model: ModelSpec, run: RunConfig, width: int, length: 
     if model.fused:  # the values are a view of one tensor that holds all three, and the output is copied once
         attention += width * (2 * query + keys)
     if run.attn_implementation == "eager":
-        attention += model.num_attention_heads * length * (4 + width)
+        scores = (4 + width if width < 4 else width) + (0 if model.sdpa else width)  # the softmax, cast once; squashed scores
+        attention += model.num_attention_heads * length * scores
     else:
         attention += model.num_attention_heads * 4
     inputs = width * 2 * hidden

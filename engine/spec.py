@@ -179,7 +179,8 @@ def read_text(key: Key, text: str, *, where: str = "") -> Value:
             case "flag":
                 return {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}[raw.lower()]
             case "list":
-                return tuple(part.strip() for part in raw.strip("[]").split(",") if part.strip(" \"'"))
+                inner = raw[1:-1] if raw.startswith("[") and raw.endswith("]") else raw
+                return tuple(part.strip(" \"'") for part in inner.split(",") if part.strip(" \"'"))
             case "text":
                 return raw
     except (ValueError, KeyError):
