@@ -181,7 +181,7 @@ def _data(seen: Seen) -> list[str]:
     facts = seen.prepared
     if facts is None:
         return []
-    lines = ["## Data", "", f"- format: {md(facts.format)}, {md(facts.why)}"]
+    lines = ["## Data", "", f"- format: {md(facts.why or facts.format)}"]
     lines.append(f"- rows: {count(facts.rows)} usable, {count(facts.train_rows)} trained on, {count(facts.holdout_rows)} held out")
     lines.append(f"- tokens an epoch: {count(facts.tokens)}, {count(facts.supervised_tokens)} of them trained")
     for title, missing in (("refused", facts.refused), ("dropped", facts.dropped)):

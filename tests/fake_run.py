@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -90,11 +92,44 @@ def raising(error: BaseException) -> Callable[..., Generator[Event, None, Ended]
     return train
 
 
+def chatty(**_job: Any) -> Generator[Event, None, Ended]:
+    """Print past Python, as C libraries do, and through Python, as careless ones do."""
+    os.write(1, b"from C on 1\n")
+    os.write(2, b"from C on 2\n")
+    print("from Python")
+    logging.getLogger("some.library").warning("logged \x1b[2J")
+    yield step(1, 1)
+    return Ended("done", "all steps done")
+
+
+def fetching(**_job: Any) -> Generator[Event, None, Ended]:
+    """Download something in a hundred parts, then be done."""
+    yield Phase("fetch", "begin", note="a model \x1b]0;title\x07")
+    for part in range(1, 101):
+        yield Phase("fetch", "progress", done=part * 2**20, total=100 * 2**20, unit="bytes")
+    yield Phase("fetch", "end", seconds=2.0)
+    yield step(1, 1)
+    return Ended("done", "all steps done")
+
+
+def flood(wishes: Any, **_job: Any) -> Generator[Event, None, Ended]:
+    """Step as fast as the journal takes it, far more than a pipe holds, and then until somebody asks to stop."""
+    pace = threading.Event()
+    for number in range(1, 5001):
+        yield step(number, 5000)
+    while (asked := wishes.urgent()) is None:
+        pace.wait(0.01)
+    return Ended("stopped", f"{asked} at the end")
+
+
 TRAININGS: dict[str, Callable[..., Generator[Event, None, Ended]]] = {
     "three_steps": three_steps,
     "until_asked": until_asked,
     "deaf": deaf,
     "crashing": crashing,
+    "chatty": chatty,
+    "fetching": fetching,
+    "flood": flood,
     "will_not_fit": raising(WontFit("too large")),
     "diverged": raising(Diverged("not finite")),
 }

@@ -57,11 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     A process that trained ends by `os._exit`: interpreter shutdown with CUDA alive can hang or crash after
     everything was saved.
     """
+    hold_descriptors()
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None and "torch" in sys.modules:
         _flush()
         os._exit(code)
     return code
+
+
+def hold_descriptors() -> None:
+    """Keep descriptors 0 to 2 taken when they were closed from outside, or the journal would become one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def _run(arguments: list[str]) -> int:
@@ -71,6 +81,8 @@ def _run(arguments: list[str]) -> int:
     except EngineError as error:
         _say(f"{PROG}: {redact(safe_text(error))}")
         return int(error.exit_code)
+    except SystemExit as done:  # help and version
+        return int(done.code or 0)
     except KeyboardInterrupt:
         _say(f"{PROG}: interrupted before a run began; nothing was made")
         return int(ExitCode.INTERRUPTED)
@@ -314,7 +326,3 @@ def _flush() -> None:
             stream.flush()
         except (OSError, ValueError, AttributeError):  # closed, gone, or never there
             continue
-
-
-if __name__ == "__main__":
-    sys.exit(main())

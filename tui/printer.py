@@ -34,6 +34,7 @@ from qlora_tui.engine.events import (
 )
 from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.engine.units import count, gib, words
+from qlora_tui.tui.cli import hold_descriptors
 
 _STEP_LINES = 100
 _QUIET_SECONDS = 30.0
@@ -104,6 +105,7 @@ class Streams:
 
     def __init__(self) -> None:
         """Take the process's own streams, made able to hold any character."""
+        hold_descriptors()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and hasattr(stream, "reconfigure"):  # a replaced stream (tests) has no encoding to change
                 stream.reconfigure(errors="backslashreplace")
@@ -282,7 +284,7 @@ def _plain_lines(event: Event, folder: Path) -> Sequence[str]:
 def _prepared(event: Prepared) -> Sequence[str]:
     rows = f"{count(event.train_rows)} rows to train on, {count(event.holdout_rows)} held out"
     tokens = f"{count(event.tokens)} tokens an epoch, {count(event.supervised_tokens)} of them trained"
-    lines = [f"data: {one_line(event.format)} ({one_line(event.why)})", f"      {rows}; {tokens}; {count(event.total_steps)} steps"]
+    lines = [f"data: {one_line(event.why or event.format)}", f"      {rows}; {tokens}; {count(event.total_steps)} steps"]
     missing = {**{f"refused: {reason}": number for reason, number in event.refused.items()}, **event.dropped}
     return [*lines, *(f"      {count(number)} rows left out: {one_line(reason)}" for reason, number in missing.items() if number)]
 

@@ -251,7 +251,7 @@ def detach(plan: Plan, streams: Streams) -> int:
     tail = Tail(folder / EVENTS)
     while tail.lines():
         pass
-    command = [sys.executable, "-P", "-m", "qlora_tui.tui.cli", cli.CHILD, str(folder.resolve())]
+    command = [sys.executable, "-P", "-m", "qlora_tui.tui", cli.CHILD, str(folder.resolve())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     os.close(log)
     deadline = time.monotonic() + _BEGIN_SECONDS
