@@ -203,4 +203,6 @@ def command_of(run: RunConfig) -> str:
 def _typed(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return ",".join(value) if isinstance(value, tuple) else str(value)

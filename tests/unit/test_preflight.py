@@ -1,0 +1,187 @@
+"""What is wrong is told before anything is made, fetched or loaded, and all of it at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.engine import hub, machine, preflight
+from qlora_tui.engine.errors import BadRow, ConfigError, ConfigErrors, DataError, ExitCode, FetchError, ModelError, SpaceError, WontFit
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.preflight import check, resumable
+from qlora_tui.engine.spec import RunConfig
+
+CPU = Machine("a test", "cpu", 64 * 2**30, cores=2)
+CARD = Machine("RTX 2080", "cuda", 8 * 2**30, bf16=False, compute_capability=(7, 5))
+Writer = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "look", lambda: CPU)
+
+
+@pytest.fixture
+def good(tiny_model: Path, chat_rows: list[dict[str, Any]], write_jsonl: Writer, tmp_path: Path) -> RunConfig:
+    data = str(write_jsonl(chat_rows))
+    return RunConfig(model_name_or_path=str(tiny_model), data=(data,), max_length=256, runs_dir=str(tmp_path / "deep" / "runs"))
+
+
+def told(run: RunConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(run)
+    assert caught.value.exit_code is ExitCode.USAGE
+    return str(caught.value)
+
+
+def test_a_good_run_passes_and_nothing_is_made(good: RunConfig, tmp_path: Path) -> None:
+    found = check(good)
+    assert found.run is good
+    assert (found.model_spec.num_hidden_layers, found.model_files.complete, len(found.dataset.rows)) == (2, True, 40)
+    assert found.budget.fits
+    assert not (tmp_path / "deep").exists()
+    assert not (tmp_path / "home" / "state").exists()
+
+
+def test_everything_wrong_is_listed_at_once(good: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bad = replace(
+        good,
+        lora_r=0,
+        per_device_train_batch_size=0,
+        lora_target_modules=("q_prj",),
+        max_length=4096,
+        optim="paged_adamw_8bit",
+        data=(str(tmp_path / "no.jsonl"),),
+        runs_dir=str(tmp_path / "file" / "runs"),
+    )
+    text = told(bad)
+    for part in (
+        "lora_r",
+        "per_device_train_batch_size",
+        "did you mean q_proj",
+        "512 positions",
+        "paged_adamw_8bit",
+        "no such file",
+        "is a file",
+    ):
+        assert part in text
+    assert text.count("\n") == 6
+
+
+def test_a_single_fault_keeps_its_kind(good: RunConfig, write_jsonl: Writer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        check(replace(good, data=(str(tmp_path / "no.jsonl"),)))
+    broken = write_jsonl([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3, "broken.jsonl")
+    broken.write_text(broken.read_text() + "{nonsense\n")
+    with pytest.raises(BadRow, match="row 4"):
+        check(replace(good, data=(str(broken),)))
+    assert len(check(replace(good, data=(str(broken),), skip_bad_rows=True)).dataset.refused) == 1
+    with pytest.raises(DataError):
+        check(replace(good, data=(str(write_jsonl([{"odd": 1}], "odd.jsonl")),)))
+    with pytest.raises(ModelError):
+        check(replace(good, model_name_or_path=str(tmp_path / "no-model")))
+
+
+def test_a_hub_is_asked_nothing_for_a_run_that_cannot_be(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(name: str, revision: str) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(hub, "small_files", asked)
+    assert "lora_r" in told(replace(good, model_name_or_path="owner/model", lora_r=0))
+
+
+def test_a_hub_out_of_reach_is_not_a_fault_of_the_config(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, revision: str) -> None:
+        raise FetchError("the hub cannot be reached")
+
+    monkeypatch.setattr(hub, "small_files", unreachable)
+    with pytest.raises(FetchError) as caught:
+        check(replace(good, model_name_or_path="owner/model"))
+    assert caught.value.exit_code is ExitCode.FAILED
+
+
+def test_a_limit_of_the_device_is_told(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no GPU" in told(replace(good, optim="paged_adamw_8bit"))
+    monkeypatch.setattr(machine, "look", lambda: CARD)
+    assert "bfloat16" in told(replace(good, dtype="bfloat16"))
+
+
+def test_four_bits_on_a_processor_are_no_fault(good: RunConfig) -> None:
+    assert check(replace(good, method="qlora", dtype="float32", optim="adamw_8bit")).machine is CPU
+
+
+def test_what_does_not_fit_is_refused_with_the_cheapest_changes(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Machine("RTX 2080", "cuda", 2**30, bf16=False, compute_capability=(7, 5))
+    monkeypatch.setattr(machine, "look", lambda: small)
+    with pytest.raises(WontFit) as caught:
+        check(replace(good, per_device_train_batch_size=64, gradient_checkpointing=False))
+    assert caught.value.exit_code is ExitCode.WILL_NOT_FIT
+    assert "--set gradient_checkpointing=true" in str(caught.value)
+    assert not check(replace(good, per_device_train_batch_size=64, gradient_checkpointing=False), fit=False).budget.fits
+
+
+def test_a_memory_limit_counts_as_the_size_of_the_device(good: RunConfig) -> None:
+    with pytest.raises(WontFit):
+        check(replace(good, memory_limit_gib=0.1))
+
+
+def test_a_tokenizer_of_another_model_is_told(good: RunConfig, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = (folder / "config.json").read_text().replace('"vocab_size": 264', '"vocab_size": 100')
+    (folder / "config.json").write_text(config)
+    assert "do not belong together" in told(replace(good, model_name_or_path=str(folder)))
+
+
+def test_no_space_is_told_with_both_figures(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = preflight.shutil.disk_usage(good.data[0])
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: usage._replace(free=2**20))
+    with pytest.raises(SpaceError, match=r"64 MiB of disk and 1 MiB are free"):
+        check(good)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_told(good: RunConfig, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(SpaceError, match="not writable"):
+        check(replace(good, runs_dir=str(locked / "runs")))
+
+
+def test_an_unknown_built_in_model_names_the_one_there_is(good: RunConfig) -> None:
+    assert "builtin:smollm2-135m" in told(replace(good, model_name_or_path="builtin:smollm"))
+
+
+def test_the_demo_is_checked_without_a_fetch() -> None:
+    run = RunConfig(model_name_or_path="builtin:smollm2-135m", data=("builtin:python-docs",), max_length=512)
+    found = check(run)
+    assert (found.model_spec.name, found.model_files.complete) == ("builtin:smollm2-135m", False)
+
+
+def test_a_resume_may_go_further_and_says_what_that_does() -> None:
+    saved = RunConfig(model_name_or_path="m", data=("d",), max_steps=10)
+    run, effects = resumable(saved, {"max_steps": 20, "lora_r": 16})
+    assert run == replace(saved, max_steps=20)
+    assert effects == ["max_steps: 10 -> 20; the run ends there, and the rest of the learning rate schedule is stretched to it"]
+
+
+def test_a_resume_refuses_what_would_make_it_another_run() -> None:
+    saved = RunConfig(model_name_or_path="m", data=("d",))
+    with pytest.raises(ConfigErrors) as caught:
+        resumable(saved, {"lora_r": 32, "seed": 1, "max_steps": 5})
+    assert [problem.where for problem in caught.value.problems] == ["lora_r", "seed"]
+
+
+def test_preflight_loads_no_torch() -> None:
+    code = "import sys, qlora_tui.engine.preflight\nassert not {'torch', 'transformers', 'numpy', 'psutil'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
