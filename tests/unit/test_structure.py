@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.engine.errors import ExitCode
+from qlora_tui.engine.events import EVENT_TYPES
 from qlora_tui.engine.spec import KEYS
+from qlora_tui.tui.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for room in ("engine", "tui") for path in (ROOT / room).rglob("*.py"))
@@ -169,6 +172,15 @@ def test_the_readme_lists_every_key_with_its_default_and_help() -> None:
     rows = [key_row(name) for name in KEYS]
     missing = [row for row in rows if row not in readme]
     assert missing == [], "paste these rows into the table of keys in README.md:\n" + "\n".join(rows)
+
+
+def test_the_readme_names_every_command_preset_and_exit_code() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    expected = [f"`qlora-tui {name}" for name in COMMANDS]
+    expected += [f"| `{path.stem}` |" for path in sorted((ROOT / "presets").glob("*.toml"))]
+    expected += [f"| {int(code)} |" for code in ExitCode]
+    expected += [f"`{name}`" for name in EVENT_TYPES]
+    assert [words for words in expected if words not in readme] == []
 
 
 def key_row(name: str) -> str:
