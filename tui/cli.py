@@ -1,7 +1,7 @@
 """The command line: what a user types, turned into one call of one command.
 
-Only the standard library and the table of keys are imported here; every command imports its rooms when it is
-called, so that `--help` answers at once and `--no-ui` never loads the screens.
+Only argparse is imported here, not even the table of keys: `--help` has to answer at once, also over a slow disk.
+Every command imports its rooms when it is called, so `--no-ui` never loads the screens and facts never load torch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
 
-from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode
-from qlora_tui.engine.spec import KEYS, Value, find_key, nearest, read_text
-from qlora_tui.engine.text import one_line, redact, safe_text
+TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn
 
 PROG = "qlora-tui"
 
@@ -48,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a usage error that points to the help of this very command."""
+        from qlora_tui.engine.errors import ConfigError
+
         raise ConfigError(message, hint=f"see {self.prog} --help")
 
 
@@ -78,16 +79,27 @@ def _run(arguments: list[str]) -> int:
     try:
         name, options = parse(arguments)
         return _command(name)(options)
-    except EngineError as error:
-        _say(f"{PROG}: {redact(safe_text(error))}")
-        return int(error.exit_code)
     except SystemExit as done:  # help and version
         return int(done.code or 0)
     except KeyboardInterrupt:
         _say(f"{PROG}: interrupted before a run began; nothing was made")
-        return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        return int(ExitCode.DONE)
+        return 130
+    except Exception as error:
+        code = _tell(error)
+        if code is None:
+            raise
+        return code
+
+
+def _tell(error: Exception) -> int | None:
+    """Say what went wrong and return the exit code; None for what is no error of ours but a fault in the program."""
+    from qlora_tui.engine.errors import EngineError
+    from qlora_tui.engine.text import redact, safe_text
+
+    if not isinstance(error, EngineError):
+        return None
+    _say(f"{PROG}: {redact(safe_text(error))}")
+    return int(error.exit_code)
 
 
 def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
@@ -100,7 +112,7 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
         if name not in (*COMMANDS, CHILD):
-            raise ConfigError(f"no command {one_line(name)!r}", hint=nearest(name, list(COMMANDS)) or f"there are {', '.join(COMMANDS)}")
+            _refuse_command(name)
     parser = build(name)
     options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}))
     if unknown:
@@ -232,8 +244,22 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             return facts.COMMANDS[name]
 
 
+def _refuse_command(name: str) -> NoReturn:
+    """Refuse a first word that is no command, with the nearest one."""
+    from qlora_tui.engine.errors import ConfigError
+    from qlora_tui.engine.spec import nearest
+    from qlora_tui.engine.text import one_line
+
+    hint = nearest(name, list(COMMANDS)) or f"there are {', '.join(COMMANDS)}"
+    raise ConfigError(f"no command {one_line(name)!r}", hint=hint)
+
+
 def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     """Refuse what the parser does not know, with the nearest thing that it does."""
+    from qlora_tui.engine.errors import ConfigError
+    from qlora_tui.engine.spec import KEYS, nearest
+    from qlora_tui.engine.text import one_line
+
     known = [text for action in parser._actions for text in action.option_strings]
     option = word.split("=", 1)[0]
     if not word.startswith("-"):
@@ -259,6 +285,8 @@ class _Flag(argparse.Action):
     """An option that names one key: its text is read as the key's type."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        from qlora_tui.engine.spec import KEYS, read_text
+
         namespace.flags[self.dest] = read_text(KEYS[self.dest], str(values), where=option or self.dest)
 
 
@@ -281,12 +309,15 @@ class _Set(argparse.Action):
     """`--set KEY=VALUE` for any key of the table."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        from qlora_tui.engine.errors import ConfigError
+        from qlora_tui.engine.spec import find_key, read_text
+        from qlora_tui.engine.text import one_line
+
         name, equals, text = str(values).partition("=")
         if not equals:
             raise ConfigError(f"{one_line(values)!r} has no `=`", hint="say --set lora_r=32", where="--set")
         key = find_key(name.strip(), where="--set")
-        value: Value = read_text(key, text, where="--set")
-        namespace.flags[key.name] = value
+        namespace.flags[key.name] = read_text(key, text, where="--set")
 
 
 class _Version(argparse.Action):
@@ -303,6 +334,8 @@ class _HelpKeys(argparse.Action):
     """`--help-keys`: the one table of keys as people read it."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        from qlora_tui.engine.spec import KEYS
+
         group = ""
         for key in KEYS.values():
             if key.group != group:
