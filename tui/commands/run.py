@@ -102,7 +102,7 @@ def _launch(options: argparse.Namespace, plan: Plan) -> int:
         streams.talk.line("no terminal here: going on as with --no-ui")
         wanted = False
     if wanted:
-        return _with_screen(options, plan, streams)
+        return on_screen(options, plan, streams)
     return headless(plan, streams, as_json=options.json)
 
 
@@ -192,7 +192,7 @@ class Follower:
                 self._printer.show(record)
 
 
-def _with_screen(options: argparse.Namespace, plan: Plan, streams: Streams) -> int:
+def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:
     """Open the wizard or the run screen; whatever becomes of it, the run is seen to its end here."""
     from qlora_tui.tui.app import run_app
     from qlora_tui.tui.terminal import restore_terminal
