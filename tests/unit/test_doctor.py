@@ -175,8 +175,10 @@ def test_every_failing_check_ends_with_one_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor.os, "get_terminal_size", lambda _: os.terminal_size((10, 5)))
     monkeypatch.setattr(doctor.sys, "stdout", SimpleNamespace(encoding="ascii"))
     monkeypatch.setenv("TERM", "dumb")
-    failed = [check for check in doctor.checks() if not check.ok]
+    found = list(doctor.checks())
+    failed = [check for check in found if not check.ok]
     assert len(failed) >= 5
+    assert {check.mend for check in found if check.ok} == {""}
     assert [check.check for check in failed if not check.mend or "\n" in check.mend] == []
 
 
