@@ -71,7 +71,7 @@ def cpu_machine() -> Machine:
     """Return the processor as a device: memory is RAM, or less where a container may not use it all."""
     total, available = _ram()
     used_by_us = resident_bytes()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _ask(lambda: len(os.sched_getaffinity(0))) or os.cpu_count() or 1
     others = max(total - available - used_by_us, 0)
     return Machine(name=f"{_cpu_name()}, {cores} cores", kind="cpu", total_bytes=total, others_bytes=others, cores=cores)
 
