@@ -112,6 +112,7 @@ class TunerApp(App[AppExit]):
         self.folder = follow
         self.desk = desk or Desk()
         self.failure = ""
+        self.left: AppExit | None = None
         self._on_abort, self._on_ready = on_abort, on_ready
         self._guard = guard
         self._signals: set[int] = set()
@@ -199,7 +200,8 @@ class TunerApp(App[AppExit]):
 
     def _leave_as(self, kind: str) -> None:
         kinds: dict[str, Kind] = {"detached": "detached", "finished": "finished", "no-run": "no-run", "hangup": "hangup"}
-        self.exit(AppExit(kinds.get(kind, "quit"), self.folder))
+        self.left = AppExit(kinds.get(kind, "quit"), self.folder)
+        self.exit(self.left)
 
     def _obey_signals(self) -> None:
         if not self._signals:
@@ -266,18 +268,17 @@ def run_app(
         guard=guard,
     )
     with guard, _signals(app, guard):
-        result: AppExit | None = None
         try:
-            result = app.run(mouse=mouse)
+            app.run(mouse=mouse)
         except Exception:  # noqa: BLE001  whatever breaks the screens must not break the run
             app.failure = safe_text(redact(traceback.format_exc()))
         if app.failure:
             sys.stderr.write(f"the screen failed:\n{app.failure}\n")  # the guard sends this to the log
     if guard.hung_up:
         return AppExit("hangup", app.folder)
-    if app.failure or result is None:
-        return AppExit("crashed", app.folder, app.failure.strip().rsplit("\n", 1)[-1])
-    return result
+    if app.left is not None:  # what breaks on the way out, when the person has left already, is only logged
+        return app.left
+    return AppExit("crashed", app.folder, app.failure.strip().rsplit("\n", 1)[-1])
 
 
 @contextlib.contextmanager

@@ -35,16 +35,18 @@ def gib(amount: float, *, unit: bool = True) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """Return a range of time in one unit where both ends share it.
+    """Return a range of time in one unit, that of its high end, where both ends are near enough for that.
 
-    >>> span(1920, 2220), span(20, 130)
-    ('32-37 min', '20 s - 2 min')
+    >>> span(1920, 2220), span(90, 360), span(20, 40), span(3000, 9000)
+    ('32-37 min', '2-6 min', '20-40 s', '50 min - 2 h 30 min')
     """
-    first, second = duration(low), duration(high)
-    if first == second:
-        return first
-    a, b = first.split(" "), second.split(" ")
-    return f"{a[0]}-{second}" if len(a) == len(b) == 2 and a[1] == b[1] else f"{first} - {second}"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "unknown"
+    if high < 120:
+        return f"{low:.0f}-{high:.0f} s"
+    if high < 6000:
+        return f"{max(1, round(low / 60))}-{round(high / 60)} min"
+    return f"{duration(low)} - {duration(high)}"
 
 
 def clock(moment: float, *, seconds: bool = False) -> str:

@@ -23,7 +23,7 @@ async def picture(folder: Path, size: tuple[int, int], keys: list[str]) -> str:
             screen.look()
         await pilot.press(*keys)
         await pilot.pause()
-        return app.export_screenshot(title=f"qlora-tui attach {folder.name}", simplify=True)
+        return app.export_screenshot(title=f"qlora-tui attach {folder.name}")
 
 
 def main() -> int:

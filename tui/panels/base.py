@@ -63,6 +63,7 @@ class Panel(Static):
         if not self.display or size.width <= 0 or size.height <= 0:
             return
         heading, drawn = self.heading(self._state, self._view), self.draw(self._state, self._view, size.width, size.height)
+        heading = heading.truncate(max(1, self.outer_size.width - 6), ellipsis=True)
         if self._view.ascii_only:
             heading, drawn = cells.plain_ascii(heading), cells.plain_ascii(drawn)
         if self._heading is None or not self._heading.is_same(heading):

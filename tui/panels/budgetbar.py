@@ -19,6 +19,7 @@ _GROUPS = (
     ("activations", ("activations", "workspace"), "▓", "#cc79a7"),
     ("loss", ("loss",), "█", "#f0e442"),
 )
+_SMALL = int(0.05 * (1 << 30))
 _REST = ("rest", "▒", "#9aa5b5")
 
 
@@ -63,8 +64,8 @@ def _legend(budget: Budget) -> list[list[Part]]:
     rest = float(budget.total_bytes)
     for label, names, _, style in _GROUPS:
         amount = budget.bytes_of(*names)
-        rest -= amount
-        if amount:
+        if amount >= _SMALL:  # what would read 0.0 is part of the rest
+            rest -= amount
             shown.append([(label, style), (f" {_short(amount)}", "")])
     shown.append([(_REST[0], _REST[2]), (f" {_short(rest)}", "")])
     if budget.machine.others_bytes:
@@ -73,8 +74,7 @@ def _legend(budget: Budget) -> list[list[Part]]:
 
 
 def _short(amount: float) -> str:
-    gib = amount / (1 << 30)
-    return f"{gib:.1f}" if gib >= 0.095 else f"{gib:.2f}"
+    return words.gib(amount, unit=False)
 
 
 def _time(outlook: Outlook, width: int, now: float) -> list[Part]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
+from qlora_tui.engine import units
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
@@ -31,7 +32,10 @@ class DevicePanel(Panel):
         room = width - used - 2
         if room >= 6 and state.usage:
             sensors = [*sensors, ("  ", ""), (cells.spark(state.usage, room), cells.MAIN)]
-        lines = [cells.assemble(sensors or [("no sensors here", cells.DIM)]), cells.assemble(cells.fit(_step(state), width))]
+        lines = [
+            cells.assemble(sensors or [("no reading yet" if state.device is None else "no sensors here", cells.DIM)]),
+            cells.assemble(cells.fit(_step(state), width)),
+        ]
         if state.device and state.device.throttle:
             lines.insert(1, cells.assemble([("▲ slowed down: ", cells.WARN), (one_line(state.device.throttle, limit=60), "")]))
         return cells.stack(lines[: max(1, height)])
@@ -59,6 +63,6 @@ def _step(state: RunState) -> list[list[Part]]:
     found.append([("lr ", cells.DIM), (f"{last.lr:.2g}", "")])
     found.append([("grad norm ", cells.DIM), (words.number(last.grad_norm, 2), cells.WARN if last.skipped else "")])
     if state.data_share is not None:
-        found.append([("data wait ", cells.DIM), (f"{state.data_share:.0%}", cells.WARN if state.data_share > 0.3 else "")])
+        found.append([("data wait ", cells.DIM), (units.percent(state.data_share), cells.WARN if state.data_share > 0.3 else "")])
     found.append([("step ", cells.DIM), (f"{last.seconds:.2f} s", "")])
     return found

@@ -21,7 +21,7 @@ class MemoryPanel(Panel):
         """Draw the bar with the predicted amount marked on it, and the figures beneath."""
         now, others, total = readings(state)
         if not total:
-            return cells.assemble([("waiting for the first reading", cells.DIM)])
+            return cells.assemble([("no reading yet", cells.DIM)])
         tail = f"  {words.gib(now or 0, unit=False)}/{words.gib(total)}"
         length = max(8, width - len(tail))
         parts = cells.bar([(now or 0, "█", _colour(state, total)), (others, "▒", cells.DIM)], total, length)

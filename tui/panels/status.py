@@ -50,7 +50,7 @@ def figures(state: RunState, view: View) -> list[list[Part]]:
         found.append([("loss ", cells.DIM), (words.number(loss), "bold")])
     if state.finished:
         found.append([("took ", cells.DIM), (words.duration(state.t - state.started_at), "bold")])
-    elif state.forecast and not view.stopping and not view.lost:
+    elif state.forecast and state.step < state.total_steps and not view.stopping and not view.lost:
         found.append(_time_left(state, view))
     if state.speed is not None:
         found.append([(f"{state.speed:,.0f}", "bold"), (" tok/s", cells.DIM)])

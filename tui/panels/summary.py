@@ -28,5 +28,5 @@ class SummaryPanel(Panel):
         if now and total:
             lines.append(cells.assemble([("memory ", cells.DIM), (f"{words.gib(now, unit=False)}/{words.gib(total)}", "")]))
         if state.warnings:
-            lines.append(cells.assemble([(f"▲ {len(state.warnings)} warnings", cells.WARN)]))
+            lines.append(cells.assemble([(f"▲ {len(state.warnings)} warning{'s' if len(state.warnings) > 1 else ''}", cells.WARN)]))
         return cells.stack([line.truncate(width, ellipsis=True) for line in lines[:height]])

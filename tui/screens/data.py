@@ -73,8 +73,13 @@ class DataPage(Page):
 
     def compose(self) -> ComposeResult:
         """Lay out the line and what is found behind it."""
-        yield Static("What should it learn from? A JSONL file, a hub dataset, or builtin:python-docs.", markup=False, classes="question")
-        yield Input(placeholder="such as my-chats.jsonl", id="data-name", suggester=PathSuggester(), compact=True)
+        yield Static("What should it learn from? A JSONL file or a hub dataset.", markup=False, classes="question")
+        yield Input(
+            placeholder="such as my-chats.jsonl, or builtin:python-docs to try it out",
+            id="data-name",
+            suggester=PathSuggester(),
+            compact=True,
+        )
         yield Static("", markup=False, id="data-found")
 
     def enter(self) -> None:

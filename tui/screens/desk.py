@@ -130,6 +130,9 @@ class Desk:
         """Return models on this disk first, then the catalogue, smallest first; slow, reads the hub's cache."""
         cached = _cached_models()
         found = [ModelChoice(name, spec, "on disk") for name, spec in cached if spec is not None]
+        demo = models.find_entry(DEMO_MODEL)
+        if demo is not None:
+            found.append(ModelChoice(DEMO_MODEL, demo.spec, "94 MB from the package index", demo.licence))
         here = {choice.name for choice in found}
         listed = sorted(models.entries(), key=lambda entry: entry.spec.params)
         for entry in listed:
@@ -175,7 +178,7 @@ class Desk:
             return None
         if look is None or not look.rows or look.problem:
             return Outlook(needed)
-        rows, held = _split(run, look.rows)
+        rows, held = split_rows(run, look.rows)
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
         each = look.tokens / look.rows
@@ -225,7 +228,7 @@ class Desk:
             return
 
 
-def _split(run: RunConfig, rows: int) -> tuple[int, int]:
+def split_rows(run: RunConfig, rows: int) -> tuple[int, int]:
     """Return about how many rows are trained on and held out."""
     used = min(rows, run.max_samples) if run.max_samples else rows
     if run.eval_data:

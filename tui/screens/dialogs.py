@@ -45,10 +45,6 @@ class StopDialog(ModalScreen[Choice]):
             yield OptionList(*[Option(self._line(choice), id=choice) for choice in self._order], compact=True)
             yield Static("up/down choose   enter take   esc back", markup=False, classes="keys")
 
-    def on_mount(self) -> None:
-        """Put the cursor on the first choice."""
-        self.query_one(OptionList).focus()
-
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Close with what was chosen."""
         self.dismiss(self._order[event.option_index])

@@ -24,10 +24,10 @@ class FieldRow(Static, can_focus=True):
     """One setting on a line of its own."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "app.focus_previous", "field", show=False),
-        Binding("down", "app.focus_next", "field", show=False),
-        Binding("left", "step(-1)", "change", show=False),
-        Binding("right", "step(1)", "change", show=False),
+        Binding("up", "app.focus_previous", "field", key_display="↑↓"),
+        Binding("down", "app.focus_next", show=False),
+        Binding("left", "step(-1)", "change", key_display="←→"),
+        Binding("right", "step(1)", show=False),
     ]
 
     class Changed(Message):
@@ -53,6 +53,7 @@ class FieldRow(Static, can_focus=True):
         self.note = setting.note
         self._ascii = ascii_only
         self._typing: str | None = None
+        self._drawn: Content | None = None
         self.fault = ""
 
     def on_mount(self) -> None:
@@ -120,8 +121,11 @@ class FieldRow(Static, can_focus=True):
             (" " * room + self.note, cells.DIM),
         )
         lines = [line] if not self.fault else [line, Content.assemble((" " * (LABEL + 3), ""), (f"✖ {self.fault}", cells.BAD))]
-        drawn = cells.stack(lines)
-        self.update(cells.plain_ascii(drawn) if self._ascii else drawn)
+        drawn = cells.plain_ascii(cells.stack(lines)) if self._ascii else cells.stack(lines)
+        if self._drawn is None or not self._drawn.is_same(drawn):
+            grown = self._drawn is None or self._drawn.plain.count("\n") != drawn.plain.count("\n")
+            self._drawn = drawn
+            self.update(drawn, layout=grown)
 
     def _type(self, text: str) -> None:
         self._typing = text

@@ -7,12 +7,13 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
+from qlora_tui.engine import units
 from qlora_tui.engine.errors import Problem
 from qlora_tui.engine.spec import RunConfig, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
-from qlora_tui.tui.screens.desk import DataLook, Outlook
+from qlora_tui.tui.screens.desk import DataLook, Outlook, split_rows
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import show
 
@@ -61,8 +62,10 @@ class GoPage(Page):
 def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, command: str) -> list[Content]:
     """Return the lines of the summary."""
     base = "16-bit base" if run.method == "lora" else f"4-bit {run.bnb_4bit_quant_type} base"
-    rows = f"{look.rows:,} rows · " if look and look.rows else ""
-    held = f"{run.val_set_size:.0%} held out" if run.val_set_size < 1 else f"{run.val_set_size:.0f} rows held out"
+    trained, kept = split_rows(run, look.rows) if look and look.rows and look.names == run.data else (0, 0)
+    rows = f"{trained:,} rows · " if trained else ""
+    held = f"{units.percent(run.val_set_size)} held out" if run.val_set_size < 1 else f"{run.val_set_size:.0f} held out"
+    held = f"{kept:,} held out to measure on" if kept else held
     if run.eval_data:
         held = f"measured on {one_line(run.eval_data, limit=80)}"
     steps = f"{outlook.steps:,} steps" if outlook and outlook.steps else f"{run.max_steps:,} steps" if run.max_steps else ""

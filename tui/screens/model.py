@@ -46,6 +46,7 @@ class ModelPage(Page):
         self._shown: list[ModelChoice] = []
         self._failed = ""
         self._moved = False
+        self._entered_with = ""
         self._looking = ""
 
     def compose(self) -> ComposeResult:
@@ -60,8 +61,9 @@ class ModelPage(Page):
     def enter(self) -> None:
         """Show the run's model and take the focus."""
         self._moved = False
+        self._entered_with = self.wizard.run.model_name_or_path
         box = self.query_one("#model-name", Input)
-        box.value = self.wizard.run.model_name_or_path
+        box.value = self._entered_with
         box.cursor_position = len(box.value)
         box.focus()
         self._fill()
@@ -120,7 +122,7 @@ class ModelPage(Page):
         exact = any(choice.name == typed for choice in self._choices) or typed.startswith(BUILTIN)
         if exact or not picked or "/" in typed or Path(typed).expanduser().exists():
             return typed
-        return picked if len(self._shown) == 1 else typed
+        return picked
 
     def _preview(self) -> None:
         name = self._named()
@@ -157,25 +159,29 @@ class ModelPage(Page):
             self.wizard.action_next()
 
     def _fill(self) -> None:
-        typed = self.query_one("#model-name", Input).value.strip().casefold()
-        known = any(choice.name.casefold() == typed for choice in self._choices)
-        self._shown = [choice for choice in self._choices if known or typed in choice.name.casefold()]
+        """List every model until something is typed, then those whose name holds it."""
+        box = self.query_one("#model-name", Input).value
+        typed = box.strip().casefold()
+        everything = box == self._entered_with or any(choice.name.casefold() == typed for choice in self._choices)
+        self._shown = [choice for choice in self._choices if everything or typed in choice.name.casefold()]
         listed = self.query_one(OptionList)
         listed.clear_options()
         listed.add_options([Option(self.text(self._line(choice))) for choice in self._shown])
         at = next((index for index, choice in enumerate(self._shown) if choice.name.casefold() == typed), None)
-        listed.highlighted = at if at is not None else 0 if self._shown and typed else None
+        guess = bool(self._shown) and bool(typed) and not everything and "/" not in typed  # with a slash it is a whole name
+        listed.highlighted = at if at is not None else 0 if guess else None
 
     def _line(self, choice: ModelChoice) -> Content:
         run = dataclasses.replace(self.wizard.run, model_name_or_path=choice.name)
         outlook = self.wizard.desk.outlook(run)
-        name = one_line(choice.name, limit=42)
-        parts: list[Part] = [(f"{name:<43}", ""), (f"{units.billions(choice.spec.params):>6}", "")]
+        width = max(30, self.wizard.size.width - 8)
+        room = 43 if width >= 90 else 36
+        parts: list[Part] = [(f"{one_line(choice.name, limit=80):<{room}} ", ""), (f"{units.billions(choice.spec.params):>6}", "")]
         if outlook:
             mark = badge(outlook.budget)
-            parts += [(f"  {words.gib(outlook.budget.total_bytes):>9}  ", cells.DIM), (f"{mark[0]:<10}", mark[1])]
-        note = choice.place + (f" · {one_line(choice.note, limit=60)}" if choice.note else "")
-        return cells.assemble([*parts, (note, cells.DIM)])
+            parts += [(f" {words.gib(outlook.budget.total_bytes):>9}  ", cells.DIM), (f"{mark[0]:<10}", mark[1])]
+        note = choice.place + (f" · {one_line(choice.note, limit=60)}" if choice.note and width >= 90 else "")
+        return cells.assemble([*parts, (note, cells.DIM)]).truncate(width, ellipsis=True)
 
     def _say(self, fault: str, news: str = "") -> None:
         line = [(f"✖ {one_line(fault, limit=300)}", cells.BAD)] if fault else [(news, cells.DIM)] if news else []

@@ -73,7 +73,7 @@ class NumbersPage(Page):
         costs = self._cost(setting)
         if costs:
             parts += [("  ", ""), (costs, cells.MAIN)]
-        self.query_one("#field-help", Static).update(self.text(cells.assemble(parts)))
+        self.query_one("#field-help", Static).update(self.text(cells.assemble(parts)), layout=False)
 
     def _cost(self, setting: Setting) -> str:
         """Say what one value more would do to memory, by asking the budget."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -51,6 +52,7 @@ class Beginning:
     detail: str
     run: RunConfig
     preset: str = ""
+    base: RunConfig | None = None
 
 
 class GoalPage(Page):
@@ -93,14 +95,16 @@ class GoalPage(Page):
         if chosen != self._taken:
             offer = self._offers[chosen]
             self._taken = chosen
-            self.wizard.begin(offer.run, offer.preset)
+            self.wizard.begin(offer.run, offer.preset, offer.base)
         return True
 
     def _line(self, offer: Beginning) -> Content:
         outlook = self.wizard.desk.outlook(offer.run)
         mark = badge(outlook.budget) if outlook else ("", "")
-        head = cells.row([(one_line(offer.title, limit=60), "bold")], [mark], max(40, self.wizard.size.width - 8))
-        return cells.stack([head, Content.styled("  " + one_line(offer.detail, limit=200), cells.DIM)])
+        width = max(30, self.wizard.size.width - 8)
+        head = cells.row([(one_line(offer.title, limit=60), "bold")], [mark], width)
+        detail = textwrap.wrap(one_line(offer.detail, limit=300), width - 2)
+        return cells.stack([head, *[Content.styled(f"  {line}", cells.DIM) for line in detail]])
 
 
 def offers(desk: Desk, given: RunConfig | None, *, demo: bool) -> list[Beginning]:
@@ -108,14 +112,14 @@ def offers(desk: Desk, given: RunConfig | None, *, demo: bool) -> list[Beginning
     if demo:
         ready = next((ready for ready in desk.presets() if ready.name == "demo"), None)
         run = given or (ready.run if ready else RunConfig())
-        return [Beginning("demo", ready.why if ready else "a small model and real rows", run, "demo")]
+        return [Beginning("demo", ready.why if ready else "a small model and real rows", run, "demo", ready.run if ready else None)]
     found = []
     if given is not None and given != RunConfig():
         found.append(Beginning("as you said on the command line", _words(given), given))
     kept = desk.load_draft()
     if kept is not None:
         found.append(Beginning("go on where you left off", _words(kept), kept))
-    found += [Beginning(ready.title or ready.name, ready.why, ready.run, ready.name) for ready in desk.presets()]
+    found += [Beginning(ready.title or ready.name, ready.why, ready.run, ready.name, ready.run) for ready in desk.presets()]
     found.append(Beginning("your own", "start from the defaults and choose everything yourself", RunConfig()))
     return found
 

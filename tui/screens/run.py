@@ -49,7 +49,7 @@ class RunScreen(Screen[None]):
 
     AUTO_FOCUS = ""  # keys belong to the screen; the search line takes the focus only when asked for
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
-    VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-short"), (20, "-usual"), (30, "-tall")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-short"), (22, "-usual"), (30, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("s", "stop", "stop", tooltip="stop: choose how"),
         Binding("d", "detach", "leave running", tooltip="close the screen; training goes on"),
@@ -93,6 +93,7 @@ class RunScreen(Screen[None]):
         self._checked = 0.0
         self._selected = 0
         self._leave_at_end = False
+        self._was_running = True
         self.behind = True
 
     def compose(self) -> ComposeResult:
@@ -139,7 +140,9 @@ class RunScreen(Screen[None]):
         self.set_class(bool(self.state.warnings), "-warned")
         for panel in self.query(Panel):
             panel.show(self.state, self.view)
-        self.refresh_bindings()
+        if self.running != self._was_running:
+            self._was_running = self.running
+            self.refresh_bindings()
 
     @property
     def running(self) -> bool:

@@ -49,7 +49,7 @@ class WizardScreen(Screen[None]):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (14, "-short"), (22, "-usual")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "next", "next", priority=True, tooltip="go on; on the last page: start the run"),
+        Binding("enter", "next", "go on", priority=True, tooltip="go on; on the last page: start the run"),
         Binding("escape", "previous", "back", key_display="esc", tooltip="one page back; nothing is lost"),
         Binding("f", "fix", "tip", tooltip="apply what stands under the memory bar"),
         Binding("c", "copy", "copy command", tooltip="copy the command, where the terminal allows it"),
@@ -82,6 +82,7 @@ class WizardScreen(Screen[None]):
         self._changed = False
         self._advice: Fix | None = None
         self._told_ready = False
+        self._keys: tuple[int, bool] = (-1, True)
         self.starting = False
         self.stop_at_start = False
 
@@ -112,9 +113,9 @@ class WizardScreen(Screen[None]):
         """Return the page in sight."""
         return self.query_one(f"#page-{STEPS[self._page]}", Page)
 
-    def begin(self, run: RunConfig, preset: str) -> None:
-        """Start over from `run`, a ready-made one called `preset` or one of the person's own."""
-        self._preset, self._preset_run = preset, run if preset else None
+    def begin(self, run: RunConfig, preset: str, base: RunConfig | None) -> None:
+        """Start over from `run`; `base` is what the ready-made run called `preset` says, if it came from one."""
+        self._preset, self._preset_run = preset, base
         self._changed = False
         self._use(run)
 
@@ -195,7 +196,10 @@ class WizardScreen(Screen[None]):
         bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting)
         self._put("#outlook", bar)
         self._put("#steps", self._steps(width))
-        self.refresh_bindings()
+        keys = (self._page, self._advice is None)
+        if keys != self._keys:
+            self._keys = keys
+            self.refresh_bindings()
 
     def _use(self, run: RunConfig) -> None:
         self.run = run

@@ -1,0 +1,90 @@
+"""The plot: finite whatever comes in, and never wider or higher than its room."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_tui.tui import plot
+from qlora_tui.tui.history import History
+
+
+def series(losses: list[float], **more) -> plot.Series:
+    history = History()
+    for number, loss in enumerate(losses, 1):
+        history = history.add(number, loss)
+    return plot.Series(history.buckets, **more)
+
+
+def lines_of(text) -> list[str]:
+    return text.plain.split("\n")
+
+
+@given(
+    st.lists(st.one_of(st.floats(-1e9, 1e9), st.just(math.nan), st.just(math.inf), st.just(-math.inf)), max_size=40),
+    st.integers(1, 130),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_losses_in_any_room_are_drawn_within_it(losses, width, height, log_y, ascii_only):
+    drawn = plot.draw(series(losses), width, height, plot.Look(log_y=log_y, ascii_only=ascii_only))
+    assert len(lines_of(drawn)) <= height
+    assert all(len(line) <= width for line in lines_of(drawn))
+    assert not ascii_only or drawn.plain.isascii()
+
+
+def test_a_step_that_is_not_finite_is_marked_and_bends_no_axis():
+    clean, marked = [2.0 - i / 100 for i in range(60)], [2.0 - i / 100 for i in range(60)]
+    marked[30] = math.nan
+    first, second = plot.draw(series(clean), 60, 12), plot.draw(series(marked), 60, 12)
+    assert "×" not in first.plain
+    assert lines_of(second)[-3].count("×") == 1
+    labels = [[line.split("┤")[0] if "┤" in line else "" for line in lines_of(drawn)] for drawn in (first, second)]
+    assert labels[0] == labels[1]
+
+
+def test_without_a_finite_loss_words_stand_in():
+    assert "draws here" in plot.draw(series([]), 60, 10).plain
+    assert "NaN" in plot.draw(series([math.nan, math.inf]), 60, 10).plain
+
+
+def test_a_constant_series_gets_room_around_it():
+    drawn = plot.draw(series([2.0, 2.0, 2.0]), 50, 9).plain
+    assert "2.0┤" in drawn
+    assert "2.2┤" in drawn
+
+
+def test_losses_above_zero_have_no_negative_axis():
+    assert "-" not in plot.draw(series([0.01, 0.9, 0.02]), 50, 10).plain
+
+
+def test_measured_points_and_checkpoints_are_drawn():
+    drawn = plot.draw(series([2.0] * 40, evals=[(0, 2.5), (20, 2.2)], checkpoints=[20]), 60, 12).plain
+    assert drawn.count("◆") == 2
+    assert drawn.count("▴") == 1
+
+
+def test_a_spike_stays_visible_however_many_steps_share_a_column():
+    losses = [1.0] * 3000
+    losses[1500] = 3.0
+    top = lines_of(plot.draw(series(losses), 60, 12, plot.Look(all_values=True)))[0]
+    assert any(char not in " │┤.0123456789" for char in top)
+
+
+def test_a_log_axis_skips_what_has_no_logarithm():
+    assert plot.draw(series([0.0, 1.0, 2.0]), 50, 10, plot.Look(log_y=True)).plain
+    assert plot.draw(series([100.0, 10.0, 1.0]), 50, 12, plot.Look(log_y=True)).plain.count("┤") >= 3
+
+
+@pytest.mark.parametrize(("low", "high", "count"), [(0, 1, 4), (1.13, 2.24, 4), (0, 1125, 5), (1e-5, 3e-5, 3), (-2, 2, 4)])
+def test_ticks_are_round_and_inside(low: float, high: float, count: int):
+    ticks = plot.nice_ticks(low, high, count)
+    assert 2 <= len(ticks) <= 2 * count + 2
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    steps = {round(b - a, 9) for a, b in zip(ticks, ticks[1:], strict=False)}
+    assert len(steps) == 1

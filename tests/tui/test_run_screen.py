@@ -1,0 +1,323 @@
+"""The run screen over real journals: sizes, keys, wishes and ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from canned_run import ending, middle, opening, step
+
+from qlora_tui.engine import events as ev
+from qlora_tui.tui.app import TunerApp
+from qlora_tui.tui.panels.base import Panel
+from qlora_tui.tui.screens.dialogs import HelpDialog, StopDialog
+
+
+def follow(folder: Path, **more) -> TunerApp:
+    return TunerApp(start=None, draft=None, follow=folder, **more)
+
+
+def words(app: TunerApp) -> str:
+    """Return every cell on the screen as text."""
+    return "\n".join("".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips())
+
+
+def shown(app: TunerApp) -> set[str]:
+    screen = app.run_screen
+    assert screen is not None
+    return {panel.id for panel in screen.query(Panel) if panel.display and panel.size.height > 0 and panel.region}
+
+
+def wishes(folder: Path) -> list[str]:
+    path = folder / "commands.jsonl"
+    return [json.loads(line)["name"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+async def test_80x24_shows_what_matters_at_once(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "left" in words(app) and "× " in words(app) and "4 warnings (1)" in words(app))
+        text = words(app)
+        assert "step 20/40" in text
+        assert "● training" in text
+        assert "tok/s" in text
+        assert "9.6/24.0 GiB" in text
+        assert "predicted 9.8" in text
+        assert "98 % busy" in text
+        assert "look at row 12" in text
+        assert {"loss", "memory", "device", "findings", "log"} <= shown(app)
+        assert max(len(line) for line in text.split("\n")) == 80
+
+
+@pytest.mark.parametrize(
+    ("size", "seen", "unseen"),
+    [
+        ((120, 36), {"status", "loss", "memory", "device", "findings", "log"}, {"summary", "scorecard"}),
+        ((60, 20), {"status", "loss", "memory", "device"}, {"summary", "findings", "log"}),
+        ((50, 20), {"status", "loss"}, {"summary", "memory", "findings", "log"}),
+        ((39, 10), {"summary"}, {"status", "loss", "memory", "device", "findings", "log"}),
+        ((1, 1), set(), {"loss"}),
+    ],
+)
+async def test_every_size_shows_what_has_room(write_run, until, size, seen, unseen):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.run_screen.state.step == 20)
+        await pilot.pause()
+        assert seen <= shown(app)
+        assert not unseen & shown(app)
+
+
+async def test_a_small_terminal_gets_the_figures_as_text(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(39, 10)) as pilot:
+        await until(pilot, lambda: "memory 9.6/24.0 GiB" in words(app))
+        assert "step 20/40" in words(app)
+        assert "1 warning" in words(app)
+
+
+async def test_a_terminal_that_grows_gets_its_panels_back(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(39, 10)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.resize_terminal(100, 30)
+        await until(pilot, lambda: "2 memory" in words(app) and "held-out ◆" in words(app))
+
+
+async def test_before_the_first_step_the_phases_are_shown(write_run, until, run_config):
+    folder, _, _ = write_run(opening(run_config)[:3])
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "50%" in words(app))
+        assert "download" in words(app)
+        assert "45 MiB of 90 MiB" in words(app)
+
+
+async def test_new_events_appear(write_run, until):
+    folder, journal, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        journal.write(step(21))
+        await until(pilot, lambda: "step 21/40" in words(app))
+
+
+async def test_enter_does_nothing_and_the_screen_stays(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("enter", "enter", "space", "tab")
+        assert app.screen is app.run_screen
+        assert wishes(folder) == []
+
+
+@pytest.mark.parametrize("key", ["s", "q", "ctrl+q"])
+async def test_leaving_a_run_of_this_process_asks_first_and_stop_is_the_default(write_run, until, key):
+    folder, _, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press(key)
+        await until(pilot, lambda: isinstance(app.screen, StopDialog) and "stop and save" in words(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: "stopping" in words(app))
+        assert wishes(folder) == ["stop"]
+
+
+async def test_the_dialog_can_detach_abort_or_be_left(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("s")
+        await until(pilot, lambda: isinstance(app.screen, StopDialog))
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is app.run_screen)
+        assert wishes(folder) == []
+        await pilot.press("q")
+        await until(pilot, lambda: isinstance(app.screen, StopDialog))
+        await pilot.press("down", "down", "enter")
+        await until(pilot, lambda: wishes(folder) == ["abort"])
+    assert app.left is None
+
+
+async def test_d_leaves_the_run_alone(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("d")
+        await until(pilot, lambda: app.left is not None)
+    assert (app.left.kind, app.left.folder) == ("detached", folder)
+    assert wishes(folder) == []
+
+
+async def test_ctrl_c_stops_at_once_and_the_second_aborts(write_run, until):
+    folder, _, _ = write_run()
+    aborted: list[bool] = []
+    app = follow(folder, on_abort=lambda: aborted.append(True))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("ctrl+c")
+        await until(pilot, lambda: "stopping" in words(app))
+        assert wishes(folder) == ["stop"]
+        assert aborted == []
+        await pilot.press("ctrl+c")
+        await until(pilot, lambda: aborted == [True])
+
+
+async def test_after_ctrl_c_the_screen_closes_with_the_run(write_run, until):
+    folder, journal, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("ctrl+c")
+        journal.write(ev.Finished("stopped", 130, "stopped by the user"))
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "finished"
+
+
+async def test_ctrl_c_in_a_viewer_of_another_process_asks_and_leaving_is_the_default(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("ctrl+c")
+        await until(pilot, lambda: isinstance(app.screen, StopDialog))
+        await pilot.press("enter")
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "detached"
+    assert wishes(folder) == []
+
+
+async def test_a_readonly_viewer_leaves_no_wish(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder, readonly=True)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("s", "k")
+        assert app.screen is app.run_screen
+        await pilot.press("ctrl+c")
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "quit"
+    assert wishes(folder) == []
+
+
+async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_config):
+    folder, _, lock = write_run([*opening(run_config), *middle(40), *ending()])
+    lock.release()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "base 3.20 → tuned 2.10" in words(app))
+        text = words(app)
+        assert "✔ done" in text
+        assert "drop 1.10 (0.90 to 1.30)" in text
+        assert "a measurable improvement" in text
+        assert "runs/test/adapter" in text
+        assert "qlora-tui attach 20261125-164012-test" in text
+        await pilot.press("enter")
+        assert app.left is None
+        await pilot.press("q")
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "finished"
+
+
+async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until):
+    folder, _, lock = write_run()
+    lock.release()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: app.run_screen.state.step == 20)
+        app.run_screen._opened = 0.0
+        app.run_screen.state = app.run_screen.state.__class__(run_id="r", seq=999, marks=app.run_screen.state.marks)
+        await until(pilot, lambda: "✖ crashed" in words(app))
+        assert "qlora-tui --resume r" in words(app)
+
+
+async def test_number_keys_and_z_zoom(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        for key, only in (("2", "memory"), ("3", "device"), ("4", "findings"), ("5", "log"), ("1", "loss")):
+            await pilot.press(key)
+            await until(pilot, lambda only=only: shown(app) == {"status", only})
+        await pilot.press("z")
+        await until(pilot, lambda: {"loss", "memory", "log"} <= shown(app))
+        await pilot.press("4")
+        await until(pilot, lambda: "→ look at row 12" in words(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: "loss" in shown(app))
+
+
+async def test_find_shows_only_matching_log_lines(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("slash", *"NOT a num")
+        await until(pilot, lambda: "lines with 'NOT a num': 1" in words(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: "the loss was not a number" in words(app))
+        assert "checkpoint" not in words(app).split("5 log")[1]
+        await pilot.press("escape")
+        await until(pilot, lambda: "checkpoint of step 20" in words(app))
+
+
+async def test_y_switches_the_loss_axis(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("y")
+        await until(pilot, lambda: app.run_screen.view.log_y and "  log" in words(app))
+
+
+async def test_help_lists_the_keys(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("question_mark")
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog) and "show one panel alone" in words(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is app.run_screen)
+
+
+async def test_ascii_mode_draws_nothing_else(write_run, until, run_config):
+    folder, _, lock = write_run([*opening(run_config), *middle(40), *ending()])
+    lock.release()
+    app = follow(folder, ascii_only=True)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "tuned 2.10" in words(app))
+        assert words(app).isascii()
+        await pilot.resize_terminal(50, 18)
+        await pilot.pause()
+        assert words(app).isascii()
+
+
+async def test_a_later_format_is_refused_in_a_sentence(write_run, until):
+    folder, _, _ = write_run([])
+    (folder / "events.jsonl").write_text('{"v":2,"attempt":1,"seq":1,"t":1.0,"type":"started"}\n')
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "quit"
+
+
+async def test_only_changed_panels_are_sent(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.pause()
+        panels = list(app.run_screen.query(Panel))
+        before = {panel.id: panel.visual for panel in panels}
+        app.run_screen.draw()
+        assert {panel.id for panel in panels if panel.visual is not before[panel.id]} == set()

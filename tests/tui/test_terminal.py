@@ -1,0 +1,274 @@
+"""The terminal under a real pseudo-terminal: nothing leaks onto it, and it comes back as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+from canned_run import middle, opening
+from screen_driver import Terminal, result, text_of
+
+LEAVES = (b"\x1b[?1049l", b"\x1b[?25h")
+FOLLOW = """
+import sys, os
+from pathlib import Path
+from qlora_tui.tui.app import run_app
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+def abort():
+    out.write_text("aborted")
+    os._exit(130)
+{setup}
+shown = run_app(start=None, draft=None, follow=folder, on_abort=abort, ascii_only=False)
+{after}
+out.write_text(shown.kind + " " + shown.detail)
+"""
+
+
+def script(setup: str = "", after: str = "") -> str:
+    return FOLLOW.format(setup=setup, after=after)
+
+
+@pytest.fixture
+def screen(home) -> Iterator[Callable[..., Terminal]]:
+    made: list[Terminal] = []
+
+    def start(text: str, *arguments: object, **more) -> Terminal:
+        made.append(Terminal(text, *map(str, arguments), QLORA_TUI_HOME=str(home), **more))
+        return made[-1]
+
+    yield start
+    for terminal in made:
+        terminal.close()
+
+
+NOISE = """
+import ctypes, logging, subprocess, threading, warnings
+logging.basicConfig(level=logging.INFO)
+libc = ctypes.CDLL(None)
+def noise():
+    import time
+    while not Path(str(out) + ".go").exists():
+        time.sleep(0.02)
+    print("LEAK-print")
+    sys.stderr.write("LEAK-stderr\\n")
+    os.write(1, b"LEAK-write-1\\n")
+    os.write(2, b"LEAK-write-2\\n")
+    libc.puts(b"LEAK-puts")
+    libc.fflush(None)
+    subprocess.run(["sh", "-c", "echo LEAK-child; echo LEAK-child-err >&2"])
+    logging.getLogger("early").warning("LEAK-logging")
+    sys.__stdout__.fileno()
+    Path(str(out) + ".made").write_text("")
+threading.Thread(target=noise).start()
+"""
+SOURCES = ("print", "stderr", "write-1", "write-2", "puts", "child", "child-err", "logging")
+
+
+def test_nothing_but_the_screen_reaches_the_terminal(screen, write_run, tmp_path, home):
+    folder, _, _ = write_run()
+    out = tmp_path / "out"
+    terminal = screen(script(NOISE, after='print("AFTER the screen")'), folder, out)
+    terminal.read_until(b"tok/s")
+    (tmp_path / "out.go").write_text("")
+    while not (tmp_path / "out.made").exists():
+        terminal._read()
+    terminal.type(b"d")
+    assert terminal.wait() == 0
+    assert result(out).startswith("detached")
+    before_end = terminal.seen.split(LEAVES[0])[0]
+    assert b"LEAK" not in terminal.seen
+    assert b"AFTER" not in before_end
+    assert b"AFTER the screen" in terminal.seen
+    log = (folder / "log.txt").read_text()
+    assert [source for source in SOURCES if f"LEAK-{source}" not in log] == []
+
+
+def test_the_terminal_comes_back_as_it_was(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    terminal = screen(script(), folder, tmp_path / "out")
+    terminal.read_until(b"tok/s")
+    assert terminal.modes != terminal.before
+    terminal.type(b"d")
+    assert terminal.wait() == 0
+    assert terminal.modes == terminal.before
+    assert all(sequence in terminal.seen for sequence in LEAVES)
+    assert b"\x1b[?1003l" in terminal.seen
+
+
+def test_two_ctrl_c_stop_then_abort_with_the_terminal_restored(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    out = tmp_path / "out"
+    terminal = screen(script(), folder, out)
+    terminal.read_until(b"tok/s")
+    terminal.type(b"\x03")
+    terminal.read_until(b"stopping")
+    terminal.type(b"\x03")
+    assert terminal.wait() == 130
+    assert result(out) == "aborted"
+    assert terminal.modes == terminal.before
+    assert terminal.seen.rstrip().endswith(LEAVES[1])
+    assert json.loads((folder / "commands.jsonl").read_text().splitlines()[0])["name"] == "stop"
+
+
+def test_a_lost_terminal_ends_the_viewer_and_nothing_else(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    out = tmp_path / "out"
+    after = "print('the run goes on')\nsys.stderr.write('still here')\nos.write(1, b'and here')"
+    terminal = screen(script(after=after), folder, out)
+    terminal.read_until(b"tok/s")
+    terminal.hang_up()
+    assert terminal.wait() == 0
+    assert result(out).startswith("hangup")
+    assert "the run goes on" in (folder / "log.txt").read_text()
+    assert not (folder / "commands.jsonl").exists()
+
+
+def test_a_signal_to_a_run_of_this_process_closes_the_screen_with_the_run(screen, write_run, tmp_path):
+    from qlora_tui.engine import events as ev
+
+    folder, journal, _ = write_run()
+    out = tmp_path / "out"
+    setup = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: Path(str(out) + '.term').write_text('asked'))"
+    terminal = screen(script(setup), folder, out)
+    terminal.read_until(b"tok/s")
+    terminal.process.terminate()
+    terminal.read_until(b"stopping")
+    assert result(tmp_path / "out.term") == "asked"
+    journal.write(ev.Finished("stopped", 143, "SIGTERM"))
+    assert terminal.wait() == 0
+    assert result(out).startswith("finished")
+
+
+CRASH = """
+from qlora_tui.tui.panels.loss import LossPanel
+def broken(self, state, view, width, height):
+    token = "hf_" + "s" * 30
+    raise RuntimeError("drawing went wrong")
+LossPanel.draw = broken
+"""
+
+
+def test_a_crash_of_the_screen_is_logged_without_local_variables(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    out = tmp_path / "out"
+    terminal = screen(script(CRASH), folder, out)
+    assert terminal.wait() == 0
+    assert result(out) == "crashed RuntimeError: drawing went wrong"
+    assert terminal.modes == terminal.before
+    log = (folder / "log.txt").read_text()
+    assert "drawing went wrong" in log
+    assert "hf_sss" not in log
+    assert b"Traceback" not in terminal.seen
+    assert not (folder / "commands.jsonl").exists()
+
+
+def test_no_color_still_tells_every_state(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    terminal = screen(script(), folder, tmp_path / "out", NO_COLOR="1")
+    terminal.read_until(b"tok/s")
+    terminal.type(b"d")
+    terminal.wait()
+    shown = text_of(terminal.seen.split(LEAVES[0])[0])
+    assert "training" in shown
+    coloured = [part for part in terminal.seen.split(b"\x1b[38;2;")[1:] if len(set(part.split(b"m")[0].split(b";")[:3])) > 1]
+    assert coloured == []
+
+
+def test_a_locale_without_utf_8_gets_ascii(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    terminal = screen(script(), folder, tmp_path / "out", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    terminal.read_until(b"tok/s")
+    terminal.type(b"d")
+    assert terminal.wait() == 0
+    assert terminal.seen.isascii()
+
+
+NASTY = (
+    "\x1b]52;c;ZXZpbA==\x07",
+    "\x1b]0;pwned\x07",
+    "\x1b[2Jgone",
+    "\x9b31mred",
+    "\x1bP1$q\x1b\\",
+    "\u202eright-to-left",
+    "\u2066iso",
+    "[/]",
+    "[/b]",
+    "[@click=app.bell]press[/]",
+    "[bold",
+    "\\[",
+    "\x08\x08back",
+    "\x00nul",
+    "a\rb",
+)
+FORBIDDEN = (b"\x1b]52", b"\x1b]0;", b"\x1b[2Jgone", b"\xc2\x9b", b"\x9b31m", b"\x1bP1$q", "\u202e".encode(), "\u2066".encode(), b"\x08")
+
+
+def test_foreign_text_in_a_run_reaches_the_terminal_as_plain_text(screen, write_run, tmp_path, run_config):
+    import dataclasses
+
+    from qlora_tui.engine import events as ev
+
+    nasty = " ".join(NASTY)
+    run = dataclasses.replace(run_config, model_name_or_path=nasty)
+    told: list[ev.Event] = []
+    for event in opening(run):
+        told.append(
+            dataclasses.replace(event, run_id=nasty, device={"name": nasty, "kind": "cuda"}) if isinstance(event, ev.Started) else event
+        )
+    told += [ev.Phase("load", "begin", 1, 2, nasty, note=nasty), *middle()]
+    told += [ev.Finding(text, "warn", 9, text, (text,)) for text in NASTY]
+    told += [ev.Device(1, 1, 2, throttle=nasty), ev.Command("x", nasty, False, nasty)]
+    told += [ev.Prepared(nasty, nasty, 1, 1, 1, 1, 1, 1, 40, {nasty: 1}, {nasty: 2}), ev.Planned({"total_bytes": 5}, {nasty: nasty})]
+    told += [ev.Evaluated(40, 1.0, 9, 0.1, base_loss=2.0, drop=1.0, verdict=nasty), ev.Saved(40, nasty, 1, "adapter")]
+    told.append(ev.Finished("failed", 1, nasty, adapter=nasty))
+    folder, _, _ = write_run(told)
+    terminal = screen(script(), folder, tmp_path / "out", size=(120, 40))
+    terminal.read_until(b"failed")
+    for key, sign in ((b"4", b"@click"), (b"5", b"refused"), (b"3", b"slowed"), (b"z", b"next"), (b"?", b"This run")):
+        terminal.type(key)
+        terminal.read_until(sign)
+    terminal.type(b"\x11")
+    assert terminal.wait() == 0
+    assert not result(tmp_path / "out").startswith("crashed")
+    assert [payload for payload in FORBIDDEN if payload in terminal.seen] == []
+    assert b"[@click=app.bell]" in terminal.seen
+
+
+WIZARD = """
+import sys
+from pathlib import Path
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.errors import ConfigErrors, Problem
+from qlora_tui.tui.app import run_app
+nasty = Path(sys.argv[2]).read_text(encoding="utf-8", errors="surrogateescape")
+def start(run):
+    raise ConfigErrors([Problem(nasty, nasty, nasty)])
+draft = RunConfig(model_name_or_path="builtin:smollm2-135m", data=(sys.argv[1],), runs_dir=nasty, skip_bad_rows=True)
+shown = run_app(start=start, draft=draft, follow=None)
+Path(sys.argv[3]).write_text(shown.kind + " " + shown.detail)
+"""
+
+
+def test_foreign_text_in_the_wizard_reaches_the_terminal_as_plain_text(screen, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in NASTY]
+    rows += [{"messages": [{"role": "\x1b]0;role\x07", "content": "x"}]}, {"messages": "\x1b]52;c;eA==\x07"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "nasty").write_bytes(" ".join(NASTY).encode())
+    terminal = screen(WIZARD, data, tmp_path / "nasty", tmp_path / "out", size=(120, 40))
+    terminal.read_until(b"command line")
+    terminal.type(b"\r")
+    terminal.read_until(b"Which")
+    terminal.type(b"\r")
+    terminal.read_until(b"assistant")
+    terminal.type(b"\r")
+    terminal.read_until(b"checkpointing")
+    terminal.type(b"\r")
+    terminal.read_until(b"without screens")
+    terminal.type(b"\r")
+    terminal.read_until("✖".encode())
+    terminal.type(b"\x03")
+    assert terminal.wait() == 0
+    assert result(tmp_path / "out").startswith("no-run")
+    assert [payload for payload in FORBIDDEN if payload in terminal.seen] == []
