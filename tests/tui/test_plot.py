@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -86,5 +87,5 @@ def test_ticks_are_round_and_inside(low: float, high: float, count: int):
     ticks = plot.nice_ticks(low, high, count)
     assert 2 <= len(ticks) <= 2 * count + 2
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
-    steps = {round(b - a, 9) for a, b in zip(ticks, ticks[1:], strict=False)}
+    steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
     assert len(steps) == 1

@@ -211,11 +211,9 @@ def test_foreign_text_in_a_run_reaches_the_terminal_as_plain_text(screen, write_
 
     nasty = " ".join(NASTY)
     run = dataclasses.replace(run_config, model_name_or_path=nasty)
-    told: list[ev.Event] = []
-    for event in opening(run):
-        told.append(
-            dataclasses.replace(event, run_id=nasty, device={"name": nasty, "kind": "cuda"}) if isinstance(event, ev.Started) else event
-        )
+    first, *rest = opening(run)
+    assert isinstance(first, ev.Started)
+    told: list[ev.Event] = [dataclasses.replace(first, run_id=nasty, device={"name": nasty, "kind": "cuda"}), *rest]
     told += [ev.Phase("load", "begin", 1, 2, nasty, note=nasty), *middle()]
     told += [ev.Finding(text, "warn", 9, text, (text,)) for text in NASTY]
     told += [ev.Device(1, 1, 2, throttle=nasty), ev.Command("x", nasty, False, nasty)]
@@ -225,7 +223,7 @@ def test_foreign_text_in_a_run_reaches_the_terminal_as_plain_text(screen, write_
     folder, _, _ = write_run(told)
     terminal = screen(script(), folder, tmp_path / "out", size=(120, 40))
     terminal.read_until(b"failed")
-    for key, sign in ((b"4", b"@click"), (b"5", b"refused"), (b"3", b"slowed"), (b"z", b"next"), (b"?", b"This run")):
+    for key, sign in ((b"4", b"@click"), (b"5", b"step 9: "), (b"3", b"slowed"), (b"z", b"next"), (b"?", b"This run")):
         terminal.type(key)
         terminal.read_until(sign)
     terminal.type(b"\x11")
