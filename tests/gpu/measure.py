@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import write_tokenizer  # noqa: E402  the tests' tokenizer, found through the path above
+from conftest import write_tokenizer
 
 PROMPT = "go"
 WARM = 3

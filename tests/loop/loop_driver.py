@@ -51,7 +51,13 @@ class Ran:
 
 
 def drive(
-    run: RunConfig, folder: Path, asked: Asked | None = None, *, resume: bool = False, on_step: Callable[[Stepped], None] = lambda _: None
+    run: RunConfig,
+    folder: Path,
+    asked: Asked | None = None,
+    *,
+    resume: bool = False,
+    on_step: Callable[[Stepped], None] = lambda _: None,
+    machine: Machine = CPU,
 ) -> Ran:
     """Run to the end and collect what happened."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +70,7 @@ def drive(
         model_spec=from_folder(Path(run.model_name_or_path)),
         dataset=load_data(run),
         eval_dataset=None,
-        machine=CPU,
+        machine=machine,
         wishes=asked,
         say=events.append,
         resume=resume,
