@@ -30,8 +30,17 @@ def badge(budget: Budget) -> Part:
     return ("▲ tight", f"bold {cells.WARN}") if budget.tight else ("● fits", f"bold {cells.GOOD}")
 
 
-def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "") -> Content:
-    """Return the four lines of the bar; an estimate says that it is one."""
+def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "", no_time: str = "") -> Content:
+    """Return the four lines of the bar; an estimate says that it is one.
+
+    Args:
+        outlook: what the run would need, or None while the model is not known.
+        advice: the change to offer.
+        width: cells to draw in.
+        now: the clock.
+        waiting: why there is no outlook.
+        no_time: why there is no time yet.
+    """
     if outlook is None:
         hint = waiting or "pick a model to see what it needs"
         return cells.stack([cells.assemble([_label("memory"), (hint, cells.DIM)]), *[Content(" ")] * 3])
@@ -44,7 +53,7 @@ def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now
     length = max(10, width - _LABEL - len(figure) - len(mark[0]) - 3)
     parts = [_label("memory"), *cells.bar(_pieces(budget), max(total, used), length), (figure, "bold")]
     lines = [cells.row(parts, [mark], width), cells.assemble([_label(""), *cells.fit(_legend(budget), width - _LABEL)])]
-    lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now)]))
+    lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now, no_time)]))
     lines.append(_advice(outlook, advice, width))
     return cells.stack(lines)
 
@@ -77,9 +86,9 @@ def _short(amount: float) -> str:
     return words.gib(amount, unit=False)
 
 
-def _time(outlook: Outlook, width: int, now: float) -> list[Part]:
+def _time(outlook: Outlook, width: int, now: float, no_time: str) -> list[Part]:
     if outlook.time is None:
-        return [("name the data to see how long it takes", cells.DIM)]
+        return [("no estimate for this device" if outlook.steps else no_time, cells.DIM)]
     low, mid, high = outlook.time.total_seconds
     groups: list[list[Part]] = [[(f"{words.duration(mid)}", "bold"), (f" ({words.span(low, high)})", cells.DIM)]]
     groups.append([(f"· {outlook.steps:,} steps", cells.DIM)])

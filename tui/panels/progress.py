@@ -23,7 +23,7 @@ def progress(state: RunState, view: View, width: int, height: int) -> Content:
     elif state.doing:
         lines += working(state.doing, view, width)
     else:
-        lines.append(cells.assemble([("  ◌ ", cells.MAIN), ("starting", "")]))
+        lines.append(cells.assemble([("  ◌ ", cells.MAIN), ("starting: loading torch and its libraries", "")]))
     return cells.stack(lines[-height:] if height > 0 else lines)
 
 

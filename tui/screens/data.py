@@ -135,6 +135,11 @@ class DataPage(Page):
         self._show()
         self._look_soon()
 
+    def read_ahead(self) -> None:
+        """Read the data while the person is still on earlier pages: times follow from them."""
+        if self.wizard.run.data and self._look is None:
+            self._look_now()
+
     def _look_soon(self) -> None:
         """Look once the person pauses, not at every key: a file may be large."""
         if self._timer is not None:

@@ -175,8 +175,10 @@ class ModelPage(Page):
         run = dataclasses.replace(self.wizard.run, model_name_or_path=choice.name)
         outlook = self.wizard.desk.outlook(run)
         width = max(30, self.wizard.size.width - 8)
-        room = 43 if width >= 90 else 36
-        parts: list[Part] = [(f"{one_line(choice.name, limit=80):<{room}} ", ""), (f"{units.billions(choice.spec.params):>6}", "")]
+        room = 43 if width >= 90 else 35
+        name = one_line(choice.name)
+        name = name if len(name) <= room else f"{name[: room - 1]}…"
+        parts: list[Part] = [(f"{name:<{room}} ", ""), (f"{units.billions(choice.spec.params):>6}", "")]
         if outlook:
             mark = badge(outlook.budget)
             parts += [(f" {words.gib(outlook.budget.total_bytes):>9}  ", cells.DIM), (f"{mark[0]:<10}", mark[1])]

@@ -118,6 +118,7 @@ class WizardScreen(Screen[None]):
         self._preset, self._preset_run = preset, base
         self._changed = False
         self._use(run)
+        self.query_one(DataPage).read_ahead()
 
     def preview(self, run: RunConfig) -> None:
         """Show what `run` would need without taking it yet."""
@@ -193,13 +194,18 @@ class WizardScreen(Screen[None]):
         waiting = ""
         if self.run.model_name_or_path and self.outlook is None:
             waiting = "the size of this model is not known yet: enter looks it up"
-        bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting)
+        bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting, no_time=self._no_time())
         self._put("#outlook", bar)
         self._put("#steps", self._steps(width))
         keys = (self._page, self._advice is None)
         if keys != self._keys:
             self._keys = keys
             self.refresh_bindings()
+
+    def _no_time(self) -> str:
+        if not self.run.data:
+            return "name the data to see how long it takes"
+        return "known once the data have been read" if self._data_of_run() is None else "these data cannot be used"
 
     def _use(self, run: RunConfig) -> None:
         self.run = run
