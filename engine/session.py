@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 from qlora_tui.engine import report
 from qlora_tui.engine.errors import EngineError, ExitCode, Stopped
-from qlora_tui.engine.events import Command, Event, Finished, Outcome, Started
+from qlora_tui.engine.events import Command, Event, Finished, Outcome, Phase, Started
 from qlora_tui.engine.journal import Journal, RunLock, read_records
 from qlora_tui.engine.logfile import LogFile
 from qlora_tui.engine.machine import Sampler
@@ -33,6 +34,7 @@ from qlora_tui.engine.text import one_line, redact
 from qlora_tui.engine.wishes import Asked
 
 LOG = "log.txt"
+_LIBRARIES = "the libraries for training"
 _log = logging.getLogger("qlora_tui.session")
 
 
@@ -57,10 +59,13 @@ Train = Callable[..., Generator[Event, None, Ended]]
 
 
 def train_for_real(**job: Any) -> Generator[Event, None, Ended]:
-    """Import the training room and start it; here, because it takes seconds and belongs to the owner thread."""
+    """Import the training room and run it; the import takes seconds, belongs to the owner thread, and is told as a phase."""
+    began = time.monotonic()
+    yield Phase("load", "begin", note=_LIBRARIES)
     from qlora_tui.engine.train import Job, train
 
-    return train(Job(**job))
+    yield Phase("load", "end", seconds=time.monotonic() - began, note=_LIBRARIES)
+    return (yield from train(Job(**job)))
 
 
 def warm() -> None:

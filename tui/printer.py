@@ -40,7 +40,7 @@ _STEP_LINES = 100
 _QUIET_SECONDS = 30.0
 _PHASES = {
     "fetch": "fetching the model",
-    "load": "loading the model",
+    "load": "loading",
     "data": "reading the data",
     "plan": "planning",
     "probe": "trying the largest batch",
@@ -195,7 +195,8 @@ class Printer:
         if event.state == "progress":
             return self._progress(name, event, t)
         took = f"  {words(event.seconds)}" if event.seconds is not None and event.seconds >= 1 else ""
-        return (f"{name}: done{took}",) if took else ()
+        about = f": {one_line(event.note)}" if event.note else ""
+        return (f"{name}{about}: done{took}",) if took else ()
 
     def _progress(self, name: str, event: Phase, t: float) -> Sequence[str]:
         """Draw a bar on a terminal; elsewhere say a line now and then, so that a log is no endless list."""
