@@ -153,7 +153,7 @@ _PHASE_WORDS = {
     "plan": "plan the memory",
     "probe": "try the longest rows",
     "train": "train",
-    "eval": "measure",
+    "eval": "measure held-out rows",
     "save": "save",
     "pause": "pause",
     "export": "export",

@@ -242,7 +242,7 @@ from qlora_tui.tui.app import run_app
 nasty = Path(sys.argv[2]).read_text(encoding="utf-8", errors="surrogateescape")
 def start(run):
     raise ConfigErrors([Problem(nasty, nasty, nasty)])
-draft = RunConfig(model_name_or_path="builtin:smollm2-135m", data=(sys.argv[1],), runs_dir=nasty, skip_bad_rows=True)
+draft = RunConfig(model_name_or_path=nasty, data=(sys.argv[1],), runs_dir=nasty, skip_bad_rows=True)
 shown = run_app(start=start, draft=draft, follow=None)
 Path(sys.argv[3]).write_text(shown.kind + " " + shown.detail)
 """
@@ -258,6 +258,14 @@ def test_foreign_text_in_the_wizard_reaches_the_terminal_as_plain_text(screen, t
     terminal.read_until(b"command line")
     terminal.type(b"\r")
     terminal.read_until(b"Which")
+    terminal.type(b"\r")
+    terminal.read_until("✖".encode())
+    terminal.type("\x1b[200~\u202e\x9b31mpasted\x1b[201~".encode())
+    terminal.read_until(b"pasted")
+    terminal.type(b"\x15")
+    terminal.read_until(b"such as")
+    terminal.type(b"builtin:smollm2-135m")
+    terminal.read_until(b"builtin:smollm2-135m\x1b")
     terminal.type(b"\r")
     terminal.read_until(b"assistant")
     terminal.type(b"\r")

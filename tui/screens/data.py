@@ -19,6 +19,7 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import DataLook
+from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class DataPage(Page):
     def compose(self) -> ComposeResult:
         """Lay out the line and what is found behind it."""
         yield Static("What should it learn from? A JSONL file or a hub dataset.", markup=False, classes="question")
-        yield Input(
+        yield Line(
             placeholder="such as my-chats.jsonl, or builtin:python-docs to try it out",
             id="data-name",
             suggester=PathSuggester(),

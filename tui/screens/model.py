@@ -22,6 +22,7 @@ from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import badge
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import ModelChoice
+from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ModelPage(Page):
     def compose(self) -> ComposeResult:
         """Lay out the line and the list."""
         yield Static("Which model? Type a folder or a hub id, or pick one.", markup=False, classes="question")
-        yield Input(placeholder="such as Qwen/Qwen3-4B or ./my-model", id="model-name", compact=True)
+        yield Line(placeholder="such as Qwen/Qwen3-4B or ./my-model", id="model-name", compact=True)
         yield Static("", markup=False, id="model-fault", classes="fault")
         models = OptionList(id="models", compact=True)
         models.can_focus = False

@@ -33,6 +33,7 @@ from qlora_tui.tui.panels.scorecard import ScorecardPanel
 from qlora_tui.tui.panels.status import StatusLine
 from qlora_tui.tui.panels.summary import SummaryPanel
 from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog, keys_of
+from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.state import RunState, fold
 
 TICK = 0.25
@@ -93,7 +94,9 @@ class RunScreen(Screen[None]):
         self._checked = 0.0
         self._selected = 0
         self._leave_at_end = False
+        self._interrupted = False
         self._was_running = True
+        self._seen_running = False
         self.behind = True
 
     def compose(self) -> ComposeResult:
@@ -107,7 +110,7 @@ class RunScreen(Screen[None]):
         yield ScorecardPanel(id="scorecard")
         yield FindingsPanel(id="findings")
         yield LogPanel(id="log")
-        yield Input(placeholder="words to look for in the log", id="find", compact=True)
+        yield Line(placeholder="words to look for in the log", id="find", compact=True)
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -143,6 +146,9 @@ class RunScreen(Screen[None]):
         if self.running != self._was_running:
             self._was_running = self.running
             self.refresh_bindings()
+            if self._seen_running:
+                self.app.bell()
+        self._seen_running = self.running and not self.behind
 
     @property
     def running(self) -> bool:
@@ -154,10 +160,13 @@ class RunScreen(Screen[None]):
         if not self.running or self.readonly:
             self._leave("finished" if self.state.finished else "quit")
             return True
-        if self.view.stopping:
+        if self._interrupted:
             return False
+        self._interrupted = True
         self._leave_at_end = self.owned
-        self._wish("stop")
+        if not self.view.stopping:
+            self._wish("stop")
+        self.app.notify("stopping; Ctrl+C again ends at once, without saving", timeout=6, markup=False)
         return True
 
     def leave_when_finished(self) -> None:
