@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from canned_run import middle, opening
-from screen_driver import Terminal, result, text_of
+from pty_screen import Terminal, result, text_of
 
 LEAVES = (b"\x1b[?1049l", b"\x1b[?25h")
 FOLLOW = """

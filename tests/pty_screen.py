@@ -1,0 +1,113 @@
+"""Screens in a child process under a real pseudo-terminal: what tests send, and every byte that comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+PATIENCE = 40.0
+
+
+class Terminal:
+    """A terminal of a given size with a Python script on it."""
+
+    def __init__(self, script: str, *arguments: str, size: tuple[int, int] = (80, 24), **environment: str) -> None:
+        """Start `script` with the terminal as its controlling one."""
+        self.master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI")}
+        known = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _TAKE + script, *arguments], stdin=slave, stdout=slave, stderr=slave, env=clean | known | environment
+        )
+        self.seen = b""
+
+    def read_until(self, wanted: bytes) -> None:
+        """Read until `wanted` was seen; fail with the last bytes if it never comes."""
+        deadline = time.monotonic() + PATIENCE
+        start = len(self.seen)
+        while wanted not in self.seen[max(0, start - len(wanted)) :]:
+            assert time.monotonic() < deadline, f"{wanted!r} never came: {self.seen[-3000:]!r}"
+            self._read()
+
+    def type(self, keys: bytes) -> None:
+        """Send keys."""
+        os.write(self.master, keys)
+
+    def hang_up(self) -> None:
+        """Take the terminal away, as a lost connection does."""
+        os.close(self.slave)
+        os.close(self.master)
+        self.master = self.slave = -1
+        self.process.send_signal(signal.SIGHUP)
+
+    def wait(self) -> int:
+        """Read on until the process ends, and return its code."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"it did not end: {self.seen[-3000:]!r}"
+            if self.master >= 0:
+                self._read()
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.1)
+        if self.master >= 0:
+            while self._read():
+                pass
+        return self.process.returncode
+
+    @property
+    def modes(self) -> list[object]:
+        """Return the terminal's modes as they are now."""
+        return termios.tcgetattr(self.slave)
+
+    def close(self) -> None:
+        """End everything."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for handle in (self.master, self.slave):
+            if handle >= 0:
+                os.close(handle)
+
+    def _read(self) -> bool:
+        if not select.select([self.master], [], [], 0.1)[0]:
+            return False
+        self.seen += os.read(self.master, 65536)
+        return True
+
+
+_TAKE = "import os, fcntl, termios\nos.setsid()\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
+def text_of(seen: bytes, size: tuple[int, int] = (80, 24)) -> str:
+    """Return what a terminal would show after these bytes."""
+    import pyte
+
+    screen = pyte.Screen(*size)
+    stream = pyte.ByteStream(screen)
+    stream.feed(_without_unknown(seen))
+    return "\n".join(screen.display)
+
+
+def _without_unknown(seen: bytes) -> bytes:
+    """Drop sequences that pyte prints instead of ignoring: private keyboard and mode queries."""
+    import re
+
+    return re.sub(rb"\x1b\[[<>=][0-9;]*u|\x1b\[\?[0-9;]*\$p", b"", seen)
+
+
+def result(path: Path) -> str:
+    """Return what the child wrote at its end."""
+    return path.read_text() if path.exists() else ""
