@@ -147,6 +147,29 @@ async def test_the_dialog_can_detach_abort_or_be_left(write_run, until):
     assert app.left is None
 
 
+async def test_a_run_that_ends_under_the_dialog_shows_how_it_ended(write_run, until):
+    folder, journal, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.press("q")
+        await until(pilot, lambda: isinstance(app.screen, StopDialog))
+        journal.write(ev.Finished("done", 0, "all steps done"))
+        await until(pilot, lambda: app.screen is app.run_screen and "all steps done" in words(app))
+    assert wishes(folder) == []
+
+
+async def test_leaving_right_after_the_last_word_asks_nothing(write_run, until):
+    folder, journal, _ = write_run()
+    app = follow(folder, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        journal.write(ev.Finished("done", 0, "all steps done"))
+        app.run_screen.action_leave()
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "finished"
+
+
 async def test_d_leaves_the_run_alone(write_run, until):
     folder, _, _ = write_run()
     app = follow(folder, on_abort=lambda: None)
@@ -236,8 +259,7 @@ async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until
         await until(pilot, lambda: app.run_screen.state.step == 20)
         app.run_screen._opened = 0.0
         app.run_screen.state = app.run_screen.state.__class__(run_id="r", seq=999, marks=app.run_screen.state.marks)
-        await until(pilot, lambda: "✖ crashed" in words(app))
-        assert "qlora-tui --resume r" in words(app)
+        await until(pilot, lambda: "✖ crashed" in words(app) and "qlora-tui --resume r" in words(app))
 
 
 async def test_number_keys_and_z_zoom(write_run, until):

@@ -148,6 +148,8 @@ class RunScreen(Screen[None]):
             self.refresh_bindings()
             if self._seen_running:
                 self.app.bell()
+            if not self.running and isinstance(self.app.screen, StopDialog):
+                self.app.screen.dismiss("cancel")  # nothing is left to stop: show how it ended instead
         self._seen_running = self.running and not self.behind
 
     @property
@@ -188,10 +190,14 @@ class RunScreen(Screen[None]):
 
     def action_stop(self) -> None:
         """Ask how to stop."""
+        self.look()
+        if not self.running:
+            return
         self.app.push_screen(StopDialog(), self._chosen)
 
     def action_leave(self) -> None:
         """Leave; a run that trains in this process, or that this viewer may steer, is asked about first."""
+        self.look()  # the last word may have come since the last look
         if not self.running:
             self._leave("finished" if self.state.finished else "quit")
         elif self.readonly:
