@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from qlora_tui.engine.errors import ConfigError, JournalError, SpaceError
 from qlora_tui.engine.events import Finished, Record, Started, Stepped, decode
@@ -207,17 +208,19 @@ def _ends(path: Path) -> tuple[Record | None, list[Record]]:
     """Return the first record and the last ones: enough of the file's end to hold the last step, if there is one."""
     try:
         with path.open("rb") as file:
-            first = decode(file.readline().decode("utf-8", "replace"))
-            size = file.seek(0, os.SEEK_END)
-            block = _BLOCK
-            while True:
-                file.seek(max(0, size - block))
-                last = _decode_all(file.read(block), whole=block >= size)
-                if block >= size or any(isinstance(record.event, (Stepped, Started)) for record in last):
-                    return first, last
-                block *= 4
+            return decode(file.readline().decode("utf-8", "replace")), _last_records(file)
     except (OSError, JournalError):
         return None, []
+
+
+def _last_records(file: IO[bytes]) -> list[Record]:
+    size, block = file.seek(0, os.SEEK_END), _BLOCK
+    while True:
+        file.seek(max(0, size - block))
+        last = _decode_all(file.read(block), whole=block >= size)
+        if block >= size or any(isinstance(record.event, (Stepped, Started)) for record in last):
+            return last
+        block *= 4
 
 
 def _decode_all(data: bytes, *, whole: bool) -> list[Record]:

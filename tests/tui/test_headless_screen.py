@@ -46,8 +46,10 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
+        watched = select.poll()  # unlike select, it takes any descriptor, however many are open
+        watched.register(self.master, select.POLLIN | select.POLLHUP)
         while self.open:
-            if not select.select([self.master], [], [], 0.05)[0]:
+            if not watched.poll(50):
                 continue
             try:
                 block = os.read(self.master, 65536)
@@ -59,7 +61,7 @@ class Terminal:
     def until(self, seen: Callable[[], bool]) -> None:
         pace, deadline = threading.Event(), time.monotonic() + PATIENCE
         while not seen():
-            assert time.monotonic() < deadline, self.drawn[-2000:]
+            assert time.monotonic() < deadline, (self.process.poll(), list_runs(self.runs), self.drawn[-2000:])
             pace.wait(0.02)
 
     def until_event(self, seen: Callable[[Event], bool]) -> Path:
