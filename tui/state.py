@@ -289,7 +289,8 @@ def _command(state: RunState, event: ev.Command, t: float) -> Changes:
 
 def _finished(state: RunState, event: ev.Finished, t: float) -> Changes:
     kind: Kind = "good" if event.outcome == "done" else "warn" if event.outcome in ("stopped", "aborted") else "bad"
-    log = _say(state, t, f"{event.outcome.replace('_', ' ')}: {event.reason}", kind)
+    outcome = event.outcome.replace("_", " ")
+    log = _say(state, t, event.reason if event.reason.startswith(outcome) else f"{outcome}: {event.reason}", kind)
     return {"finished": event, "doing": None, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
 
 

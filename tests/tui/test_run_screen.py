@@ -251,6 +251,14 @@ async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_conf
     assert app.left.kind == "finished"
 
 
+async def test_an_adapter_named_within_the_run_is_shown_with_its_folder(write_run, until, run_config):
+    folder, _, _ = write_run([*opening(run_config), *middle(), ev.Finished("stopped", 130, "stopped and saved", adapter="adapter")])
+    app = follow(folder)
+    async with app.run_test(size=(160, 40)) as pilot:
+        await until(pilot, lambda: f"{folder}/adapter" in words(app))
+        assert "stopped: stopped" not in words(app)
+
+
 async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until):
     folder, _, lock = write_run()
     lock.release()

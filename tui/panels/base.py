@@ -25,6 +25,7 @@ class View:
     lost: bool = False
     stopping: bool = False
     readonly: bool = False
+    folder: str = ""
 
 
 class Panel(Static):

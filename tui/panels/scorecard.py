@@ -45,7 +45,8 @@ def result_lines(state: RunState, view: View) -> list[list[Part]]:
     elif view.lost:
         lines.append(_labelled("ended", [("the program that ran this ended without a word", cells.BAD)]))
     if state.adapter:
-        lines.append(_labelled("adapter", [(one_line(state.adapter, limit=300), "bold")]))
+        path = state.adapter if "/" in state.adapter or not view.folder else f"{view.folder}/{state.adapter}"
+        lines.append(_labelled("adapter", [(one_line(path, limit=300), "bold")]))
     lines.append(_labelled("next", [(next_command(state, view), cells.MAIN), ("   q leaves", cells.DIM)]))
     return lines
 

@@ -87,7 +87,7 @@ class RunScreen(Screen[None]):
         super().__init__()
         self.folder, self.owned, self.readonly = folder, owned, readonly
         self.state = RunState(run_id=folder.name)
-        self.view = View(now=time.time(), ascii_only=ascii_only, readonly=readonly)
+        self.view = View(now=time.time(), ascii_only=ascii_only, readonly=readonly, folder=str(folder))
         self._leave = leave
         self._tail = Tail(folder / EVENTS)
         self._opened = time.time()
