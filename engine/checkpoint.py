@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -233,20 +234,18 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
     """
     if rest["kind"] != type(optimizer).__name__:
         raise CheckpointError(f"the checkpoint's optimizer is {rest['kind']}, this run's is {type(optimizer).__name__}")
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            saved = {name.split(".", 1)[1]: part for name, part in tensors.items() if name.startswith(f"{index}.")}
-            if not saved:
-                continue
-            if hasattr(optimizer, "init_state"):  # only bitsandbytes' optimizers have it
-                optimizer.init_state(group, parameter, group_index, index)
-            state = optimizer.state[parameter]
-            for name, part in saved.items():
-                if name in state:
-                    state[name].copy_(part)
-                else:
-                    state[name] = part.to(parameter.device) if name != "step" else part
-            state.update(rest["numbers"].get(str(index), {}))
+    (group,) = optimizer.param_groups
+    for index, parameter in enumerate(group["params"]):
+        saved = {name.split(".", 1)[1]: part for name, part in tensors.items() if name.startswith(f"{index}.")}
+        if saved and isinstance(optimizer, Optimizer8bit):
+            optimizer.init_state(group, parameter, 0, index)
+        state = optimizer.state[parameter]
+        for name, part in saved.items():
+            if name in state:
+                state[name].copy_(part)
+            else:
+                state[name] = part if name == "step" else part.to(parameter.device)
+        state.update(rest["numbers"].get(str(index), {}))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

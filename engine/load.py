@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
 
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.fast.lora import ADAPTER, fuse
@@ -109,6 +110,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """Load the frozen base; only safetensors are read and no code of the folder is run."""
+    disable_progress_bar()  # it writes to the terminal that the screen or the printer owns
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loaders warn about what is checked below or is of no use to a person

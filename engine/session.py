@@ -169,7 +169,7 @@ class Session:
         generator = self._train(
             run=self.run,
             folder=self.folder,
-            model_folder=checked.model_files.folder,
+            model_files=checked.model_files,
             model_spec=checked.model_spec,
             dataset=checked.dataset,
             eval_dataset=checked.eval_dataset,

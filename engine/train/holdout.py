@@ -10,8 +10,8 @@ from pathlib import Path
 from qlora_tui.engine import evaluate
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import Stopped
-from qlora_tui.engine.events import Evaluated, Event, Phase, Wishes
 from qlora_tui.engine.evaluate import RowLoss
+from qlora_tui.engine.events import Evaluated, Event, Phase, Wishes
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.train.fence import Fence
 

@@ -18,6 +18,7 @@ from qlora_tui.engine.batches import steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
 from qlora_tui.engine.errors import CheckpointError, DataError, Stopped, WontFit
 from qlora_tui.engine.events import Event, Finding, Phase, PhaseName, Planned, Prepared, Resumed, Saved, Wishes
+from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.load import Loaded, choose_dtype, load
 from qlora_tui.engine.machine import Machine, resident_bytes
 from qlora_tui.engine.models import ModelSpec
@@ -41,7 +42,7 @@ class Job:
 
     run: RunConfig
     folder: Path
-    model_folder: Path | None
+    model_files: ModelFiles
     model_spec: ModelSpec
     dataset: Dataset
     eval_dataset: Dataset | None
@@ -108,15 +109,15 @@ def _limit_memory(job: Job) -> None:
 def _fetch(job: Job) -> Generator[Event, None, Path]:
     """Bring the weights here; a local folder needs nothing, a second run downloads nothing."""
     name = job.run.model_name_or_path
-    if job.model_folder is not None and Path(name).is_dir():
-        return job.model_folder
+    if Path(name).is_dir():
+        return job.model_files.folder
     began = time.monotonic()
     yield Phase("fetch", "begin", note=name)
     progress = _teller(job.say, "fetch", "bytes")
     if name.startswith(BUILTIN):
         folder = builtin.fetch(progress, lambda: job.wishes.urgent() is not None)
     else:
-        folder = hub.weights(name, job.run.revision, "", progress, lambda: job.wishes.urgent() is not None)
+        folder = hub.weights(name, job.run.revision, job.model_files.commit, progress, lambda: job.wishes.urgent() is not None)
     yield Phase("fetch", "end", seconds=time.monotonic() - began)
     return folder
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_tui.engine import checkpoint
-from qlora_tui.engine.batches import epoch_order, micro_batches, collate, steps_per_epoch, supervised_tokens
+from qlora_tui.engine.batches import collate, epoch_order, micro_batches, steps_per_epoch, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import Diverged, SpaceError
 from qlora_tui.engine.events import Event, Finding, Phase, Saved, Stepped, Wishes

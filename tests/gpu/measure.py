@@ -72,7 +72,7 @@ def run(model: str, data: str, settings: list[str]) -> dict[str, object]:
         command = [
             sys.executable,
             "-m",
-            "qlora_tui.tui.cli",
+            "qlora_tui.tui",
             "--no-ui",
             "--json",
             "--model",
@@ -90,7 +90,7 @@ def run(model: str, data: str, settings: list[str]) -> dict[str, object]:
     if len(steps) <= WARM:
         return result | {"stderr": done.stderr[-1500:], "last": events[-1:]}
     planned = next(event for event in events if event["type"] == "planned")
-    load = next(event for event in events if event["type"] == "phase" and event["name"] == "load" and event["state"] == "end")
+    *_, load = (event for event in events if event["type"] == "phase" and event["name"] == "load" and event["peak_bytes"])
     late = steps[WARM:]
     return result | {
         "tokens_per_second": round(statistics.median(step["tokens"] / step["seconds"] for step in late)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_tui.engine.data import load as load_data
 from qlora_tui.engine.events import Event, Stepped, Wish
+from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import from_folder
 from qlora_tui.engine.spec import RunConfig
@@ -66,7 +67,7 @@ def drive(
     job = Job(
         run=run,
         folder=folder,
-        model_folder=Path(run.model_name_or_path),
+        model_files=ModelFiles(Path(run.model_name_or_path)),
         model_spec=from_folder(Path(run.model_name_or_path)),
         dataset=load_data(run),
         eval_dataset=None,
