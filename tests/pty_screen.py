@@ -41,6 +41,12 @@ class Terminal:
             assert time.monotonic() < deadline, f"{wanted!r} never came: {self.seen[-3000:]!r}"
             self._read()
 
+    def read_some(self, seconds: float = 0.3) -> None:
+        """Take what comes within `seconds`, so that the program is never blocked by a full terminal."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._read()
+
     def type(self, keys: bytes) -> None:
         """Send keys."""
         os.write(self.master, keys)
