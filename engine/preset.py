@@ -24,13 +24,17 @@ _ABOUT_KEYS = ("title", "why", "card")
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine."""
+    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine.
+
+    `text` is the file as written, with the reason for every value; saved as a file, `--config` reads it.
+    """
 
     name: str
     title: str
     why: str
     card: str
     values: Mapping[str, Value]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ def load(name: str) -> Preset:
     where = f"{name}.toml"
     about = _parse(text, where).get(_ABOUT, {})
     title, why, card = (str(about.get(key, "")) for key in _ABOUT_KEYS)
-    return Preset(name, title, why, card, _read(text, where))
+    return Preset(name, title, why, card, _read(text, where), text)
 
 
 def read_file(path: Path) -> dict[str, Value]:

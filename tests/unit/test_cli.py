@@ -243,7 +243,10 @@ def test_presets_are_listed_and_shown(capsys: Capture, tmp_path: Path) -> None:
     assert main(["presets"]) == 0
     capsys.readouterr()
     assert main(["presets", "demo"]) == 0
-    (tmp_path / "again.toml").write_text(capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert "# " in shown
+    assert "why = " in shown
+    (tmp_path / "again.toml").write_text(shown)
     assert main(["--dry-run", "--config", "again.toml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["model_name_or_path"] == "builtin:smollm2-135m"
 

@@ -66,10 +66,10 @@ def data(options: argparse.Namespace) -> int:
 
 
 def presets(options: argparse.Namespace) -> int:
-    """Print the ready-made runs, or one of them as the run.toml it stands for."""
+    """Print the ready-made runs, or one of them as written, with the reason for every value."""
     streams = Streams()
     if options.name and not options.json:
-        streams.data.write(preset.to_toml(preset.resolve(preset=options.name, config=None, flags={})))
+        streams.data.write(preset.load(options.name).text)
         return int(ExitCode.DONE)
     names = (options.name,) if options.name else preset.names()
     rows = [_preset_row(preset.load(name)) for name in names]
