@@ -136,7 +136,7 @@ def fixes(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | 
     When no single one is enough, combinations follow, and then a smaller model of the same kind.
     """
     now = estimate(model, run, machine, longest=longest)
-    harmless = [fix for change in _harmless(run, machine) if (fix := _weigh(now, model, run, change, longest)) is not None]
+    harmless = [fix for change in _harmless(model, run, machine) if (fix := _weigh(now, model, run, change, longest)) is not None]
     others = [fix for change in _other_changes(run, now.machine, longest) if (fix := _weigh(now, model, run, change, longest)) is not None]
     ranked = sorted(harmless, key=lambda fix: (fix.time_factor, -fix.saves_bytes)) + others
     if not now.fits and not any(fix.enough for fix in ranked):
@@ -165,14 +165,14 @@ def tips(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | N
 _Change = tuple[dict[str, Value], str]
 
 
-def _harmless(run: RunConfig, machine: Machine) -> list[_Change]:
+def _harmless(model: ModelSpec, run: RunConfig, machine: Machine) -> list[_Change]:
     """Changes after which the same rows give the same steps, up to rounding."""
     changes: list[_Change] = []
     if run.optim == "adamw_torch" and machine.kind == "cuda":
         changes.append(({"optim": "paged_adamw_8bit"}, "keep the optimizer's state in 8 bits"))
     if run.method == "qlora" and not run.bnb_4bit_use_double_quant:
         changes.append(({"bnb_4bit_use_double_quant": True}, "quantize the block constants too"))
-    if run.attn_implementation == "eager":
+    if run.attn_implementation == "eager" and model.sdpa:
         changes.append(({"attn_implementation": "sdpa"}, "attention that does not hold all scores"))
     if not run.gradient_checkpointing:
         changes.append(({"gradient_checkpointing": True}, "recompute activations instead of keeping them"))

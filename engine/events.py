@@ -54,7 +54,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What will be trained: counts of rows and tokens, and why rows are missing."""
+    """What will be trained: counts of rows and tokens, why rows are missing, and in `notes` what a person would not expect."""
 
     type: ClassVar[str] = "prepared"
     format: str
@@ -69,6 +69,7 @@ class Prepared:
     refused: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     max_row_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

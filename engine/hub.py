@@ -77,7 +77,10 @@ def small_files(name: str, revision: str = "main") -> ModelFiles:
     if _offline():
         cached = _cached(name, revision)
         if cached is None:
-            raise FetchError(f"HF_HUB_OFFLINE is set and {name} is not in the hub's cache", hint="unset it once, or use a local folder")
+            raise FetchError(
+                f"there is no folder {name}, HF_HUB_OFFLINE is set, and the hub's cache does not hold it",
+                hint="unset it once, or name a folder",
+            )
         return cached
     return _from_hub(name, revision)
 

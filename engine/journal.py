@@ -22,6 +22,8 @@ from qlora_tui.engine.events import FORMAT_VERSION, Event, Finished, Record, Sav
 EVENTS = "events.jsonl"
 COMMANDS = "commands.jsonl"
 LOCK = "lock"
+_TRIES = 25
+_BETWEEN_SECONDS = 0.02
 
 
 class Journal:
@@ -140,13 +142,11 @@ class RunLock:
             JournalError: another process holds it; its pid, host and start are named.
         """
         self._file: IO[str] = (folder / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _taken(self._file):
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
-            raise JournalError(f"run {folder.name} is already running ({owner})", hint=f"qlora-tui attach {folder.name}") from None
+            raise JournalError(f"run {folder.name} is already running ({owner})", hint=f"qlora-tui attach {folder.name}")
         self._file.truncate(0)
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": round(time.time(), 3)}))
         self._file.flush()
@@ -154,6 +154,21 @@ class RunLock:
     def release(self) -> None:
         """Give the folder back; idempotent."""
         self._file.close()
+
+
+def _taken(file: IO[str]) -> bool:
+    """Take the lock and say whether that was possible.
+
+    `is_running`, in any process, holds a shared lock for an instant: only a refusal that lasts is another owner's.
+    """
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(_BETWEEN_SECONDS)
+        else:
+            return True
+    return False
 
 
 def is_running(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place
 from qlora_tui.engine.sizes import adapter_params
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, problems, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, bounds, from_values, problems, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 
@@ -62,7 +62,7 @@ def check(run: RunConfig, *, fit: bool = True) -> Checked:
     """
     faults = Faults()
     faults.problems += problems(run)
-    dataset = faults.attempt(lambda: data.load(run)) if run.data else None
+    dataset = faults.attempt(lambda: data.load(run)) if run.data and all(run.data) else None
     eval_dataset = faults.attempt(lambda: data.load_eval(run)) if run.eval_data else None
     faults.attempt(lambda: check_space(Path(run.runs_dir).expanduser(), _FLOOR_BYTES))
     if faults and not _is_here(run.model_name_or_path):
@@ -153,11 +153,15 @@ def resumable(saved: RunConfig, flags: Mapping[str, Value]) -> tuple[RunConfig, 
     refused = [name for name in changes if name not in _ON_RESUME]
     if refused:
         hint = f"leave it out, or start a new run; a resume may change {', '.join(_ON_RESUME)}"
-        raise ConfigErrors([Problem(name, f"it was {one_line(before[name])} when the run began", hint) for name in refused])
+        raise ConfigErrors([Problem(name, f"it was {_told(before[name])} when the run began", hint) for name in refused])
     run = from_values({**before, **changes})
     if found := problems(run):
         raise ConfigErrors(found)
-    return run, [f"{name}: {one_line(before[name])} -> {one_line(value)}; {_ON_RESUME[name]}" for name, value in changes.items()]
+    return run, [f"{name}: {_told(before[name])} -> {_told(value)}; {_ON_RESUME[name]}" for name, value in changes.items()]
+
+
+def _told(value: Value) -> str:
+    return one_line(", ".join(value) if isinstance(value, tuple) else value)
 
 
 def builtin_files(name: str) -> ModelFiles:
@@ -169,6 +173,17 @@ def builtin_files(name: str) -> ModelFiles:
     if name != builtin.NAME:
         raise ConfigError(f"no built-in model {one_line(name)!r}", hint=f"there is {builtin.NAME}", where="model_name_or_path")
     return builtin.small_files()
+
+
+def bounded(run: RunConfig, *faults: Problem) -> RunConfig:
+    """Return `run` if each of its values alone is one that a run may have: what a budget or a look at data needs.
+
+    Raises:
+        ConfigErrors: some are not, or `faults` were found already; all are named.
+    """
+    if found := [*bounds(run), *faults]:
+        raise ConfigErrors(found)
+    return run
 
 
 def find_spec(run: RunConfig) -> ModelSpec:
@@ -195,7 +210,17 @@ def device_problems(run: RunConfig, device: Machine) -> list[Problem]:
 
 
 def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[Problem]:
-    """Return what `run` asks of a model that it does not have."""
+    """Return what `run` asks of a model that it does not have, its tokenizer included."""
+    found = shape_problems(run, spec)
+    words = _vocabulary(files.folder)
+    if words > spec.vocab_size:
+        text = f"its tokenizer knows {words} tokens and the model {spec.vocab_size}: they do not belong together"
+        found.append(Problem(one_line(run.model_name_or_path), text, "take the tokenizer files that came with the model"))
+    return found
+
+
+def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
+    """Return what `run` asks of a model's shape that it does not have; its files are not needed to see it."""
     found = []
     if run.max_length > spec.max_position_embeddings:
         limit = spec.max_position_embeddings
@@ -204,10 +229,8 @@ def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[P
         spec.targeted(run.lora_target_modules)
     except ConfigError as error:
         found.append(error.problem)
-    words = _vocabulary(files.folder)
-    if words > spec.vocab_size:
-        text = f"its tokenizer knows {words} tokens and the model {spec.vocab_size}: they do not belong together"
-        found.append(Problem(one_line(run.model_name_or_path), text, "take the tokenizer files that came with the model"))
+    if run.attn_implementation == "sdpa" and not spec.sdpa:
+        found.append(Problem("attn_implementation", f"sdpa does not exist for the family {spec.family}", "say eager"))
     return found
 
 

@@ -186,6 +186,7 @@ def _data(seen: Seen) -> list[str]:
     lines.append(f"- tokens an epoch: {count(facts.tokens)}, {count(facts.supervised_tokens)} of them trained")
     for title, missing in (("refused", facts.refused), ("dropped", facts.dropped)):
         lines += [f"- {title}: {count(number)} because {md(reason)}" for reason, number in missing.items()]
+    lines += [f"- note: {md(note)}" for note in facts.notes]
     return lines
 
 

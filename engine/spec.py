@@ -157,7 +157,7 @@ def find_key(name: str, *, where: str = "") -> Key:
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf not in KEYS:
-        raise ConfigError(f"unknown key {leaf!r}", hint=nearest(leaf, list(KEYS)), where=where)
+        raise ConfigError(f"unknown key {leaf!r}", hint=nearest(leaf, list(KEYS)) or "qlora-tui --help-keys lists them all", where=where)
     return KEYS[leaf]
 
 
@@ -257,11 +257,14 @@ def rows_per_step(run: RunConfig) -> int:
 
 def problems(run: RunConfig) -> list[Problem]:
     """Return everything wrong with `run` that needs no disk, model or device to see."""
-    found = [problem for key in KEYS.values() if (problem := _out_of_bounds(run, key))]
+    found = bounds(run)
     if not run.model_name_or_path:
         found.append(Problem("model_name_or_path", "no model named", "say --model DIR_OR_HUB_ID or --preset NAME"))
     if not run.data:
         found.append(Problem("data", "no data named", "say --data FILE.jsonl"))
+    if not all(run.data):
+        found.append(Problem("data", "one of the names is empty", "say --data FILE.jsonl"))
+    found += [Problem(name, "it is empty", f"leave it out for {default}") for name, default in _never_empty(run)]
     if not run.num_train_epochs and not run.max_steps:
         found.append(Problem("num_train_epochs", "0 epochs and no max_steps: nothing would be trained", "set one of them"))
     if run.learning_rate == 0:
@@ -275,6 +278,16 @@ def problems(run: RunConfig) -> list[Problem]:
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
     return found
+
+
+def _never_empty(run: RunConfig) -> list[tuple[str, Value]]:
+    """Return the keys that are empty and must not be, with their defaults: an empty folder name would mean this very folder."""
+    return [(name, KEYS[name].default) for name, text in (("revision", run.revision), ("runs_dir", run.runs_dir)) if not text]
+
+
+def bounds(run: RunConfig) -> list[Problem]:
+    """Return the values of `run` that no run could have, whatever the model and the data."""
+    return [problem for key in KEYS.values() if (problem := _out_of_bounds(run, key))]
 
 
 def _out_of_bounds(run: RunConfig, key: Key) -> Problem | None:

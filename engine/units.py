@@ -57,7 +57,9 @@ def billions(number: int) -> str:
     """
     if number >= 20_000_000_000:
         return f"{number / 1e9:.0f} B"
-    return f"{number / 1e9:.1f} B" if number >= 999_500_000 else f"{number / 1e6:.0f} M"
+    if number >= 999_500_000:
+        return f"{number / 1e9:.1f} B"
+    return f"{number / 1e6:.0f} M" if number >= 9_950_000 else f"{number / 1e6:.1f} M"
 
 
 def percent(share: float) -> str:

@@ -13,7 +13,9 @@ import sys
 TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any, NoReturn
+    from typing import IO, Any, NoReturn
+
+    from qlora_tui.engine.errors import ConfigError
 
 PROG = "qlora-tui"
 
@@ -60,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     hold_descriptors()
     code = _run(list(sys.argv[1:] if argv is None else argv))
-    if argv is None and "torch" in sys.modules:
+    if argv is None:
         _flush()
+    if argv is None and "torch" in sys.modules:
         os._exit(code)
     return code
 
@@ -114,9 +117,11 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
         if name not in (*COMMANDS, CHILD):
             _refuse_command(name)
     parser = build(name)
-    options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}))
+    options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[]))
     if unknown:
         _refuse(parser, unknown[0])
+    if options.faults:
+        _refuse_values(options.faults)
     return name, options
 
 
@@ -275,19 +280,36 @@ def _flag(parser: Any, option: str, key: str, metavar: str, text: str) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is below 0")
-    return number
+    if not text.strip().isdecimal():
+        from qlora_tui.engine.text import one_line
+
+        raise argparse.ArgumentTypeError(f"{one_line(text)!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _note(namespace: argparse.Namespace, name: str, text: str, where: str) -> None:
+    """Read `text` as the key called `name`; a fault is kept, so that all of a command line are told at once."""
+    from qlora_tui.engine.errors import ConfigError
+    from qlora_tui.engine.spec import find_key, read_text
+
+    try:
+        key = find_key(name, where=where)
+        namespace.flags[key.name] = read_text(key, text, where=where)
+    except ConfigError as error:
+        namespace.faults.append(error)
+
+
+def _refuse_values(faults: list[ConfigError]) -> NoReturn:
+    from qlora_tui.engine.errors import ConfigErrors
+
+    raise ConfigErrors([fault.problem for fault in faults]) if len(faults) > 1 else faults[0]
 
 
 class _Flag(argparse.Action):
     """An option that names one key: its text is read as the key's type."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        from qlora_tui.engine.spec import KEYS, read_text
-
-        namespace.flags[self.dest] = read_text(KEYS[self.dest], str(values), where=option or self.dest)
+        _note(namespace, self.dest, str(values), option or self.dest)
 
 
 class _Data(argparse.Action):
@@ -310,14 +332,13 @@ class _Set(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         from qlora_tui.engine.errors import ConfigError
-        from qlora_tui.engine.spec import find_key, read_text
         from qlora_tui.engine.text import one_line
 
         name, equals, text = str(values).partition("=")
-        if not equals:
-            raise ConfigError(f"{one_line(values)!r} has no `=`", hint="say --set lora_r=32", where="--set")
-        key = find_key(name.strip(), where="--set")
-        namespace.flags[key.name] = read_text(key, text, where="--set")
+        if equals:
+            _note(namespace, name.strip(), text, "--set")
+        else:
+            namespace.faults.append(ConfigError(f"{one_line(values)!r} has no `=`", hint="say --set lora_r=32", where="--set"))
 
 
 class _Version(argparse.Action):
@@ -326,7 +347,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         from importlib.metadata import version
 
-        print(f"{PROG} {version('qlora-tui')}")
+        _say(f"{PROG} {version('qlora-tui')}", sys.stdout)
         parser.exit()
 
 
@@ -336,19 +357,20 @@ class _HelpKeys(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         from qlora_tui.engine.spec import KEYS
 
-        group = ""
+        group, lines = "", []
         for key in KEYS.values():
             if key.group != group:
                 group = key.group
-                print(f"\n{group}")
+                lines.append(f"\n{group}")
             shown = ",".join(key.default) if isinstance(key.default, tuple) else str(key.default)
-            print(f"  {key.name:<30} {key.help} [{shown}]")
+            lines.append(f"  {key.name:<30} {key.help} [{shown}]")
+        _say("\n".join(lines), sys.stdout)
         parser.exit()
 
 
-def _say(text: str) -> None:
+def _say(text: str, stream: IO[str] | None = None) -> None:
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream or sys.stderr, flush=True)
     except (OSError, ValueError):  # nobody is there to read it; the exit code still tells
         return
 
@@ -357,5 +379,9 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # closed, gone, or never there
+        except OSError:  # the reader went away; the interpreter's own flush at exit must not fail aloud
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
+        except (ValueError, AttributeError):  # closed, or never there
             continue

@@ -201,7 +201,7 @@ class Printer:
     def _progress(self, name: str, event: Phase, t: float) -> Sequence[str]:
         """Draw a bar on a terminal; elsewhere say a line now and then, so that a log is no endless list."""
         if event.done is None:
-            return ()
+            return (f"{name}: {one_line(event.note)} ...",) if event.note else ()
         text = f"{name}  {_amount(event.done, event.unit)}" + (f" of {_amount(event.total, event.unit)}" if event.total else "")
         if self._out.talk.terminal:
             share = min(1.0, event.done / event.total) if event.total else 0.0
@@ -236,7 +236,8 @@ class Printer:
 
     def _finished(self, event: Finished) -> Sequence[str]:
         """Say how it ended, whether it helped, where the adapter is and what to type next."""
-        lines = ["", f"{event.outcome}: {one_line(event.reason)}"]
+        reason = one_line(event.reason)
+        lines = ["", reason if reason.startswith(event.outcome) else f"{event.outcome}: {reason}"]
         if self._base and self._base.base_loss is not None:
             lines.append(f"held-out loss: base {self._base.base_loss:.4f} -> tuned {self._base.loss:.4f}. {one_line(self._base.verdict)}")
         elif self._steps:
@@ -287,7 +288,8 @@ def _prepared(event: Prepared) -> Sequence[str]:
     tokens = f"{count(event.tokens)} tokens an epoch, {count(event.supervised_tokens)} of them trained"
     lines = [f"data: {one_line(event.why or event.format)}", f"      {rows}; {tokens}; {count(event.total_steps)} steps"]
     missing = {**{f"refused: {reason}": number for reason, number in event.refused.items()}, **event.dropped}
-    return [*lines, *(f"      {count(number)} rows left out: {one_line(reason)}" for reason, number in missing.items() if number)]
+    lines += [f"      {count(number)} rows left out: {one_line(reason)}" for reason, number in missing.items() if number]
+    return [*lines, *(f"note: {one_line(note)}" for note in event.notes)]
 
 
 def _planned(event: Planned) -> Sequence[str]:

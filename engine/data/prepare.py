@@ -187,7 +187,7 @@ def _holdout_size(rows: int, wanted: float, notes: list[str]) -> int:
                 f"{HOLDOUT_CAP} rows are held out, not {size}: more would cost time and tell no more. A number in val_set_size is obeyed."
             )
             size = HOLDOUT_CAP
-    if size > rows - 1 and wanted:
+    if size > rows - 1 and wanted and rows:
         notes.append(f"There are {rows} rows: {rows - 1} are held out, so that one is left to train.")
     return max(0, min(size, rows - 1))
 

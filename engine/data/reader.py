@@ -21,6 +21,16 @@ MAX_LIST_BYTES = 512 * 2**20
 """A JSON list has to be read whole, unlike JSONL."""
 
 _BOM = b"\xef\xbb\xbf"
+_MARKS = {
+    b"PAR1": "a Parquet file",
+    b"ARRO": "an Arrow file",
+    b"\x1f\x8b": "a compressed file",
+    b"\x28\xb5\x2f\xfd": "a compressed file",
+    b"BZh": "a compressed file",
+    b"\xfd7zX": "a compressed file",
+    b"PK\x03\x04": "a ZIP archive or spreadsheet",
+}
+_ENDINGS = {".csv": "a CSV file", ".tsv": "a TSV file"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,7 @@ def read_file(path: Path) -> Iterator[Raw]:
     """Yield the rows of a JSONL file, or of a JSON file that holds one list.
 
     Raises:
-        DataError: there is no such file, or it cannot be read.
+        DataError: there is no such file, it cannot be read, or it is of a kind that is not read here.
     """
     shown = one_line(path)
     if path.is_dir():
@@ -44,9 +54,21 @@ def read_file(path: Path) -> Iterator[Raw]:
         raise DataError("no such file", where=shown)
     try:
         with path.open("rb") as file:
+            _refuse_kind(path, file)
             yield from _read_list(file) if _is_list(file) else _read_lines(file)
     except OSError as error:
         raise DataError(f"the file cannot be read ({error.strerror or error})", where=shown) from None
+
+
+def _refuse_kind(path: Path, file: IO[bytes]) -> None:
+    """Refuse a whole file in one sentence, where line by line each would be refused without saying why."""
+    start = file.read(4)
+    file.seek(0)
+    kind = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "") or _ENDINGS.get(path.suffix.lower(), "")
+    if kind:
+        raise DataError(
+            f"{kind} is not read here", hint="write it as JSONL, one JSON object a line, or as a JSON list", where=one_line(path)
+        )
 
 
 def _is_list(file: IO[bytes]) -> bool:

@@ -16,13 +16,14 @@ import torch
 from qlora_tui.engine import budget, builtin, checkpoint, hub
 from qlora_tui.engine.batches import steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
-from qlora_tui.engine.errors import CheckpointError, DataError, Stopped, WontFit
+from qlora_tui.engine.errors import CheckpointError, DataError, ModelError, Stopped, WontFit
 from qlora_tui.engine.events import Event, Finding, Phase, PhaseName, Planned, Prepared, Resumed, Saved, Wishes
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.load import Loaded, choose_dtype, load
 from qlora_tui.engine.machine import Machine, resident_bytes
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_per_step
+from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
@@ -115,7 +116,8 @@ def _fetch(job: Job) -> Generator[Event, None, Path]:
     yield Phase("fetch", "begin", note=name)
     progress = _teller(job.say, "fetch", "bytes")
     if name.startswith(BUILTIN):
-        folder = builtin.fetch(progress, lambda: job.wishes.urgent() is not None)
+        converting = Phase("fetch", "progress", note="converting it to safetensors, once; about half a minute")
+        folder = builtin.fetch(progress, lambda: job.wishes.urgent() is not None, lambda: job.say(converting))
     else:
         folder = hub.weights(name, job.run.revision, job.model_files.commit, progress, lambda: job.wishes.urgent() is not None)
     yield Phase("fetch", "end", seconds=time.monotonic() - began)
@@ -137,7 +139,20 @@ def _data(job: Job, folder: Path) -> Generator[Event, None, Tokenized]:
     yield Phase("data", "end", seconds=time.monotonic() - began)
     if not tokenized.train:
         raise DataError("no row is left to train on", hint="see the reasons above; a larger max_length or other data would help")
+    _check_ids(job, tokenized)
     return tokenized
+
+
+def _check_ids(job: Job, tokenized: Tokenized) -> None:
+    """Refuse tokens that the embedding has no row for: on a GPU they end the process in an assertion nobody understands."""
+    highest = max(max(row.input_ids) for row in (*tokenized.train, *tokenized.holdout))
+    size = job.model_spec.vocab_size
+    if highest >= size:
+        raise ModelError(
+            f"its tokenizer makes token {highest} of these rows and the model ends at {size - 1}: they do not belong together",
+            where=one_line(job.run.model_name_or_path),
+            hint="take the tokenizer files that came with the model",
+        )
 
 
 def _announce(job: Job, tokenized: Tokenized, total: int) -> Iterator[Event]:
@@ -156,6 +171,7 @@ def _announce(job: Job, tokenized: Tokenized, total: int) -> Iterator[Event]:
         refused=facts.refused,
         dropped=facts.dropped,
         max_row_tokens=facts.max_row_tokens,
+        notes=facts.notes,
     )
     device = torch.device("cuda" if job.machine.kind == "cuda" else "cpu")
     choices = {

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_model, write_tokenizer
 from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
 from qlora_tui.engine import checkpoint
-from qlora_tui.engine.errors import CheckpointError, Diverged, FenceError
+from qlora_tui.engine.errors import CheckpointError, Diverged, FenceError, ModelError
 from qlora_tui.engine.events import Evaluated, Finding, Phase, Planned, Prepared, Resumed, Saved, Stepped
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import loop
@@ -190,6 +191,22 @@ def test_abort_keeps_the_last_checkpoint_and_saves_no_more(run_of: Make, tmp_pat
 def test_a_wish_to_save_is_obeyed_between_steps(run_of: Make, tmp_path: Path) -> None:
     ran = drive(run_of(max_steps=6, save_steps=100), tmp_path / "run", Asked({3: "save"}))
     assert [event.step for event in ran.of(Saved) if event.kind == "checkpoint"] == [3, 6]
+
+
+def test_what_was_done_to_the_data_is_told(run_of: Make, tmp_path: Path) -> None:
+    ran = drive(run_of(val_set_size=100, max_steps=1), tmp_path / "run")
+    (prepared,) = ran.of(Prepared)
+    assert [note for note in prepared.notes if "so that one is left to train" in note]
+
+
+def test_tokens_beyond_the_model_are_refused_before_it_is_loaded(run_of: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_model(folder, vocab_size=256, bos_token_id=0, eos_token_id=0)  # the four special tokens have ids from 256 on
+    write_tokenizer(folder)
+    ran = drive(run_of(model_name_or_path=str(folder)), tmp_path / "run")
+    assert isinstance(ran.error, ModelError)
+    assert "they do not belong together" in str(ran.error)
+    assert not [event for event in ran.of(Phase) if event.name == "load"]
 
 
 def test_a_stop_before_the_first_step_says_so(run_of: Make, tmp_path: Path) -> None:

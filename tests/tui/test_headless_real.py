@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.engine import preset
 from qlora_tui.engine.journal import is_running
 from qlora_tui.engine.runs import list_runs
+from qlora_tui.tui import cli
+from qlora_tui.tui.commands import run
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 180
@@ -54,12 +57,37 @@ def test_a_run_is_detached_watched_to_its_end_and_taken_further(
     assert (info.path / "adapter" / "adapter_config.json").is_file()
 
     assert program("--no-ui", "--resume", "last").returncode == 2  # all its steps are taken
+    assert "is at step 4 already" in program("--no-ui", "--resume", "last", "--max-steps", "4").stderr
+    assert "is done" in program("--no-ui", "--resume", "last", "--set", "save_steps=1").stderr
     refused = program("--no-ui", "--resume", "last", "--set", "lora_r=4")
     assert (refused.returncode, "lora_r: it was 16" in refused.stderr) == (2, True)
-    further = program("--no-ui", "--json", "--resume", "last", "--max-steps", "6")
+    same = ("--data", "data.jsonl", "--model", str(tiny_model))  # named again, from here, is no change
+    further = program("--no-ui", "--json", "--resume", "last", "--max-steps", "6", *same)
     assert further.returncode == 0, further.stderr
     events = [json.loads(line) for line in further.stdout.splitlines()]
     assert {event["attempt"] for event in events} == {2}
     assert [event["to_step"] for event in events if event["type"] == "resumed"] == [4]
     assert [event["step"] for event in events if event["type"] == "stepped"] == [5, 6]
     assert "max_steps: 4 -> 6" in further.stderr
+
+
+def test_a_detached_run_that_cannot_begin_says_so_and_is_no_crash(
+    tiny_model: Path,
+    chat_rows: list[dict[str, Any]],
+    write_jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_jsonl(chat_rows)
+    real = preset.to_toml
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".pkg"))
+    monkeypatch.chdir(tmp_path)
+    # what passed here fails in the process that was started: its data went away in between
+    monkeypatch.setattr(run.preset, "to_toml", lambda config: [data.unlink(missing_ok=True), real(config)][1])
+    assert cli.main(["--detach", "--model", str(tiny_model), "--data", str(data), "--set", "max_length=256"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"the run did not begin: {data}: no such file" in err
+    (info,) = list_runs(tmp_path / "runs")
+    assert (info.state, info.outcome) == ("failed", "failed")

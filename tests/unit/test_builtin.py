@@ -111,7 +111,12 @@ def test_pip_fetches_without_dependencies_and_a_second_call_fetches_nothing(inde
 def test_uv_is_used_where_pip_is_missing(index: Index) -> None:
     index.no_pip()
     index.uv()
-    assert (builtin.fetch(_no_progress, _never) / "config.json").is_file()
+    said: list[str] = []
+    folder = builtin.fetch(_no_progress, _never, lambda: said.append("converting"))
+    assert (folder / "config.json").is_file()
+    assert said == ["converting"]
+    builtin.fetch(_no_progress, _never, lambda: said.append("again"))
+    assert said == ["converting"]
 
 
 def test_what_pip_says_reaches_the_user_in_one_safe_line(index: Index, home: Path) -> None:

@@ -180,6 +180,14 @@ def test_without_a_tokenizer_what_needs_one_is_null(write_jsonl: Callable[..., P
     assert facts["examples"] == []
 
 
+def test_no_usable_row_needs_no_note_about_the_hold_out(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"odd": 1}\n')
+    wish = RunConfig(data=(str(path),))
+    facts = describe(wish, load(wish, lenient=True), None)
+    assert (facts["usable"], facts["notes"]) == (0, [])
+
+
 def test_facts_and_preparing_agree(tokenizer: Tokenizer) -> None:
     words = [" ".join(random.Random(number).choices("abcdef", k=number % 90 + 1)) for number in range(120)]
     wish = run(max_length=150)

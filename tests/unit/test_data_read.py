@@ -247,6 +247,26 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.M
         assert any(part in str(caught.value) for part in fault.split("|"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("rows.csv", b"prompt,completion\na,b\n", "a CSV file"),
+        ("rows.TSV", b"prompt\tcompletion\n", "a TSV file"),
+        ("rows.parquet", b"PAR1\x15\x04", "a Parquet file"),
+        ("rows.jsonl", b"PAR1\x15\x04", "a Parquet file"),
+        ("rows.jsonl.gz", b"\x1f\x8b\x08", "a compressed file"),
+        ("rows.xlsx", b"PK\x03\x04", "a ZIP archive or spreadsheet"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_in_one_sentence(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for lenient in (False, True):
+        with pytest.raises(DataError) as caught:
+            load(RunConfig(data=(str(path),), skip_bad_rows=True), lenient=lenient)
+        assert str(caught.value) == f"{path}: {kind} is not read here; write it as JSONL, one JSON object a line, or as a JSON list"
+
+
 def test_all_rows_broken_is_an_error_even_when_bad_rows_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": []}\n' * 3)

@@ -16,7 +16,7 @@ from qlora_tui.engine.events import EVENT_TYPES, Record, decode, encode
 SAMPLES: list[ev.Event] = [
     ev.Started("20261125-1", {"lora_r": 16, "data": ("a", "b")}, {"torch": "2.13"}, {"name": "cpu"}, resumed_from=4),
     ev.Phase("fetch", "progress", done=3, total=9, unit="bytes", note="model"),
-    ev.Prepared("messages", "why", 10, 8, 2, 100, 60, 2, 4, {"no answer": 1}, {"too long": 2}, 40),
+    ev.Prepared("messages", "why", 10, 8, 2, 100, 60, 2, 4, {"no answer": 1}, {"too long": 2}, 40, ("a note",)),
     ev.Planned({"total_bytes": 5, "items": [{"name": "weights", "bytes": 5}]}, {"optim": "adamw_torch"}),
     ev.Stepped(1, 30, 0.03, math.nan, math.inf, True, True, 2e-4, 900, 500, 1.5, 0.1, (3, 4), 1, 2, 3),
     ev.Evaluated(30, 2.8, 24, 0.1, "eval/x.jsonl", 4.5, 1.7, (1.2, 2.1), 0.9, "a measurable improvement"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import stat
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.engine import journal
 from qlora_tui.engine.errors import JournalError
 from qlora_tui.engine.events import Command, Finished, Resumed, Stepped
 from qlora_tui.engine.journal import COMMANDS, EVENTS, LOCK, Inbox, Journal, RunLock, Tail, is_running, leave_wish, read_records
@@ -104,6 +106,15 @@ def test_the_lock_names_its_owner(tmp_path: Path) -> None:
     lock.release()
     assert not is_running(tmp_path)
     RunLock(tmp_path).release()
+
+
+def test_a_look_from_elsewhere_does_not_refuse_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).touch()
+    looking = (tmp_path / LOCK).open()
+    fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    monkeypatch.setattr(journal.time, "sleep", lambda seconds: looking.close())
+    RunLock(tmp_path).release()
+    assert looking.closed
 
 
 def test_looking_at_a_run_never_takes_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.engine import hub, machine, preflight
+from qlora_tui.engine import budget, hub, machine, models, preflight
 from qlora_tui.engine.errors import BadRow, ConfigError, ConfigErrors, DataError, ExitCode, FetchError, ModelError, SpaceError, WontFit
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.preflight import check, resumable
@@ -180,6 +180,27 @@ def test_a_resume_refuses_what_would_make_it_another_run() -> None:
     with pytest.raises(ConfigErrors) as caught:
         resumable(saved, {"lora_r": 32, "seed": 1, "max_steps": 5})
     assert [problem.where for problem in caught.value.problems] == ["lora_r", "seed"]
+
+
+def test_a_change_that_is_refused_names_files_as_they_were_typed() -> None:
+    with pytest.raises(ConfigErrors, match=r"data: it was a\.jsonl, b\.jsonl when the run began"):
+        resumable(RunConfig(model_name_or_path="m", data=("a.jsonl", "b.jsonl")), {"data": ("c.jsonl",)})
+
+
+def test_attention_that_a_family_lacks_is_refused() -> None:
+    gemma = models.find("google/gemma-2-9b-it")
+    assert gemma is not None
+    run = RunConfig(model_name_or_path=gemma.name, data=("d",))
+    (problem,) = preflight.shape_problems(run, gemma)
+    assert str(problem) == "attn_implementation: sdpa does not exist for the family gemma2; say eager"
+    assert preflight.shape_problems(replace(run, attn_implementation="eager"), gemma) == []
+    card = Machine("small", "cuda", 8 * 2**30, bf16=True)
+    assert not [fix for fix in budget.fixes(gemma, replace(run, attn_implementation="eager"), card) if "sdpa" in fix.set]
+
+
+def test_empty_names_are_refused_and_never_mean_this_folder(good: RunConfig) -> None:
+    text = told(replace(good, data=("",), runs_dir="", revision=""))
+    assert [line.split(":")[0] for line in text.splitlines()] == ["data", "revision", "runs_dir"]
 
 
 def test_preflight_loads_no_torch() -> None:

@@ -42,7 +42,7 @@ def test_two_nats_over_the_baseline_warns_once_an_episode() -> None:
 
 
 def test_warm_up_is_not_judged() -> None:
-    losses = [9.0] + healthy(0, 60)
+    losses = [9.0, *healthy(0, 60)]
     assert findings(Watch(400, 20), losses) == []
 
 

@@ -24,11 +24,12 @@ def budget(options: argparse.Namespace) -> int:
     from qlora_tui.engine import machine, preflight
     from qlora_tui.tui.commands import planning
 
-    run = _resolve(options)
+    run = preflight.bounded(_resolve(options))
     if not run.model_name_or_path:
         raise ConfigError("no model named", hint="say --model DIR_OR_HUB_ID or --preset NAME", where="model_name_or_path")
-    spec = preflight.find_spec(run)
     device = machine.find_card(options.card) if options.card else machine.look()
+    spec = preflight.find_spec(run)
+    preflight.bounded(run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec))
     plan = planning.plan(run, spec, device)
     streams = Streams()
     if options.json:
@@ -41,12 +42,13 @@ def budget(options: argparse.Namespace) -> int:
 def data(options: argparse.Namespace) -> int:
     """Print what a dataset holds and, where a tokenizer is at hand, what would be trained on."""
     from qlora_tui.engine import data as room
+    from qlora_tui.engine import preflight
     from qlora_tui.tui.commands import planning
 
     if options.path:
         options.flags["data"] = (*options.flags.get("data", ()), options.path)
-    run = dataclasses.replace(_resolve(options), skip_bad_rows=True)
-    if not run.data:
+    run = preflight.bounded(dataclasses.replace(_resolve(options), skip_bad_rows=True))
+    if not run.data or not all(run.data):
         raise ConfigError("no data named", hint="qlora-tui data FILE.jsonl", where="data")
     streams = Streams()
     tokenizer = None

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui.engine import preflight, preset, runs
-from qlora_tui.engine.errors import ConfigError, ExitCode, JournalError
-from qlora_tui.engine.events import Finished, Record
-from qlora_tui.engine.journal import EVENTS, Tail, is_running
+from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
+from qlora_tui.engine.events import Event, Finished, Outcome, Record
+from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.session import LOG, Session, warm
 from qlora_tui.engine.signals import Signals
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, problems
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, problems, values_of
+from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui import cli
 from qlora_tui.tui.printer import Printer, Streams
 
 LOOKS_A_SECOND = 4
 _BEGIN_SECONDS = 120.0
+_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +51,30 @@ def demo(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"the demo is a preset itself and cannot be {options.preset}", hint=f"qlora-tui --preset {options.preset}", where="--preset"
         )
+    if options.resume:
+        return _launch(options, dataclasses.replace(_resumed(options), demo=True))
     options.preset = "demo"
-    return _launch(options, dataclasses.replace(_resumed(options) if options.resume else _new(options), demo=True))
+    return _launch(options, dataclasses.replace(_new(options), demo=True))
 
 
 def child(options: argparse.Namespace) -> int:
     """Run what `--detach` prepared in a folder; this is that process."""
     folder = Path(options.folder)
     plan = Plan(from_values(preset.read_file(folder / runs.RUN_FILE)), folder.name, folder)
-    return headless(plan, Streams(), as_json=False)
+    try:
+        return headless(plan, Streams(), as_json=False)
+    except EngineError as error:
+        if not is_running(folder):
+            _not_begun(folder, error)
+        raise
+
+
+def _not_begun(folder: Path, error: EngineError) -> None:
+    """Leave a last word where the run could not begin after all: without one it would count as crashed."""
+    outcome: Outcome = "will_not_fit" if error.exit_code is ExitCode.WILL_NOT_FIT else "failed"
+    journal = Journal(folder)
+    journal.write(Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+    journal.close()
 
 
 def _new(options: argparse.Namespace) -> Plan:
@@ -72,20 +90,29 @@ def _resumed(options: argparse.Namespace) -> Plan:
         ConfigError: there is no such run, it is done, or a change would make it another run.
         JournalError: it is running.
     """
-    if options.config or (options.preset and options.preset != "demo"):
+    if options.config or options.preset:
         raise ConfigError("a resumed run keeps its own settings", hint="leave out --config and --preset", where="--resume")
     flags: dict[str, Value] = dict(options.flags)
     folder = runs.find_run(options.resume, Path(str(flags.pop("runs_dir", "runs"))).expanduser())
     if is_running(folder):
         raise JournalError(f"run {folder.name} is running", hint=f"qlora-tui attach {folder.name}", where="--resume")
     saved = from_values(preset.read_file(folder / runs.RUN_FILE))
-    chosen, effects = preflight.resumable(saved, flags)
+    chosen, effects = preflight.resumable(saved, _as_saved(flags))
     info = runs.read_info(folder)
-    if info.outcome == "done" and info.step >= info.total_steps and not effects:
+    if "max_steps" in flags and 0 < chosen.max_steps <= info.step:
+        raise ConfigError(f"run {folder.name} is at step {info.step} already", hint="name a later step", where="--max-steps")
+    longer = (chosen.max_steps, chosen.num_train_epochs) != (saved.max_steps, saved.num_train_epochs)
+    if info.outcome == "done" and info.step >= info.total_steps and not longer:
         raise ConfigError(f"run {folder.name} is done", hint=f"--max-steps {info.total_steps * 2} would go on", where="--resume")
     for effect in effects:
         Streams().talk.line(effect)
     return Plan(chosen, folder.name, folder)
+
+
+def _as_saved(flags: Mapping[str, Value]) -> dict[str, Value]:
+    """Return `flags` with local paths as a run.toml holds them, so that naming the same file again is no change."""
+    placed = values_of(anchored(from_values(flags)))
+    return {name: placed[name] for name in flags}
 
 
 def _launch(options: argparse.Namespace, plan: Plan) -> int:
@@ -95,7 +122,7 @@ def _launch(options: argparse.Namespace, plan: Plan) -> int:
 
         return facts.dry_run(plan.run, streams, as_json=options.json)
     if options.detach:
-        return detach(plan, streams)
+        return detach(plan, streams, as_json=options.json)
     wanted = not (options.no_ui or options.json)
     if wanted and not can_draw():
         _without_terminal(plan.run)
@@ -241,7 +268,7 @@ def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) ->
     return session.exit_code
 
 
-def detach(plan: Plan, streams: Streams) -> int:
+def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     """Start the run in a process of its own session, wait until it has begun, and say how to watch it."""
     placed = anchored(plan.run)
     preflight.check(placed)
@@ -254,12 +281,31 @@ def detach(plan: Plan, streams: Streams) -> int:
     command = [sys.executable, "-P", "-m", "qlora_tui.tui", cli.CHILD, str(folder.resolve())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     os.close(log)
-    deadline = time.monotonic() + _BEGIN_SECONDS
-    while not tail.records() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if process.poll() not in (None, 0) and not (folder / EVENTS).exists():
+    first = _first_event(tail, process)
+    if isinstance(first, Finished):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)
+        streams.talk.line(f"the run did not begin: {first.reason}")
+        return first.exit_code
+    if first is None and process.poll() is not None:
         streams.talk.line(f"the run did not begin; its log is {folder / LOG}")
-        return int(process.returncode)
+        return process.returncode if process.returncode > 0 else int(ExitCode.FAILED)
+    if as_json:
+        streams.data.document({"id": folder.name, "path": str(folder.resolve()), "pid": process.pid})
+        return int(ExitCode.DONE)
     streams.data.line(folder.name)
     streams.talk.line(f"running in process {process.pid}; watch it with: qlora-tui attach {folder.name}")
     return int(ExitCode.DONE)
+
+
+def _first_event(tail: Tail, process: subprocess.Popen[bytes]) -> Event | None:
+    """Wait for the first thing that a detached run says; None when it ended, or took very long, without a word."""
+    deadline = time.monotonic() + _BEGIN_SECONDS
+    while time.monotonic() < deadline:
+        ended = process.poll() is not None  # asked before reading, so that a last word is not missed
+        if records := tail.records():
+            return records[0].event
+        if ended:
+            return None
+        time.sleep(0.1)
+    return None

@@ -1,0 +1,39 @@
+"""What a person reads of a run without a screen, and in its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.engine import report
+from qlora_tui.engine.events import Event, Finished, Phase, Prepared, Record
+from qlora_tui.tui.printer import Printer, Streams
+
+NOTE = "The template knows no system turn: it was put before the first user turn.\x1b[2J"
+PREPARED = Prepared("messages", "why", 10, 8, 2, 100, 60, 2, 4, notes=(NOTE,))
+
+
+def printed(capsys: pytest.CaptureFixture[str], *events: Event) -> str:
+    printer = Printer(Streams(), Path("runs/a-run"))
+    for number, event in enumerate(events, 1):
+        printer.show(Record(1, number, float(number), event))
+    return capsys.readouterr().out
+
+
+def test_what_was_done_to_the_data_is_said_in_lines_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = printed(capsys, PREPARED)
+    assert "note: The template knows no system turn" in out
+    told = report.render(report.see([Record(1, 1, 1.0, PREPARED)]), tmp_path)
+    assert "- note: The template knows no system turn" in told
+    assert "\x1b" not in out + told
+
+
+def test_work_that_cannot_be_counted_is_still_named(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, Phase("fetch", "begin"), Phase("fetch", "progress", note="converting it"), Phase("fetch", "progress"))
+    assert out.splitlines() == ["fetching the model ...", "fetching the model: converting it ..."]
+
+
+def test_the_outcome_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\nstopped before the first step" in printed(capsys, Finished("stopped", 130, "stopped before the first step"))
+    assert "\nfailed: no row is left" in printed(capsys, Finished("failed", 2, "no row is left"))
