@@ -45,6 +45,11 @@ class Fix:
         """The change as the command line takes it, without `--set`."""
         return " ".join(f"{name}={_typed(value)}" for name, value in self.values.items())
 
+    @property
+    def options(self) -> str:
+        """The change as options of the command line: each key needs a `--set` of its own."""
+        return " ".join(f"--set {name}={_typed(value)}" for name, value in self.values.items())
+
     def to_json(self) -> dict[str, Any]:
         """Return the promised keys of a fix."""
         return {

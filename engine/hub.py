@@ -38,6 +38,7 @@ SMALL_FILES = (
     INDEX,
 )
 ASK_SECONDS = 5.0
+_LONGEST_HEADER = 100_000_000  # as the format says
 SMALL_SECONDS = 120.0
 SAID_WHY = 3  # the child's exit code when its last line is a problem of ours, as JSON
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -150,7 +151,22 @@ def _local(folder: Path) -> ModelFiles:
     missing = [name for name in _listed(folder) if name not in names]
     if missing:
         raise ModelError(f"{len(missing)} weight files are missing, such as {missing[0]}", where=str(folder), hint="copy the model again")
+    torn = [name for name in _listed(folder) if not _is_whole(folder / name)]
+    if torn:
+        raise ModelError(f"{torn[0]} is cut off or no safetensors file", where=str(folder), hint="copy the model again")
     return ModelFiles(folder, complete=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Say whether a weight file is as long as its own header promises; a copy that broke off is told before anything loads."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, _LONGEST_HEADER)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return path.stat().st_size == 8 + size + max(ends, default=0)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return False
 
 
 def _listed(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -124,7 +125,7 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
                 local_files_only=True,
                 use_safetensors=True,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
     for parameter in base.parameters():
         parameter.requires_grad_(False)

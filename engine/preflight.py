@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from qlora_tui.engine import budget, builtin, data, hub, machine, models
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
+from qlora_tui.engine.data.tokenizer import OLDER_FILES
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError, WontFit
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
@@ -212,6 +213,8 @@ def device_problems(run: RunConfig, device: Machine) -> list[Problem]:
 def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[Problem]:
     """Return what `run` asks of a model that it does not have, its tokenizer included."""
     found = shape_problems(run, spec)
+    if (files.complete or files.commit) and not run.model_name_or_path.startswith(BUILTIN):
+        found += _tokenizer_problems(run, files.folder)
     words = _vocabulary(files.folder)
     if words > spec.vocab_size:
         text = f"its tokenizer knows {words} tokens and the model {spec.vocab_size}: they do not belong together"
@@ -264,9 +267,11 @@ def wont_fit(estimate: Budget, spec: ModelSpec, run: RunConfig, device: Machine)
     """Return the refusal of a run that is too large, with the cheapest changes that would make it fit."""
     free, card = gib(estimate.machine.free_bytes), one_line(device.name)
     told = f"this run needs about {gib(estimate.total_bytes)} (an estimate, ± {gib(estimate.margin_bytes)}) and {free} of {card} are free"
-    cheapest = budget.fixes(spec, run, device)[:_FIXES_SHOWN]
-    hint = "; or ".join(f"--set {fix.set} ({fix.text})" for fix in cheapest)
-    return WontFit(told, hint=f"try {hint}" if cheapest else "a smaller model is the only way", where="memory")
+    known = budget.fixes(spec, run, device)
+    enough = [fix for fix in known if fix.enough]
+    hint = "; or ".join(f"{fix.options} ({fix.text})" for fix in (enough or known)[:_FIXES_SHOWN])
+    alone = f"no change of the settings is enough; these save most: {hint}" if hint else "a smaller model is the only way"
+    return WontFit(told, hint=f"try {hint}" if enough else alone, where="memory")
 
 
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:
@@ -290,6 +295,20 @@ def _hub_cache() -> Path:
 def _is_here(name: str) -> bool:
     """Say whether looking at the model asks no network: built in, a folder, or a name that can only be a folder's."""
     return name.startswith((BUILTIN, "/", ".", "~")) or Path(name).expanduser().exists()
+
+
+def _tokenizer_problems(run: RunConfig, folder: Path) -> list[Problem]:
+    """Return what is wrong with the tokenizer's files without loading them: it costs a second, and a run folder, to find out later."""
+    where = one_line(run.model_name_or_path)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *OLDER_FILES)):
+        return [Problem(where, "no tokenizer.json in it", "take the tokenizer files that came with the model")]
+    try:
+        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        return [Problem(where, "its tokenizer.json cannot be read", "take the tokenizer files that came with the model")]
+    return []
 
 
 def _vocabulary(folder: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import platform
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from qlora_tui.engine import report
-from qlora_tui.engine.errors import EngineError, ExitCode, Stopped
+from qlora_tui.engine.errors import EngineError, ExitCode, SpaceError, Stopped
 from qlora_tui.engine.events import Command, Event, Finished, Outcome, Phase, Started
 from qlora_tui.engine.journal import Journal, RunLock, read_records
 from qlora_tui.engine.logfile import LogFile
@@ -35,6 +36,7 @@ from qlora_tui.engine.wishes import Asked
 
 LOG = "log.txt"
 _LIBRARIES = "the libraries for training"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("qlora_tui.session")
 
 
@@ -86,6 +88,7 @@ class Session:
 
         Raises:
             JournalError: another process runs in `folder`, or it is not ours.
+            SpaceError: `folder` cannot be written.
         """
         self.run, self.folder, self.resume = run, claim(folder), resume
         self._checked, self._train = checked, train
@@ -93,8 +96,11 @@ class Session:
         try:
             replace_file(folder / RUN_FILE, to_toml(run))
             self._journal = Journal(folder)
-        except BaseException:
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, OSError):
+                fault = f"the run folder cannot be written: {error.strerror}"
+                raise SpaceError(fault, where=str(folder), hint="make room, or choose another folder with --runs-dir") from None
             raise
         self.attempt = self._journal.attempt
         self.wishes = Asked(folder, self.attempt, self._write)
@@ -197,6 +203,9 @@ class Session:
             return Finished(by_code.get(error.exit_code, "failed"), int(error.exit_code), reason)
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's class, without importing torch
             return Finished("will_not_fit", int(ExitCode.WILL_NOT_FIT), f"out of memory: {reason}")
+        if isinstance(error, OSError) and error.errno in _FULL:
+            told = f"the disk that holds the run is full; make room, then: qlora-tui --resume {self.folder.name}"
+            return Finished("failed", int(ExitCode.FAILED), told)
         return Finished("failed", int(ExitCode.FAILED), f"{type(error).__name__}: {reason} (the traceback is in {LOG})")
 
     def _end(self, word: Finished) -> None:

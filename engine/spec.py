@@ -295,8 +295,9 @@ def _out_of_bounds(run: RunConfig, key: Key) -> Problem | None:
     if key.choices and value not in key.choices:
         return Problem(key.name, f"{value!r} is not one of {', '.join(key.choices)}", nearest(str(value), key.choices))
     if key.kind in ("integer", "number", "duration") and not key.low <= value <= key.high:
-        side = f"at least {key.low:g}" if value < key.low else f"at most {key.high:g}"
-        return Problem(key.name, f"{value:g} is out of range", f"it must be {side}")
+        side, limit = ("least", key.low) if value < key.low else ("most", key.high)
+        told, bound = (f"{value}", f"{limit:.0f}") if key.kind == "integer" else (f"{value:g}", f"{limit:g}")
+        return Problem(key.name, f"{told} is out of range", f"it must be at {side} {bound}")
     return None
 
 

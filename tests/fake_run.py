@@ -102,6 +102,18 @@ def chatty(**_job: Any) -> Generator[Event, None, Ended]:
     return Ended("done", "all steps done")
 
 
+def full(say: Any, **_job: Any) -> Generator[Event, None, Ended]:
+    """Let the disk fill up after one step: from then on nothing more can be written to the journal."""
+    yield step(1)
+
+    def write(_event: Event) -> None:
+        raise OSError(28, "No space left on device")
+
+    say.__self__._journal.write = write
+    yield step(2)
+    return Ended("done", "never")
+
+
 def fetching(**_job: Any) -> Generator[Event, None, Ended]:
     """Download something in a hundred parts, then be done."""
     yield Phase("fetch", "begin", note="a model \x1b]0;title\x07")
@@ -129,6 +141,7 @@ TRAININGS: dict[str, Callable[..., Generator[Event, None, Ended]]] = {
     "crashing": crashing,
     "chatty": chatty,
     "fetching": fetching,
+    "full": full,
     "flood": flood,
     "will_not_fit": raising(WontFit("too large")),
     "diverged": raising(Diverged("not finite")),

@@ -253,6 +253,7 @@ class Printer:
             lines.append(f"look:    qlora-tui attach {run}")
         else:
             lines.append(f"log:     {self._folder / 'log.txt'}")
+            lines += [f"go on:   qlora-tui --resume {run}"] if self._steps and event.outcome == "failed" else []
         return lines
 
     def _clear_bar(self) -> None:

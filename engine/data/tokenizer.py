@@ -29,7 +29,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-_OLDER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+OLDER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _DATE = datetime(2024, 7, 26)
 """Templates that print today's date get this one: the same rows must give the same tokens tomorrow, or a resume is not exact."""
 
@@ -135,7 +135,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     shown = one_line(folder)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(_from_json(folder), folder=folder)
-    if not any((folder / name).is_file() for name in _OLDER_FILES):
+    if not any((folder / name).is_file() for name in OLDER_FILES):
         raise ModelError("no tokenizer.json in it", hint="a model folder holds config.json, tokenizer.json and *.safetensors", where=shown)
     inner = _from_older_files(folder)
     if not inner.is_fast:

@@ -210,6 +210,18 @@ def test_a_killed_run_is_known_as_crashed(runner: Runner) -> None:
     assert info.step >= 1
 
 
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_a_full_disk_is_told_though_the_journal_cannot_hold_it(runner: Runner, option: str) -> None:
+    process = runner.start("full", *option.split())
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    last = [line for line in out.decode().splitlines() if "is full; make room" in line]
+    assert len(last) == 1
+    if option:
+        word = json.loads(out.splitlines()[-1])
+        assert (word["type"], word["outcome"], word["exit_code"]) == ("finished", "failed", 1)
+
+
 def test_a_folder_in_use_by_another_process_is_refused(runner: Runner) -> None:
     process = runner.start("until_asked")
     folder = runner.stepping()

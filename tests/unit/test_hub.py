@@ -101,6 +101,10 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
     fake.server.server_close()
 
 
+WHOLE = "\2\0\0\0\0\0\0\0{}"
+"""A safetensors file without a tensor: the length of its header, and the header."""
+
+
 def folder(path: Path, **files: str) -> Path:
     path.mkdir()
     for name, text in files.items():
@@ -109,7 +113,7 @@ def folder(path: Path, **files: str) -> Path:
 
 
 def test_a_folder_with_config_and_weights_is_complete(tmp_path: Path) -> None:
-    model = folder(tmp_path / "m", config__json="{}", model__safetensors="w")
+    model = folder(tmp_path / "m", config__json="{}", model__safetensors=WHOLE)
     assert hub.small_files(str(model)) == hub.ModelFiles(model, commit="", complete=True)
     assert hub.weights(str(model), "main", "", _no_progress, _never) == model
 
@@ -130,6 +134,9 @@ def test_a_folder_with_a_tokenizer_alone_serves_looking_at_data_but_not_training
         ({"config__json": "{}", "adapter_config__json": "{}"}, "an adapter, not a model"),
         ({"config__json": "{}", hub.INDEX.replace(".", "__"): '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'}, "missing"),
         ({"config__json": "{}", hub.INDEX.replace(".", "__"): "{torn"}, "cannot be read"),
+        ({"config__json": "{}", "model__safetensors": WHOLE + "x"}, "model.safetensors is cut off"),
+        ({"config__json": "{}", "model__safetensors": "version https://git-lfs"}, "model.safetensors is cut off or no safetensors"),
+        ({"config__json": "{}", "model__safetensors": ""}, "model.safetensors is cut off"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_is_refused_in_one_sentence(tmp_path: Path, files: dict[str, str], message: str) -> None:

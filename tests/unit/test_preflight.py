@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,7 +125,10 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_changes(good: RunConfig,
     with pytest.raises(WontFit) as caught:
         check(replace(good, per_device_train_batch_size=64, gradient_checkpointing=False))
     assert caught.value.exit_code is ExitCode.WILL_NOT_FIT
-    assert "--set gradient_checkpointing=true" in str(caught.value)
+    assert "try --set per_device_train_batch_size=32 --set gradient_accumulation_steps=16 (" in str(caught.value)
+    assert "gradient_checkpointing" not in str(caught.value)  # cheaper, and not enough
+    with pytest.raises(WontFit, match="no change of the settings is enough; these save most: --set"):
+        check(replace(good, memory_limit_gib=0.01))
     assert not check(replace(good, per_device_train_batch_size=64, gradient_checkpointing=False), fit=False).budget.fits
 
 
@@ -196,6 +200,20 @@ def test_attention_that_a_family_lacks_is_refused() -> None:
     assert preflight.shape_problems(replace(run, attn_implementation="eager"), gemma) == []
     card = Machine("small", "cuda", 8 * 2**30, bf16=True)
     assert not [fix for fix in budget.fixes(gemma, replace(run, attn_implementation="eager"), card) if "sdpa" in fix.set]
+
+
+@pytest.mark.parametrize(("content", "fault"), [(None, "no tokenizer.json in it"), ("{torn", "its tokenizer.json cannot be read")])
+def test_a_model_without_a_tokenizer_is_refused(good: RunConfig, tmp_path: Path, content: str | None, fault: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(good.model_name_or_path, folder)
+    (folder / "tokenizer.json").unlink()
+    if content:
+        (folder / "tokenizer.json").write_text(content)
+    assert f"{folder}: {fault}" in told(replace(good, model_name_or_path=str(folder)))
+
+
+def test_numbers_out_of_range_are_told_in_full(good: RunConfig) -> None:
+    assert "max_length: 2000000 is out of range; it must be at most 1048576" in told(replace(good, max_length=2_000_000))
 
 
 def test_empty_names_are_refused_and_never_mean_this_folder(good: RunConfig) -> None:

@@ -14,7 +14,8 @@ import pytest
 from fake_run import PATIENCE, RUN, TRAININGS, Ended, checked, crashing, raising, step, three_steps, until_asked
 
 from qlora_tui.engine import preset
-from qlora_tui.engine.errors import CheckpointError, DataError, Diverged, ExitCode, JournalError, Stopped, WontFit
+from qlora_tui.engine import session as session_room
+from qlora_tui.engine.errors import CheckpointError, DataError, Diverged, ExitCode, JournalError, SpaceError, Stopped, WontFit
 from qlora_tui.engine.events import Command, Device, Event, Finished, Record, Started, Stepped
 from qlora_tui.engine.journal import EVENTS, Tail, is_running, leave_wish, read_records
 from qlora_tui.engine.session import LOG, Session
@@ -138,6 +139,8 @@ def test_the_generator_is_closed_when_the_journal_cannot_be_written(folder: Path
     assert session.wait(PATIENCE)
     assert closed.is_set()
     assert session.exit_code == ExitCode.FAILED
+    assert session.last_word is not None
+    assert "is full; make room, then: qlora-tui --resume" in session.last_word.reason
 
 
 def test_a_last_word_that_cannot_be_written_still_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +235,16 @@ def test_a_folder_that_another_process_runs_in_is_refused(folder: Path) -> None:
         Session(RUN, checked(), folder=folder)
     session.ask("stop", "Ctrl+C")
     assert session.wait(PATIENCE)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence_and_its_lock_is_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session_room, "replace_file", full)
+    with pytest.raises(SpaceError, match="cannot be written: No space left"):
+        Session(RUN, checked(), folder=folder, train=three_steps)
+    assert not is_running(folder)
 
 
 def test_a_folder_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Needs:
             low, middle, high = self.time.total_seconds
             lines.append(f"time    {words(middle)} ({words(low)} - {words(high)}), {words(self.time.step_seconds[1])} a step; {self.basis}")
         shown = self.fixes[:_FIXES_SHOWN] if not self.budget.fits or self.budget.tight else ()
-        lines += [f"{'try' if not index else '':<7} --set {fix.set}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
+        lines += [f"{'try' if not index else '':<7} {fix.options}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
         return lines
 
 

@@ -6,16 +6,17 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui.engine import preflight, preset, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
-from qlora_tui.engine.events import Event, Finished, Outcome, Record
+from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.session import LOG, Session, warm
@@ -155,7 +156,12 @@ def begin(plan: Plan, run: RunConfig) -> Session:
     placed = anchored(run)
     checked = preflight.check(placed)
     folder = plan.folder or runs.new_run_folder(placed, plan.name or placed.model_name_or_path.removeprefix(BUILTIN))
-    return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists())
+    try:
+        return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists())
+    except EngineError:
+        if plan.folder is None:  # nothing half-made stays of a run that did not begin
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def anchored(run: RunConfig) -> RunConfig:
@@ -190,6 +196,7 @@ class Follower:
         self._printer = Printer(streams, folder)
         self._streams, self._json = streams, as_json
         self._last: Record | None = None
+        self._ended, self._seq = False, 0
         while records := self._tail.records():
             for record in records:
                 self._printer.note(record)
@@ -201,7 +208,13 @@ class Follower:
             ended = session.wait(1 / LOOKS_A_SECOND)
             self.drain()
             if ended:
-                return
+                break
+        if not self._ended and session.last_word is not None:  # a full disk kept it out of the journal
+            record = Record(session.attempt, self._seq + 1, round(time.time(), 3), session.last_word)
+            if self._json:
+                self._streams.data.event(record)
+            else:
+                self._printer.show(record)
 
     def last_word(self) -> None:
         """Say how the run ended, when it ended before this began to look."""
@@ -213,10 +226,16 @@ class Follower:
         if self._json:
             while lines := self._tail.lines():
                 self._streams.data.write("".join(f"{line}\n" for line in lines))
+                self._note([record for line in lines if (record := decode(line)) is not None])
             return
         while records := self._tail.records():
+            self._note(records)
             for record in records:
                 self._printer.show(record)
+
+    def _note(self, records: Sequence[Record]) -> None:
+        self._ended = any(isinstance(record.event, Finished) for record in records)
+        self._seq = records[-1].seq if records else self._seq
 
 
 def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:
