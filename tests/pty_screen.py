@@ -20,8 +20,8 @@ PATIENCE = 40.0
 class Terminal:
     """A terminal of a given size with a Python script on it."""
 
-    def __init__(self, script: str, *arguments: str, size: tuple[int, int] = (80, 24), **environment: str) -> None:
-        """Start `script` with the terminal as its controlling one."""
+    def __init__(self, script: str, *arguments: str, size: tuple[int, int] = (80, 24), controls: bool = True, **environment: str) -> None:
+        """Start `script` with the terminal as its controlling one, or as one whose end brings no signal."""
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.before = termios.tcgetattr(slave)
@@ -29,7 +29,11 @@ class Terminal:
         clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI")}
         known = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _TAKE + script, *arguments], stdin=slave, stdout=slave, stderr=slave, env=clean | known | environment
+            [sys.executable, "-c", (_TAKE if controls else _ALONE) + script, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=clean | known | environment,
         )
         self.seen = b""
 
@@ -51,12 +55,13 @@ class Terminal:
         """Send keys."""
         os.write(self.master, keys)
 
-    def hang_up(self) -> None:
+    def hang_up(self, *, signalled: bool = True) -> None:
         """Take the terminal away, as a lost connection does."""
         os.close(self.slave)
         os.close(self.master)
         self.master = self.slave = -1
-        self.process.send_signal(signal.SIGHUP)
+        if signalled:
+            self.process.send_signal(signal.SIGHUP)
 
     def wait(self) -> int:
         """Read on until the process ends, and return its code."""
@@ -94,6 +99,7 @@ class Terminal:
         return True
 
 
+_ALONE = "import os\nos.setsid()\n"
 _TAKE = "import os, fcntl, termios\nos.setsid()\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 
 

@@ -121,7 +121,7 @@ class TunerApp(App[AppExit]):
         """Open the first screen."""
         if self._guard is not None:
             self._guard.route()
-        self.set_interval(0.25, self._obey_signals)
+        self.set_interval(0.25, self._watch_outside)
         if self.follow is not None:
             self.show_run(self.follow)
         else:
@@ -203,9 +203,15 @@ class TunerApp(App[AppExit]):
         self.left = AppExit(kinds.get(kind, "quit"), self.folder)
         self.exit(self.left)
 
+    def _watch_outside(self) -> None:
+        """Obey signals, and notice a terminal that went away without one."""
+        if self._guard is not None and not self._guard.hung_up and self._guard.gone:
+            self._guard.hang_up()
+            self._signals.add(signal.SIGHUP)
+        if self._signals:
+            self._obey_signals()
+
     def _obey_signals(self) -> None:
-        if not self._signals:
-            return
         taken, self._signals = self._signals, set()
         screen = self.run_screen
         if signal.SIGHUP in taken:
@@ -272,9 +278,10 @@ def run_app(
             app.run(mouse=mouse)
         except Exception:  # noqa: BLE001  whatever breaks the screens must not break the run
             app.failure = safe_text(redact(traceback.format_exc()))
+        lost = guard.gone
         if app.failure:
             sys.stderr.write(f"the screen failed:\n{app.failure}\n")  # the guard sends this to the log
-    if guard.hung_up:
+    if guard.hung_up or lost:
         return AppExit("hangup", app.folder)
     if app.left is not None:  # what breaks on the way out, when the person has left already, is only logged
         return app.left

@@ -202,7 +202,9 @@ def _css(colour: Colour) -> str:
 
 
 def _label(tick: float, ticks: Sequence[float]) -> str:
-    gap = min((abs(b - a) for a, b in itertools.pairwise(ticks)), default=abs(tick) or 1.0)
+    if len(ticks) == 1:
+        return f"{tick:.4g}"
+    gap = min((abs(b - a) for a, b in itertools.pairwise(ticks)), default=1.0)
     digits = min(6, max(0, -math.floor(math.log10(gap) + 1e-9))) if gap > 0 else 2
     return f"{tick:.{digits}f}" if abs(tick) < 1e6 else f"{tick:.1e}"
 

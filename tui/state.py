@@ -72,6 +72,7 @@ class RunState:
     phases: tuple[tuple[str, float], ...] = ()
     prepared: ev.Prepared | None = None
     predicted_bytes: int | None = None
+    predicted_parts: tuple[tuple[str, int], ...] = ()
     machine_bytes: int | None = None
 
     last: ev.Stepped | None = None
@@ -160,8 +161,16 @@ _PHASE_WORDS = {
 }
 
 
-def phase_words(name: str) -> str:
-    """Return what a phase does, in words."""
+def phase_words(name: str, note: str = "") -> str:
+    """Return what a phase does, in words.
+
+    Loading comes twice, the libraries first and then the model, so its short note is a part of its name.
+
+    >>> phase_words("eval", "24 rows"), phase_words("load", "the libraries for training"), phase_words("load")
+    ('measure held-out rows', 'load the libraries for training', 'load the model')
+    """
+    if name == "load" and note.startswith("the "):
+        return f"load {one_line(note, limit=40)}"
     return _PHASE_WORDS.get(name, one_line(name, limit=40))
 
 
@@ -169,16 +178,20 @@ def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
     if event.state == "end":
         seconds = event.seconds if event.seconds is not None else max(0.0, t - state.doing.since) if state.doing else 0.0
         told = event.name not in ("train", "save") or bool(event.note)
-        text = f"{phase_words(event.name)}: done in {words.duration(seconds)}" + (f", {event.note}" if event.note else "")
+        what = phase_words(event.name, state.doing.note if state.doing and state.doing.name == event.name else event.note)
+        text = f"{what}: done in {words.duration(seconds)}" + (f", {event.note}" if event.note and event.note not in what else "")
         return {
             "doing": None,
-            "phases": (*state.phases[-31:], (event.name, seconds)),
+            "phases": (*state.phases[-31:], (what, seconds)),
             "log": _say(state, t, text) if told else state.log,
         }
     since = state.doing.since if state.doing and state.doing.name == event.name and event.state == "progress" else t
-    doing = Doing(event.name, since, event.done, event.total, event.unit, one_line(event.note, limit=200))
+    kept = state.doing.note if state.doing and state.doing.name == event.name and event.state == "progress" else ""
+    doing = Doing(event.name, since, event.done, event.total, event.unit, one_line(event.note, limit=200) or kept)
     told = event.state == "begin" and bool(event.note)
-    return {"doing": doing, "log": _say(state, t, f"{phase_words(event.name)}: {event.note}") if told else state.log}
+    what = phase_words(event.name, event.note)
+    text = what if event.note in what else f"{what}: {event.note}"
+    return {"doing": doing, "log": _say(state, t, text) if told else state.log}
 
 
 def _prepared(state: RunState, event: ev.Prepared, t: float) -> Changes:
@@ -197,11 +210,14 @@ def _planned(state: RunState, event: ev.Planned, t: float) -> Changes:
     predicted = int(total) if isinstance(total, (int, float)) else None
     room = device.get("total_bytes") if isinstance(device, Mapping) else None
     log = state.log
+    items = [item for item in budget.get("items", ()) if isinstance(item, Mapping) and isinstance(item.get("bytes"), (int, float))]
+    parts = tuple((one_line(item.get("name", ""), limit=20), int(item["bytes"])) for item in items[:20])
     if predicted is not None:
         log = _say(state, t, f"memory predicted: {words.gib(predicted)}")
     for name, choice in event.choices.items():
         log = (*log[-(LOG_LINES - 1) :], Line(t, one_line(f"chosen: {name} = {choice}")))
-    return {"predicted_bytes": predicted, "machine_bytes": int(room) if isinstance(room, (int, float)) else None, "log": log}
+    machine = int(room) if isinstance(room, (int, float)) else None
+    return {"predicted_bytes": predicted, "predicted_parts": parts, "machine_bytes": machine, "log": log}
 
 
 def _stepped(state: RunState, event: ev.Stepped, t: float) -> Changes:

@@ -114,6 +114,16 @@ class TerminalGuard:
                 os.dup2(null, handle)
         os.close(null)
 
+    @property
+    def gone(self) -> bool:
+        """Say whether the terminal went away: a terminal that is not the controlling one ends without a signal."""
+        if self.hung_up:
+            return True
+        ends = select.POLLHUP | select.POLLERR | select.POLLNVAL
+        watch = select.poll()
+        watch.register(self._terminal, 0)  # nothing is waited for: only the ends are reported
+        return any(event & ends for _, event in watch.poll(0))
+
     def leave(self) -> None:
         """Put the terminal into the state a shell expects, at once, whatever Textual is doing."""
         _leave(self._terminal, self._modes)

@@ -54,6 +54,35 @@ def clock(moment: float, *, seconds: bool = False) -> str:
     return time.strftime("%H:%M:%S" if seconds else "%H:%M", time.localtime(moment))
 
 
+def device(name: str, room: int, *, kind: str = "cuda") -> str:
+    """Return a device's name without the maker's words, cut at a space to fit `room`; nothing where no word fits.
+
+    >>> device("NVIDIA GeForce RTX 4090", 12), device("NVIDIA H100 80GB HBM3", 9), device("AMD EPYC, 2 cores", 12, kind="cpu")
+    ('RTX 4090', 'H100 80GB', 'AMD EPYC')
+    """
+    for maker in ("NVIDIA ", "GeForce ", "Tesla "):
+        name = name.removeprefix(maker)
+    if len(name) > room:
+        name = name.split(",", 1)[0]
+    while len(name) > room and " " in name:
+        name = name.rsplit(" ", 1)[0].rstrip(",")
+    if len(name) <= room:
+        return name
+    return kind.upper() if kind == "cpu" and room >= 3 else ""
+
+
+def rate(value: float) -> str:
+    """Return a learning rate as people write it, the same on every screen.
+
+    >>> rate(2e-4), rate(1.66e-6), rate(0.0), rate(0.01)
+    ('2e-4', '1.7e-6', '0', '0.01')
+    """
+    if not math.isfinite(value) or not value or abs(value) >= 1e-2:
+        return f"{value:.2g}"
+    figure, power = f"{value:.1e}".split("e")
+    return f"{figure.removesuffix('.0')}e{int(power)}"
+
+
 def number(value: float, digits: int = 3) -> str:
     """Return a figure short enough for a status line; non-finite ones by name.
 

@@ -12,6 +12,7 @@ from qlora_tui.engine import events as ev
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.panels.base import Panel
 from qlora_tui.tui.screens.dialogs import HelpDialog, StopDialog
+from qlora_tui.tui.screens.run import SLOW_TICK
 
 
 def follow(folder: Path, **more) -> TunerApp:
@@ -240,15 +241,31 @@ async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_conf
         await until(pilot, lambda: "base 3.20 → tuned 2.10" in words(app))
         text = words(app)
         assert "✔ done" in text
-        assert "drop 1.10 (0.90 to 1.30)" in text
-        assert "a measurable improvement" in text
+        assert "9 of 10 rows got better" in text
+        assert "a measurable improvement, mean row 1.10 nats lower (0.90 to 1.30)" in text
         assert "runs/test/adapter" in text
-        assert "qlora-tui attach 20261125-164012-test" in text
+        assert "report.md beside it says how to use it" in text
         await pilot.press("enter")
         assert app.left is None
         await pilot.press("q")
         await until(pilot, lambda: app.left is not None)
     assert app.left.kind == "finished"
+
+
+async def test_a_finished_run_is_drawn_once_and_looked_at_seldom(write_run, until, run_config, monkeypatch):
+    folder, _, lock = write_run([*opening(run_config), *middle(40), *ending()])
+    lock.release()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "tuned 2.10" in words(app))
+        await pilot.pause()
+        drawn: list[str] = []
+        for panel in app.run_screen.query(Panel):
+            monkeypatch.setattr(panel, "draw", lambda *_, name=panel.id: drawn.append(name))
+        for _ in range(3):
+            app.run_screen.look()
+        assert drawn == []
+        assert app.run_screen._pace == SLOW_TICK
 
 
 async def test_an_adapter_named_within_the_run_is_shown_with_its_folder(write_run, until, run_config):

@@ -113,7 +113,7 @@ def test_phases_tell_what_is_done_and_what_took_how_long():
     assert (state.doing.name, state.doing.done, state.doing.total, state.doing.since) == ("fetch", 40, 100, 1000.0)
     ended = fold(state, ev.Record(1, 3, 1009.0, ev.Phase("fetch", "end", seconds=9.0)))
     assert ended.doing is None
-    assert ended.phases == (("fetch", 9.0),)
+    assert ended.phases == (("download", 9.0),)
 
 
 def test_the_scorecard_is_the_evaluation_that_compares():

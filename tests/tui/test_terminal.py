@@ -124,6 +124,18 @@ def test_a_lost_terminal_ends_the_viewer_and_nothing_else(screen, write_run, tmp
     assert not (folder / "commands.jsonl").exists()
 
 
+def test_a_terminal_lost_without_a_signal_is_noticed(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    out = tmp_path / "out"
+    terminal = screen(script(after="print('the run goes on')"), folder, out, controls=False)
+    terminal.read_until(b"tok/s")
+    terminal.hang_up(signalled=False)
+    assert terminal.wait() == 0
+    assert result(out).startswith("hangup")
+    assert "the run goes on" in (folder / "log.txt").read_text()
+    assert not (folder / "commands.jsonl").exists()
+
+
 def test_a_signal_to_a_run_of_this_process_closes_the_screen_with_the_run(screen, write_run, tmp_path):
     from qlora_tui.engine import events as ev
 

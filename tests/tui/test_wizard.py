@@ -105,12 +105,62 @@ async def test_typing_replaces_a_value_and_redraws_on_every_key(make, until, run
         await until(pilot, lambda: wizard_of(app).run.max_length == 400)
 
 
+async def test_only_the_current_field_has_arrows(make, until, run_config):
+    app = make(run_config)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "numbers")
+        await pilot.press("down", "down", "down", "down")
+        await until(pilot, lambda: "‹ 2 ›" in words(app))
+        assert words(app).count("‹") == 1
+
+
+async def test_a_long_value_keeps_the_columns(make, until, run_config):
+    app = make(dataclasses.replace(run_config, lora_target_modules=("q_proj", "k_proj", "v_proj"), optim="paged_adamw_8bit"))
+    async with app.run_test(size=(80, 40)) as pilot:
+        await go_to(pilot, until, app, "numbers")
+        await until(pilot, lambda: "q_proj, k_proj, …" in words(app))
+        at = {line.index(note) for line in words(app).split("\n") for note in ("all-linear is", "auto picks", "0 is fine") if note in line}
+        assert len(at) == 1
+
+
+async def test_where_one_types_letters_are_no_keys(make, until, run_config):
+    app = make(dataclasses.replace(run_config, lora_r=8))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "data")
+        await until(pilot, lambda: "tip" in words(app))
+        assert "tip     f " not in words(app)
+        await pilot.press("f1")
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog) and "complete the path" in words(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is wizard_of(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: "tip     f " in words(app))
+
+
+async def test_a_file_that_came_meanwhile_is_found_on_enter(make, until, run_config, desk, monkeypatch):
+    there: list[bool] = []
+    looked = desk.look_at_data
+
+    def look(self, run: RunConfig):
+        found = looked(dataclasses.replace(run, data=("x" if there else "missing",)))
+        return dataclasses.replace(found, names=run.data)
+
+    monkeypatch.setattr(type(desk), "look_at_data", look)
+    app = make(run_config)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "data")
+        await until(pilot, lambda: "there is no such file" in words(app))
+        there.append(True)
+        await pilot.press("enter")
+        await until(pilot, lambda: wizard_of(app).page.title == "numbers")
+
+
 async def test_a_value_that_is_none_keeps_the_page(make, until, run_config):
     app = make(run_config)
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, until, app, "numbers")
         await pilot.press("1", "x")
-        await until(pilot, lambda: "not a whole number" in words(app))
+        await until(pilot, lambda: "✖ '1x' is not a whole number" in words(app))
         await pilot.press("enter")
         await pilot.pause()
         assert wizard_of(app).page.title == "numbers"
@@ -357,4 +407,5 @@ def test_paths_are_completed(tmp_path):
     assert complete(f"{tmp_path}/nothing") is None
     assert complete(f"{tmp_path}/x") is None
     assert complete("builtin:p") == "builtin:python-docs"
+    assert complete("buil") == "builtin:python-docs"
     assert complete("") is None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from textual.content import Content
 from textual.widgets import Static
@@ -28,6 +28,11 @@ class View:
     folder: str = ""
 
 
+def still(view: View) -> View:
+    """Return `view` without its clock."""
+    return replace(view, now=0.0)
+
+
 class Panel(Static):
     """One framed part of the run screen; a subclass gives `digit`, `noun` and `draw`."""
 
@@ -39,17 +44,25 @@ class Panel(Static):
         super().__init__("", id=id, classes=classes, markup=False)
         self._shown: Content | None = None
         self._heading: Content | None = None
+        self._key: Any = None
         self._state = RunState()
         self._view = View()
 
     def show(self, state: RunState, view: View) -> None:
-        """Draw `state` if this panel can be seen and the cells differ from those on screen."""
+        """Draw `state` if this panel can be seen, what it shows has changed, and the cells differ from those on screen."""
         self._state, self._view = state, view
         self._redraw()
 
     def on_resize(self) -> None:
         """Draw again for the new size."""
         self._redraw()
+
+    def key(self, state: RunState, view: View) -> Any:
+        """Return what the drawing depends on, compared with `==`: an equal key means that nothing has to be drawn.
+
+        A panel that shows the clock adds it; one that is slow to draw names only what it shows.
+        """
+        return state.seq, still(view)
 
     def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
         """Return the cells; pure: the same arguments give the same cells."""
@@ -63,6 +76,10 @@ class Panel(Static):
         size = self.content_size
         if not self.display or size.width <= 0 or size.height <= 0:
             return
+        key = (size, self.key(self._state, self._view))
+        if key == self._key:
+            return
+        self._key = key
         heading, drawn = self.heading(self._state, self._view), self.draw(self._state, self._view, size.width, size.height)
         heading = heading.truncate(max(1, self.outer_size.width - 6), ellipsis=True)
         if self._view.ascii_only:

@@ -30,7 +30,9 @@ def badge(budget: Budget) -> Part:
     return ("▲ tight", f"bold {cells.WARN}") if budget.tight else ("● fits", f"bold {cells.GOOD}")
 
 
-def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "", no_time: str = "") -> Content:
+def draw_outlook(
+    outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "", no_time: str = "", key: str = "f"
+) -> Content:
     """Return the four lines of the bar; an estimate says that it is one.
 
     Args:
@@ -40,6 +42,7 @@ def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now
         now: the clock.
         waiting: why there is no outlook.
         no_time: why there is no time yet.
+        key: the key that takes the advice here, if there is one.
     """
     if outlook is None:
         hint = waiting or "pick a model to see what it needs"
@@ -54,7 +57,7 @@ def draw_outlook(outlook: Outlook | None, advice: Fix | None, width: int, *, now
     parts = [_label("memory"), *cells.bar(_pieces(budget), max(total, used), length), (figure, "bold")]
     lines = [cells.row(parts, [mark], width), cells.assemble([_label(""), *cells.fit(_legend(budget), width - _LABEL)])]
     lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now, no_time)]))
-    lines.append(_advice(outlook, advice, width))
+    lines.append(_advice(outlook, advice, width, f"{key} " if key else ""))
     return cells.stack(lines)
 
 
@@ -97,13 +100,13 @@ def _time(outlook: Outlook, width: int, now: float, no_time: str) -> list[Part]:
     return cells.fit(groups, width, " ")
 
 
-def _advice(outlook: Outlook, advice: Fix | None, width: int) -> Content:
+def _advice(outlook: Outlook, advice: Fix | None, width: int, key: str) -> Content:
     if advice is None:
         return Content(" ") if outlook.budget.fits else cells.assemble([_label("fix"), ("choose a smaller model", cells.WARN)])
     text = one_line(advice.text, limit=200)
     if outlook.budget.fits and not outlook.budget.tight:
-        parts = [_label("tip"), ("f ", f"bold {cells.MAIN}"), (text, cells.DIM)]
+        parts = [_label("tip"), (key, f"bold {cells.MAIN}"), (text, cells.DIM)]
     else:
         saves = f", saves {words.size(advice.saves_bytes)}" if advice.saves_bytes > 0 else ""
-        parts = [_label("fix"), ("f ", f"bold {cells.MAIN}"), (f"{text}{saves}", cells.WARN)]
+        parts = [_label("fix"), (key, f"bold {cells.MAIN}"), (f"{text}{saves}", cells.WARN)]
     return cells.assemble(parts).truncate(width, ellipsis=True)

@@ -60,7 +60,7 @@ def _step(state: RunState) -> list[list[Part]]:
     last, found = state.last, list[list[Part]]()
     if last is None:
         return found
-    found.append([("lr ", cells.DIM), (f"{last.lr:.2g}", "")])
+    found.append([("lr ", cells.DIM), (words.rate(last.lr), "")])
     found.append([("grad norm ", cells.DIM), (words.number(last.grad_norm, 2), cells.WARN if last.skipped else "")])
     if state.data_share is not None:
         found.append([("data wait ", cells.DIM), (units.percent(state.data_share), cells.WARN if state.data_share > 0.3 else "")])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from textual.content import Content
 
 from qlora_tui.tui import plot, words
 from qlora_tui.tui.panels import cells
-from qlora_tui.tui.panels.base import Panel, View
+from qlora_tui.tui.panels.base import Panel, View, still
 from qlora_tui.tui.panels.progress import progress
 from qlora_tui.tui.state import RunState
+
+PLOT_SECONDS = 1.0
 
 
 class LossPanel(Panel):
@@ -17,20 +21,36 @@ class LossPanel(Panel):
     digit = "1"
     noun = "loss"
 
+    def show(self, state: RunState, view: View) -> None:
+        """Draw; a curve that only grows is drawn once a second, since a fast run would redraw it at every look."""
+        same = still(view) == still(self._view) and state.last is not None and state.finished is None
+        if same and self._shown is not None and 0 <= view.now - self._view.now < PLOT_SECONDS:
+            return
+        super().show(state, view)
+
     def heading(self, state: RunState, view: View) -> Content:
         """Return the legend; it names every mark that is drawn, and only those."""
-        if not state.last and not state.evals:
+        if not state.last:
             return Content.assemble((self.digit, "bold $primary"), " getting ready")
-        raw, smooth, point = (":", "*", "E") if view.ascii_only else ("░", "─", "◆")
+        raw, smooth, point, saved = (":", "*", "E", "^") if view.ascii_only else ("░", "─", "◆", "▴")
         parts = [(self.digit, "bold $primary"), (" loss  ", "bold")]
         parts += [("raw ", cells.DIM), (raw, _hex(plot.RAW)), ("  smooth ", cells.DIM), (smooth, f"bold {_hex(plot.SMOOTH)}")]
         if state.evals:
             parts += [("  held-out ", cells.DIM), (point, f"bold {_hex(plot.EVAL)}")]
+        if state.marks:
+            parts += [("  saved ", cells.DIM), (saved, plot.AXIS)]
         if state.history.bad:
             parts += [(f"  {state.history.bad} not finite ", cells.DIM), ("x" if view.ascii_only else "×", f"bold {_hex(plot.BAD)}")]
         if view.log_y:
             parts += [("  log", cells.DIM)]
         return Content.assemble(*parts)
+
+    def key(self, state: RunState, view: View) -> Any:
+        """Return what is plotted, since the plot is slow to draw; before the first step, the phases and the clock."""
+        if not state.last:
+            return state.seq, still(view), None if state.finished or view.lost else int(view.now)
+        marks = tuple(mark.step for mark in state.marks)
+        return state.history, state.evals, marks, horizon(state), state.finished is None, still(view)
 
     def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
         """Draw the plot, or the phases before there is anything to plot."""

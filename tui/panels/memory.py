@@ -29,7 +29,9 @@ class MemoryPanel(Panel):
         lines = [cells.assemble([*marked, (tail, "bold")]), cells.assemble(cells.fit(_figures(state, others), width))]
         if height >= 4:
             lines.append(cells.assemble([("█ this run  ▒ other programs  │ predicted", cells.DIM)]))
-        return cells.stack(lines)
+        if height >= 8 and state.predicted_parts:
+            lines += _parts(state, width)
+        return cells.stack(lines[:height])
 
 
 def readings(state: RunState) -> tuple[int | None, int, int | None]:
@@ -51,6 +53,17 @@ def _figures(state: RunState, others: int) -> list[list[Part]]:
     if others:
         found.append([("others ", cells.DIM), (words.gib(others, unit=False), "")])
     return found
+
+
+def _parts(state: RunState, width: int) -> list[Content]:
+    """Return what was predicted, part by part, as bars: seen when the panel fills the screen."""
+    lines = [Content(" "), cells.assemble([("predicted at the fullest moment, an estimate", "bold")])]
+    most = max([amount for _, amount in state.predicted_parts] + [1])
+    length = max(6, min(40, width - 30))
+    for name, amount in sorted(state.predicted_parts, key=lambda part: -part[1]):
+        bar = cells.bar([(amount, "█", cells.MAIN)], most, length)
+        lines.append(cells.assemble([(f"{name:<14}", ""), (f"{words.size(amount):>9}  ", "bold"), *bar[: 1 if amount else 0]]))
+    return lines
 
 
 def _colour(state: RunState, total: int) -> str:

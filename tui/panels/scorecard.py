@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
+from qlora_tui.engine.events import Evaluated
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
@@ -15,9 +16,16 @@ _LABEL = 10
 
 
 class ScorecardPanel(Panel):
-    """The end of a run in five lines."""
+    """The end of a run in a few lines; the frame is as high as they need."""
 
     noun = "result"
+
+    def show(self, state: RunState, view: View) -> None:
+        """Draw, in a frame without empty lines."""
+        height = len(result_lines(state, view)) + 2
+        if self.styles.height is None or self.styles.height.value != height:
+            self.styles.height = height
+        super().show(state, view)
 
     def heading(self, state: RunState, view: View) -> Content:
         """Return the word for this panel."""
@@ -25,18 +33,19 @@ class ScorecardPanel(Panel):
 
     def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
         """Draw what came out; the verdict first, since it is what people came for."""
-        lines = [cells.assemble(parts).truncate(width, ellipsis=True) for parts in result_lines(state, view)]
+        lines = [cells.assemble(parts).truncate(width, ellipsis=True) for parts in result_lines(state, view, width)]
         return cells.stack(lines[:height])
 
 
-def result_lines(state: RunState, view: View) -> list[list[Part]]:
-    """Return the lines of the result, also used where there is no room for a frame."""
+def result_lines(state: RunState, view: View, width: int = 120) -> list[list[Part]]:
+    """Return the lines of the result, whole phrases of them only: their number does not depend on `width`."""
     lines: list[list[Part]] = []
     score, end = state.scorecard, state.finished
+    room = width - _LABEL
     if score and score.base_loss is not None:
-        lines.append(_labelled("held-out", [*_drop(score.base_loss, score.loss), *_interval(state)]))
+        lines.append(_labelled("held-out", cells.fit(_losses(score), room, "   ")))
         if score.verdict:
-            lines.append(_labelled("verdict", [(one_line(score.verdict, limit=200), f"bold {_verdict_colour(state)}")]))
+            lines.append(_labelled("verdict", cells.fit(_verdict(state, score), room, "")))
     elif state.evals:
         lines.append(_labelled("held-out", [(f"loss {words.number(state.evals[-1][1])} at step {state.evals[-1][0]}", "")]))
     if end:
@@ -47,37 +56,42 @@ def result_lines(state: RunState, view: View) -> list[list[Part]]:
     if state.adapter:
         path = state.adapter if "/" in state.adapter or not view.folder else f"{view.folder}/{state.adapter}"
         lines.append(_labelled("adapter", [(one_line(path, limit=300), "bold")]))
-    lines.append(_labelled("next", [(next_command(state, view), cells.MAIN), ("   q leaves", cells.DIM)]))
+    lines.append(_labelled("next", cells.fit([*_next(state, view), [("q leaves", cells.DIM)]], room, "   ")))
     return lines
 
 
-def next_command(state: RunState, view: View) -> str:
-    """Return the one command a person most likely wants now."""
-    run = one_line(state.run_id, limit=80) or "last"
+def _next(state: RunState, view: View) -> list[list[Part]]:
+    """Return what a person most likely wants now: to go on, or to read how the adapter is used."""
     goes_on = view.lost or (state.finished is not None and state.finished.outcome in ("stopped", "aborted", "failed", "diverged"))
     if goes_on and state.marks:
-        return f"qlora-tui --resume {run}"
-    return f"qlora-tui attach {run}"
+        return [[(f"qlora-tui --resume {one_line(state.run_id, limit=80) or 'last'}", cells.MAIN), (" goes on", cells.DIM)]]
+    if state.finished and state.adapter:
+        return [[("report.md", cells.MAIN), (" beside it says how to use it", cells.DIM)]]
+    return [[("log.txt", cells.MAIN), (" in the run's folder says more", cells.DIM)]]
 
 
 def _labelled(label: str, parts: list[Part]) -> list[Part]:
     return [(f"{label:<{_LABEL}}", cells.DIM), *parts]
 
 
-def _drop(base: float, tuned: float) -> list[Part]:
-    return [("base ", cells.DIM), (words.number(base, 2), ""), (" → tuned ", cells.DIM), (words.number(tuned, 2), "bold")]
-
-
-def _interval(state: RunState) -> list[Part]:
-    score = state.scorecard
-    if score is None or score.drop is None:
-        return []
-    parts: list[Part] = [("   drop ", cells.DIM), (words.number(score.drop, 2), f"bold {_verdict_colour(state)}")]
-    if score.interval:
-        parts.append((f" ({words.number(score.interval[0], 2)} to {words.number(score.interval[1], 2)})", cells.DIM))
+def _losses(score: Evaluated) -> list[list[Part]]:
+    base, tuned = words.number(score.base_loss or 0.0, 2), words.number(score.loss, 2)
+    found: list[list[Part]] = [[("base ", cells.DIM), (base, ""), (" → tuned ", cells.DIM), (tuned, "bold")]]
     if score.better_share is not None:
-        parts.append((f"   better on {score.better_share:.0%} of {score.rows} rows", cells.DIM))
-    return parts
+        found.append([(f"{round(score.better_share * score.rows):,} of {score.rows:,} rows got better", "")])
+    return found
+
+
+def _verdict(state: RunState, score: Evaluated) -> list[list[Part]]:
+    """Return the verdict and the drop it rests on: that of the mean row, which is not the difference of the losses above."""
+    colour = f"bold {_verdict_colour(state)}"
+    found: list[list[Part]] = [[(one_line(score.verdict.split(":", 1)[0], limit=80), colour)]]
+    if score.drop is not None:
+        told = f", mean row {words.number(abs(score.drop), 2)} nats {'lower' if score.drop >= 0 else 'higher'}"
+        found.append([(told, "")])
+        if score.interval:
+            found.append([(f" ({words.number(score.interval[0], 2)} to {words.number(score.interval[1], 2)})", cells.DIM)])
+    return found
 
 
 def _verdict_colour(state: RunState) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from textual.content import Content
 
+from qlora_tui.engine.spec import BUILTIN
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
-from qlora_tui.tui.panels.base import Panel, View
+from qlora_tui.tui.panels.base import Panel, View, still
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.state import RunState, phase_words
 
@@ -30,9 +32,9 @@ def state_words(state: RunState, view: View) -> Part:
     if view.lost:
         return ("✖ crashed", cells.BAD)
     if view.stopping:
-        return ("◌ stopping: saves at the next safe point", cells.WARN)
+        return ("◌ stopping, then saves", cells.WARN)
     if state.doing and state.doing.name != "train":
-        return (f"◌ {phase_words(state.doing.name)}", cells.MAIN)
+        return (f"◌ {phase_words(state.doing.name, state.doing.note)}", cells.MAIN)
     if state.last or state.doing:
         return ("● training", cells.GOOD)
     return ("◌ starting", cells.MAIN)
@@ -57,7 +59,7 @@ def figures(state: RunState, view: View) -> list[list[Part]]:
     if state.last:
         found.append([("epoch ", cells.DIM), (f"{state.last.epoch:.2f}", "")])
     if state.started_at and not state.last and not state.finished:
-        found.append([("since ", cells.DIM), (words.duration(view.now - state.started_at), "")])
+        found.append([("begun ", cells.DIM), (words.duration(max(1, int(view.now - state.started_at))), ""), (" ago", cells.DIM)])
     return found
 
 
@@ -73,7 +75,7 @@ def _time_left(state: RunState, view: View) -> list[Part]:
 def title(state: RunState) -> list[list[Part]]:
     """Return what is trained, in a few groups: run, model, method, shape."""
     config = state.config
-    model = one_line(config.get("model_name_or_path", ""), limit=60).rsplit("/", 1)[-1]
+    model = one_line(config.get("model_name_or_path", ""), limit=60).rsplit("/", 1)[-1].removeprefix(BUILTIN)
     groups: list[list[Part]] = [[(one_line(state.run_id, limit=60) or "qlora-tui", "bold")]]
     if model:
         groups.append([("· ", cells.DIM), (model, cells.MAIN)])
@@ -94,6 +96,10 @@ class StatusLine(Panel):
     def heading(self, state: RunState, view: View) -> Content:
         """Return nothing: these lines have no frame."""
         return Content("")
+
+    def key(self, state: RunState, view: View) -> Any:
+        """Return what is shown: the clock counts in whole seconds, and only while the run goes on."""
+        return state.seq, still(view), None if state.finished or view.lost else int(view.now)
 
     def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
         """Draw the title with the state at its right, and the figures beneath."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from textual.content import Content
 
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
-from qlora_tui.tui.panels.base import Panel, View
+from qlora_tui.tui.panels.base import Panel, View, still
 from qlora_tui.tui.panels.memory import readings
 from qlora_tui.tui.panels.status import figures, state_words
 from qlora_tui.tui.state import RunState
@@ -20,6 +22,10 @@ class SummaryPanel(Panel):
     def heading(self, state: RunState, view: View) -> Content:
         """Return nothing: there is no frame."""
         return Content("")
+
+    def key(self, state: RunState, view: View) -> Any:
+        """Return what is shown: the clock counts in whole seconds, and only while the run goes on."""
+        return state.seq, still(view), None if state.finished or view.lost else int(view.now)
 
     def draw(self, state: RunState, view: View, width: int, height: int) -> Content:
         """Draw as many lines as fit."""

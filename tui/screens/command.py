@@ -26,6 +26,29 @@ def equivalent(run: RunConfig, *, preset: str = "", base: RunConfig | None = Non
     return shlex.join(words)
 
 
+def on_lines(command: str, width: int) -> list[str]:
+    r"""Return `command` broken between its options, so that what is copied off the screen still runs.
+
+    >>> on_lines("qlora-tui --no-ui --set lora_r=7 --data 'a b.jsonl'", 34)
+    ['qlora-tui --no-ui --set lora_r=7 \\\\', "  --data 'a b.jsonl'"]
+    """
+    groups: list[str] = []
+    for word in shlex.split(command):
+        quoted = shlex.quote(word)
+        if word.startswith("--") or not groups:
+            groups.append(quoted)
+        else:
+            groups[-1] += f" {quoted}"
+    lines = groups[:1]
+    for group in groups[1:]:
+        if len(lines[-1]) + len(group) + 3 <= width:
+            lines[-1] += f" {group}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"  {group}")
+    return lines
+
+
 def _flags(values: Mapping[str, Value]) -> list[str]:
     named = {"model_name_or_path": "--model", "data": "--data", "runs_dir": "--runs-dir"}
     words: list[str] = []

@@ -19,6 +19,7 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import DataLook
+from qlora_tui.tui.screens.lengths import share
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 
@@ -44,6 +45,10 @@ def complete(value: str) -> str | None:
     """Return the first path that begins with `value`, folders with a slash; hidden ones only when asked for."""
     if not value or value.startswith(BUILTIN):
         return DEMO_DATA if value and DEMO_DATA.startswith(value) else None
+    return _on_disk(value) or (DEMO_DATA if DEMO_DATA.startswith(value) else None)
+
+
+def _on_disk(value: str) -> str | None:
     typed = Path(value).expanduser()
     folder, start = (typed, "") if value.endswith("/") else (typed.parent, typed.name)
     try:
@@ -60,9 +65,10 @@ class DataPage(Page):
     """One line for the data; beneath it the format, the first rows, and the faults by row."""
 
     title = "data"
+    types = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+o", "skip_bad", "go on without broken rows", show=False),
-        Binding("tab", "complete", "complete the path", show=False),
+        Binding("tab", "complete", "complete", tooltip="complete the path"),
     ]
 
     def __init__(self, wizard: WizardScreen) -> None:
@@ -89,7 +95,7 @@ class DataPage(Page):
         box.value = ", ".join(self.wizard.run.data)
         box.cursor_position = len(box.value)
         box.focus()
-        self._show()
+        self.show()
         self._look_soon()
 
     def commit(self) -> bool:
@@ -98,19 +104,20 @@ class DataPage(Page):
         if not self.wizard.run.data:
             self._tell([("✖ name the data", cells.BAD)])
             return False
-        if look is None:
+        if look is None or look.problem:  # a file may have come meanwhile: look again
             self._going_on = True
+            self._busy = ()
             self._look_now()
             return False
         blocked = bool(look.problem) or (look.refused > 0 and not self.wizard.run.skip_bad_rows)
         if blocked:
-            self._show()
+            self.show()
         return not blocked
 
     def action_skip_bad(self) -> None:
         """Decide to go on without broken rows, or take that back."""
         self.wizard.change(dataclasses.replace(self.wizard.run, skip_bad_rows=not self.wizard.run.skip_bad_rows))
-        self._show()
+        self.show()
 
     def action_complete(self) -> None:
         """Take the suggested path."""
@@ -122,8 +129,7 @@ class DataPage(Page):
 
     @property
     def _look(self) -> DataLook | None:
-        look = self.wizard.data_look
-        return look if look is not None and look.names == self.wizard.run.data else None
+        return self.wizard.data_of_run()
 
     @on(Input.Changed, "#data-name")
     def _typed_in(self, event: Input.Changed) -> None:
@@ -133,7 +139,7 @@ class DataPage(Page):
             return
         self._going_on = False
         self.wizard.change(dataclasses.replace(self.wizard.run, data=names))
-        self._show()
+        self.show()
         self._look_soon()
 
     def read_ahead(self) -> None:
@@ -152,7 +158,7 @@ class DataPage(Page):
         run = self.wizard.run
         if self._busy != run.data:
             self._busy = run.data
-            self._show()
+            self.show()
             self._read(run)
 
     @work(thread=True, group="data", exclusive=True, exit_on_error=False)
@@ -168,12 +174,13 @@ class DataPage(Page):
             return
         self._busy = ()
         self.wizard.use_data(look)
-        self._show()
-        if self._going_on:
-            self._going_on = False
+        self.show()
+        going_on, self._going_on = self._going_on, False
+        if going_on and not look.problem:
             self.wizard.action_next()
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Draw what was found, or that it is being looked for."""
         look = self._look
         if look is None:
             reading = self._busy and self._busy == self.wizard.run.data
@@ -194,17 +201,30 @@ def found_lines(look: DataLook, run: RunConfig, width: int) -> list[Content]:
         if look.hint:
             lines.append(cells.assemble([("  " + one_line(look.hint, limit=400), cells.DIM)]))
     else:
-        tokens = f"  about {look.tokens:,} tokens" if look.tokens else ""
-        lines.append(cells.assemble([("✔ ", cells.GOOD), (f"{look.rows:,} rows", "bold"), (f"  {look.format}{tokens}", "")]))
+        lines.append(cells.assemble([("✔ ", cells.GOOD), (f"{look.rows:,} rows", "bold"), (f"  {look.format}{_tokens(look)}", "")]))
         if look.why:
             lines.append(cells.assemble([("  " + one_line(look.why, limit=200), cells.DIM)]).truncate(width, ellipsis=True))
     lines += _fault_lines(look, run, width)
+    over = look.lengths.over(run.max_length)
+    if over:
+        guessed = "" if look.lengths.measured else "by a guess, "
+        told = f"▲ {guessed}{share(over)} of the rows are longer than {run.max_length:,} tokens and would be dropped"
+        lines.append(cells.assemble([(told, cells.WARN)]).truncate(width, ellipsis=True))
     lines.append(Content(" "))
     for role, text in look.samples:
         style = cells.MAIN if role == "assistant" else cells.DIM
         parts: list[Part] = [(f"  {one_line(role, limit=12):<10}", style), (one_line(text, limit=400), "")]
         lines.append(cells.assemble(parts).truncate(width, ellipsis=True))
     return lines
+
+
+def _tokens(look: DataLook) -> str:
+    """Return how many tokens there are and how long the longest row is; what is guessed says so."""
+    if not look.tokens:
+        return ""
+    if look.lengths.measured:
+        return f"  {look.tokens:,} tokens  longest row {look.lengths.longest:,}"
+    return f"  about {look.tokens:,} tokens, guessed from characters"
 
 
 def _fault_lines(look: DataLook, run: RunConfig, width: int) -> list[Content]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_tui.engine import budget, forecast, hub, machine, models, preset
 from qlora_tui.engine.budget import Budget, Fix
@@ -20,10 +21,12 @@ from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place, replace_file
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
+from qlora_tui.tui.screens.lengths import Lengths, guess, hub_cache, measure, tokenizer_folder
+
+if TYPE_CHECKING:
+    from qlora_tui.engine.data import Row
 
 DRAFT = "draft.toml"
-_CHARACTERS_A_TOKEN = 3.6
-_ROW_OVERHEAD = 12
 _SHOWN_ROWS = 6
 _SHOWN_FAULTS = 20
 
@@ -58,6 +61,7 @@ class DataLook:
     why: str = ""
     rows: int = 0
     tokens: int = 0
+    lengths: Lengths = field(default_factory=Lengths)
     samples: tuple[tuple[str, str], ...] = ()
     faults: tuple[str, ...] = ()
     refused: int = 0
@@ -81,6 +85,7 @@ class Desk:
 
     _machine: Machine | None = None
     _specs: dict[tuple[str, str], ModelSpec] = field(default_factory=dict)
+    _rows: dict[tuple[str, ...], Sequence[Row]] = field(default_factory=dict)
 
     def machine(self) -> Machine:
         """Return this machine, looked at once."""
@@ -132,7 +137,8 @@ class Desk:
         found = [ModelChoice(name, spec, "on disk") for name, spec in cached if spec is not None]
         demo = models.find_entry(DEMO_MODEL)
         if demo is not None:
-            found.append(ModelChoice(DEMO_MODEL, demo.spec, "94 MB from the package index", demo.licence))
+            ready = tokenizer_folder(RunConfig(model_name_or_path=DEMO_MODEL)) is not None
+            found.append(ModelChoice(DEMO_MODEL, demo.spec, "on disk" if ready else "fetch 94 MB", demo.licence))
         here = {choice.name for choice in found}
         listed = sorted(models.entries(), key=lambda entry: entry.spec.params)
         for entry in listed:
@@ -148,11 +154,12 @@ class Desk:
         try:
             found = data.load(run, lenient=True)
         except EngineError as error:
-            return DataLook(run.data, problem=str(error.problem.message), hint=error.problem.hint)
+            where = f": {error.problem.where}" if error.problem.where else ""
+            return DataLook(run.data, problem=f"{error.problem.message}{where}", hint=error.problem.hint)
         except (OSError, ValueError, ImportError) as error:
             return DataLook(run.data, problem=f"{type(error).__name__}: {error}")
-        characters = sum(len(turn.content) for row in found.rows for turn in row.chat.turns)
-        turns = sum(len(row.chat.turns) for row in found.rows)
+        self._rows = {run.data: found.rows}  # of the latest data alone: they may be large
+        lengths = guess(found.rows)
         samples = tuple((turn.role, turn.content[:400]) for row in found.rows[:_SHOWN_ROWS] for turn in row.chat.turns[:4])
         faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in found.refused[:_SHOWN_FAULTS])
         return DataLook(
@@ -160,12 +167,19 @@ class Desk:
             format=found.format,
             why=found.why,
             rows=len(found.rows),
-            tokens=int(characters / _CHARACTERS_A_TOKEN) + _ROW_OVERHEAD * turns,
+            tokens=_all_tokens(lengths, len(found.rows)),
+            lengths=lengths,
             samples=samples,
             faults=faults,
             refused=len(found.refused),
             problem="" if found.rows else "no row of it can be used",
         )
+
+    def measure(self, run: RunConfig, look: DataLook) -> DataLook | None:
+        """Return `look` with lengths counted by the model's tokenizer, None without one; slow, renders the rows."""
+        rows = self._rows.get(look.names)
+        lengths = measure(rows, run) if rows else None
+        return replace(look, lengths=lengths, tokens=_all_tokens(lengths, look.rows)) if lengths else None
 
     def outlook(self, run: RunConfig, look: DataLook | None = None) -> Outlook | None:
         """Return what `run` would need, or None while its model is not known."""
@@ -178,10 +192,11 @@ class Desk:
             return None
         if look is None or not look.rows or look.problem:
             return Outlook(needed)
-        rows, held = split_rows(run, look.rows)
+        over, each = look.lengths.over(run.max_length), look.lengths.mean(run.max_length)
+        rows, held = split_rows(run, max(1, round(look.rows * (1 - over))))
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
-        each = look.tokens / look.rows
+        each = each or min(look.tokens / look.rows, run.max_length)
         time = forecast.before(
             spec,
             run,
@@ -238,6 +253,10 @@ def split_rows(run: RunConfig, rows: int) -> tuple[int, int]:
     return used - held, held
 
 
+def _all_tokens(lengths: Lengths, rows: int) -> int:
+    return round(sum(lengths.tokens) / len(lengths.tokens) * rows) if lengths.tokens else 0
+
+
 def _fault(row: int, line: int | None, field_name: str, reason: str) -> str:
     where = f"row {row}" + (f" (line {line})" if line and line != row else "") + (f", {field_name}" if field_name else "")
     return f"{where}: {reason}"
@@ -247,7 +266,7 @@ def _fault(row: int, line: int | None, field_name: str, reason: str) -> str:
 def _cached_models() -> list[tuple[str, ModelSpec | None]]:
     """Return models in the hub's cache, read from its folders alone: importing the hub's library costs more."""
     found: dict[str, ModelSpec | None] = {}
-    for config in sorted(_hub_cache().glob("models--*/snapshots/*/config.json")):
+    for config in sorted(hub_cache().glob("models--*/snapshots/*/config.json")):
         name = config.parents[2].name.removeprefix("models--").replace("--", "/")
         if not any(config.parent.glob("*.safetensors")):
             continue
@@ -256,10 +275,3 @@ def _cached_models() -> list[tuple[str, ModelSpec | None]]:
         except (EngineError, OSError):
             continue
     return list(found.items())
-
-
-def _hub_cache() -> Path:
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    home = os.environ.get("HF_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"

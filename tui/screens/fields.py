@@ -17,7 +17,7 @@ from qlora_tui.tui.panels import cells
 from qlora_tui.tui.screens.settings import Setting
 
 LABEL = 15
-VALUE = 13
+VALUE = 17
 
 
 class FieldRow(Static, can_focus=True):
@@ -54,6 +54,7 @@ class FieldRow(Static, can_focus=True):
         self._ascii = ascii_only
         self._typing: str | None = None
         self._drawn: Content | None = None
+        self._current = False
         self.fault = ""
 
     def on_mount(self) -> None:
@@ -92,12 +93,14 @@ class FieldRow(Static, can_focus=True):
             event.stop()
 
     def on_focus(self) -> None:
-        """Say that this field is the current one."""
+        """Say that this field is the current one; Textual's own flag changes only after this."""
+        self._current = True
         self.post_message(self.Entered(self.setting))
         self.redraw()
 
     def on_blur(self) -> None:
         """Forget half-typed text that is not a value; the fault stays to be seen."""
+        self._current = False
         if not self.fault:
             self._typing = None
         self.redraw()
@@ -108,19 +111,31 @@ class FieldRow(Static, can_focus=True):
 
     def redraw(self) -> None:
         """Draw the line, and the fault beneath if there is one."""
-        focused = self.has_focus
+        focused = self._current
         value = self._typing if self._typing is not None else self.setting.shown(self.run)
         cursor = "_" if self._typing is not None and focused else ""
         left, right = ("‹", "›") if focused else (" ", " ")
-        room = max(0, VALUE - Content(value + cursor).cell_length)
+        shown = one_line(value, limit=200) + cursor
+        if len(shown) > VALUE:  # what is being typed is seen at its end
+            shown = f"…{shown[1 - VALUE :]}" if cursor else f"{shown[: VALUE - 1]}…"
+        room = max(0, VALUE - Content(shown).cell_length)
         line = Content.assemble(
             (f" {self.setting.label:<{LABEL}}", "bold" if focused else ""),
             (f"{left} ", cells.MAIN),
-            (one_line(value, limit=60) + cursor, f"bold {cells.BAD if self.fault else cells.MAIN if focused else ''}".strip()),
+            (shown, f"bold {cells.BAD if self.fault else cells.MAIN if focused else ''}".strip()),
             (f" {right}", cells.MAIN),
             (" " * room + self.note, cells.DIM),
         )
-        lines = [line] if not self.fault else [line, Content.assemble((" " * (LABEL + 3), ""), (f"✖ {self.fault}", cells.BAD))]
+        lines = (
+            [line]
+            if not self.fault
+            else [
+                line,
+                Content.assemble((" " * (LABEL + 3), ""), (f"✖ {self.fault}", cells.BAD)).truncate(
+                    max(20, self.size.width or 76), ellipsis=True
+                ),
+            ]
+        )
         drawn = cells.plain_ascii(cells.stack(lines)) if self._ascii else cells.stack(lines)
         if self._drawn is None or not self._drawn.is_same(drawn):
             grown = self._drawn is None or self._drawn.plain.count("\n") != drawn.plain.count("\n")
@@ -132,7 +147,8 @@ class FieldRow(Static, can_focus=True):
         try:
             run = self.setting.read(self.run, text)
         except ConfigError as error:
-            self.fault = one_line(error.problem.message) + (f"; {one_line(error.problem.hint)}" if error.problem.hint else "")
+            said = one_line(error.problem.message).removeprefix(f"{self.setting.name} = ")  # its label stands beside it
+            self.fault = said + (f"; {one_line(error.problem.hint)}" if error.problem.hint else "")
             self.post_message(self.Changed(self.run))
             self.redraw()
             return

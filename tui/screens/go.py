@@ -13,6 +13,7 @@ from qlora_tui.engine.spec import RunConfig, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.command import on_lines
 from qlora_tui.tui.screens.desk import DataLook, Outlook, split_rows
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import show
@@ -39,7 +40,7 @@ class GoPage(Page):
     def refresh_summary(self) -> None:
         """Draw the summary again, such as after the cheapest fix was applied."""
         wizard = self.wizard
-        lines = summary(wizard.run, wizard.outlook, wizard.data_look, wizard.command())
+        lines = summary(wizard.run, wizard.outlook, wizard.data_of_run(), wizard.command(), max(30, wizard.size.width - 6))
         self.query_one("#go-summary", Static).update(self.text(cells.stack(lines)))
 
     def say(self, news: str) -> None:
@@ -59,7 +60,7 @@ class GoPage(Page):
         self.call_after_refresh(faults.scroll_visible, animate=False)
 
 
-def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, command: str) -> list[Content]:
+def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, command: str, width: int = 74) -> list[Content]:
     """Return the lines of the summary."""
     base = "16-bit base" if run.method == "lora" else f"4-bit {run.bnb_4bit_quant_type} base"
     trained, kept = split_rows(run, look.rows) if look and look.rows and look.names == run.data else (0, 0)
@@ -82,7 +83,7 @@ def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, comm
         _line("saved in", [(one_line(run.runs_dir, limit=120) + "/", "")]),
         Content(" "),
         Content.styled(" The same without screens:", cells.DIM),
-        Content.styled(f" {one_line(command, limit=4000)}", cells.MAIN),
+        *[Content.styled(f" {line}", cells.MAIN) for line in on_lines(one_line(command, limit=4000), width)],
         Content(" "),
         Content.assemble((" enter ", "bold reverse"), (" starts the run", "bold")),
     ]

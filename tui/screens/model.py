@@ -33,9 +33,10 @@ class ModelPage(Page):
     """A line to type in, and a list that it filters; the arrows move in the list while one types."""
 
     title = "model"
+    types = True
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move(-1)", "model", show=False),
-        Binding("down", "move(1)", "model", show=False),
+        Binding("up", "move(-1)", "pick", key_display="↑↓", tooltip="pick from the list; the memory bar shows what each needs"),
+        Binding("down", "move(1)", show=False),
         Binding("pageup", "move(-8)", show=False),
         Binding("pagedown", "move(8)", show=False),
     ]
@@ -136,6 +137,10 @@ class ModelPage(Page):
         self.app.call_from_thread(self._have, found)
 
     def _have(self, found: list[ModelChoice]) -> None:
+        named = self._entered_with
+        spec = self.wizard.desk.model(dataclasses.replace(self.wizard.run, model_name_or_path=named)) if named else None
+        if spec is not None and all(choice.name != named for choice in found):
+            found = [ModelChoice(named, spec, "chosen"), *found]
         self._choices = found
         self._fill()
 
@@ -171,12 +176,22 @@ class ModelPage(Page):
         at = next((index for index, choice in enumerate(self._shown) if choice.name.casefold() == typed), None)
         guess = bool(self._shown) and bool(typed) and not everything and "/" not in typed  # with a slash it is a whole name
         listed.highlighted = at if at is not None else 0 if guess else None
+        if not self._looking:
+            self._say("")
+
+    def _head(self) -> str:
+        """Return what stands above the columns of the list."""
+        room = self._room()
+        return f" {'':<{room}} {'size':>6} {'memory':>9}" if self._shown else ""
+
+    def _room(self) -> int:
+        return 43 if self.wizard.size.width >= 98 else 35
 
     def _line(self, choice: ModelChoice) -> Content:
         run = dataclasses.replace(self.wizard.run, model_name_or_path=choice.name)
         outlook = self.wizard.desk.outlook(run)
         width = max(30, self.wizard.size.width - 8)
-        room = 43 if width >= 90 else 35
+        room = self._room()
         name = one_line(choice.name)
         name = name if len(name) <= room else f"{name[: room - 1]}…"
         parts: list[Part] = [(f"{name:<{room}} ", ""), (f"{units.billions(choice.spec.params):>6}", "")]
@@ -187,5 +202,5 @@ class ModelPage(Page):
         return cells.assemble([*parts, (note, cells.DIM)]).truncate(width, ellipsis=True)
 
     def _say(self, fault: str, news: str = "") -> None:
-        line = [(f"✖ {one_line(fault, limit=300)}", cells.BAD)] if fault else [(news, cells.DIM)] if news else []
+        line = [(f"✖ {one_line(fault, limit=300)}", cells.BAD)] if fault else [(news or self._head(), cells.DIM)]
         self.query_one("#model-fault", Static).update(self.text(cells.assemble(line)))

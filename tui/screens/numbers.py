@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
@@ -13,6 +15,7 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.screens.fields import FieldRow
+from qlora_tui.tui.screens.lengths import Lengths, share
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
 
@@ -44,8 +47,10 @@ class NumbersPage(Page):
 
     def use(self, run: RunConfig) -> None:
         """Show another run in every field."""
+        look = self.wizard.data_of_run()
+        lengths = look.lengths if look else Lengths()
         for field in self.query(FieldRow):
-            field.use(run, note_of(field.setting, run))
+            field.use(run, note_of(field.setting, run, lengths))
 
     def commit(self) -> bool:
         """Go on only when no field holds something that is not a value."""
@@ -69,11 +74,13 @@ class NumbersPage(Page):
         self._explain(event.setting)
 
     def _explain(self, setting: Setting) -> None:
-        parts = [(f" {setting.help}", "")]
-        costs = self._cost(setting)
-        if costs:
-            parts += [("  ", ""), (costs, cells.MAIN)]
-        self.query_one("#field-help", Static).update(self.text(cells.assemble(parts)), layout=False)
+        costs, width = self._cost(setting), max(20, self.wizard.size.width - 4)
+        if costs and len(setting.help) + len(costs) + 2 <= width:
+            lines = [cells.assemble([(f" {setting.help}  ", ""), (costs, cells.MAIN)])]
+        else:
+            told = textwrap.wrap(setting.help, width)[: 1 if costs else 2]
+            lines = [*[Content(f" {line}") for line in told], *([Content.styled(f" {costs}", cells.MAIN)] if costs else [])]
+        self.query_one("#field-help", Static).update(self.text(cells.stack(lines)), layout=False)
 
     def _cost(self, setting: Setting) -> str:
         """Say what one value more would do to memory, by asking the budget."""
@@ -88,8 +95,13 @@ class NumbersPage(Page):
         return f"{one_line(setting.shown(after))}: {'+' if change > 0 else '-'}{words.size(abs(change))} of memory."
 
 
-def note_of(setting: Setting, run: RunConfig) -> str:
-    """Return the half-sentence beside a field; some depend on the run."""
+def note_of(setting: Setting, run: RunConfig, lengths: Lengths = Lengths()) -> str:  # noqa: B008  frozen, so one may be shared
+    """Return the half-sentence beside a field; some depend on the run and on its rows."""
+    if setting.name == "max_length" and lengths.tokens:
+        over = lengths.over(run.max_length)
+        if not over:
+            return f"tokens; your longest row has {'' if lengths.measured else 'about '}{lengths.longest:,}"
+        return f"{'' if lengths.measured else 'about '}{share(over)} of your rows are longer: dropped"
     if setting.name == "gradient_accumulation_steps":
         return f"{rows_per_step(run):,} rows a step; costs no memory"
     if setting.name == "num_train_epochs" and run.max_steps:

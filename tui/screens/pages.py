@@ -26,6 +26,8 @@ class Page(Vertical):
     """One step of the wizard. `enter` brings it up, `commit` says whether one may go on."""
 
     title: ClassVar[str] = ""
+    types: ClassVar[bool] = False
+    """Whether one types on this page, so that letters are no keys."""
 
     def __init__(self, wizard: WizardScreen) -> None:
         """Belong to `wizard`, which holds the run that all pages change."""
@@ -119,7 +121,10 @@ def offers(desk: Desk, given: RunConfig | None, *, demo: bool) -> list[Beginning
     kept = desk.load_draft()
     if kept is not None:
         found.append(Beginning("go on where you left off", _words(kept), kept))
-    found += [Beginning(ready.title or ready.name, ready.why, ready.run, ready.name, ready.run) for ready in desk.presets()]
+    ready_made = desk.presets()
+    if desk.machine().kind == "cpu":  # without a graphics card the others take days
+        ready_made.sort(key=lambda ready: ready.name != "demo")
+    found += [Beginning(ready.title or ready.name, ready.why, ready.run, ready.name, ready.run) for ready in ready_made]
     found.append(Beginning("your own", "start from the defaults and choose everything yourself", RunConfig()))
     return found
 

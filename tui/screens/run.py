@@ -17,6 +17,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.screen import Screen
+from textual.timer import Timer
 from textual.widgets import Footer, Input
 
 from qlora_tui.engine.errors import JournalError
@@ -37,6 +38,7 @@ from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.state import RunState, fold
 
 TICK = 0.25
+SLOW_TICK = 1.0  # for a run that has ended: nothing more is expected, though a resume may still come
 _BLOCK = 1 << 18
 _READ_FOR = 0.1
 _SILENT = 5.0
@@ -59,7 +61,7 @@ class RunScreen(Screen[None]):
         Binding("y", "log_y", "log scale", tooltip="logarithmic loss axis, or back"),
         Binding("slash", "find", "find", key_display="/", tooltip="show only log lines with some words"),
         Binding("question_mark", "help", "help", key_display="?"),
-        Binding("q", "leave", "quit", show=False, tooltip="leave; asks first while the run is training"),
+        Binding("q", "leave", "quit", tooltip="leave; asks first while the run is training"),
         Binding("1", "panel(0)", "panel", show=False, key_display="1-5", tooltip="show one panel alone, or back"),
         Binding("2", "panel(1)", show=False),
         Binding("3", "panel(2)", show=False),
@@ -92,6 +94,8 @@ class RunScreen(Screen[None]):
         self._tail = Tail(folder / EVENTS)
         self._opened = time.time()
         self._checked = 0.0
+        self._timer: Timer | None = None
+        self._pace = 0.0
         self._selected = 0
         self._leave_at_end = False
         self._interrupted = False
@@ -119,7 +123,7 @@ class RunScreen(Screen[None]):
         self.query_one("#find", Input).display = False
         self._choose_panel(0)
         self.look()
-        self.set_interval(TICK, self.look)
+        self._keep_pace()
 
     def look(self) -> None:
         """Read what was appended, fold it, and draw; a long history is read in slices so that keys still answer."""
@@ -135,6 +139,16 @@ class RunScreen(Screen[None]):
             self._leave("finished")
             return
         self.draw()
+        self._keep_pace()
+
+    def _keep_pace(self) -> None:
+        """Look often while something may happen, seldom once the run has ended."""
+        pace = TICK if self.running or self.behind else SLOW_TICK
+        if pace == self._pace or not self.is_attached:
+            return
+        if self._timer is not None:
+            self._timer.stop()
+        self._pace, self._timer = pace, self.set_interval(pace, self.look)
 
     def draw(self) -> None:
         """Let every panel draw the state as it is."""
@@ -255,7 +269,12 @@ class RunScreen(Screen[None]):
     def action_help(self) -> None:
         """Show the keys."""
         notes = ["Ctrl+C stops and saves at once; a second Ctrl+C ends without saving.", one_line(f"This run: {self.folder}")]
-        self.app.push_screen(HelpDialog(keys_of(self.BINDINGS), notes))
+        scrolls = [("up down", "scroll a panel that fills the screen; pgup, pgdn, home and end too")]
+        self.app.push_screen(HelpDialog([*keys_of(self._offered()), *scrolls], notes if self.running else notes[1:]))
+
+    def _offered(self) -> list[BindingType]:
+        """Return the keys that would do something now."""
+        return [key for key in self.BINDINGS if isinstance(key, Binding) and self.check_action(key.action, ())]
 
     @on(Input.Changed, "#find")
     def _search_changed(self, event: Input.Changed) -> None:

@@ -94,7 +94,7 @@ MAIN: tuple[Setting, ...] = (
     Setting("lora_r", "rank", "what the adapter can learn", (2, 4, 8, 16, 32, 64, 128, 256)),
     Setting("max_length", "max length", "tokens; longer rows are dropped", (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)),
     Setting("per_device_train_batch_size", "rows at once", "more is faster, costs memory", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)),
-    Setting("gradient_accumulation_steps", "times", "rows a step, costs no memory", (1, 2, 4, 8, 16, 32, 64)),
+    Setting("gradient_accumulation_steps", "batches a step", "rows a step, costs no memory", (1, 2, 4, 8, 16, 32, 64)),
     Setting("num_train_epochs", "epochs", "most tasks peak after 1-2", (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 8, 10)),
     Setting("learning_rate", "learning rate", "1e-4 to 3e-4 is usual", (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)),
     Setting("gradient_checkpointing", "checkpointing", "less memory, about a third slower"),

@@ -54,7 +54,7 @@ class WizardScreen(Screen[None]):
         Binding("f", "fix", "tip", tooltip="apply what stands under the memory bar"),
         Binding("c", "copy", "copy command", tooltip="copy the command, where the terminal allows it"),
         Binding("question_mark", "help", "help", key_display="?"),
-        Binding("f1", "help", show=False),
+        Binding("f1", "text_help", "help", key_display="F1", tooltip="help, also while you type"),
         Binding("q", "app.leave", "quit", tooltip="leave; an unfinished run is kept for the next time"),
     ]
 
@@ -74,6 +74,7 @@ class WizardScreen(Screen[None]):
         self.desk, self.demo, self.ascii_only = desk, demo, ascii_only
         self.run = given or RunConfig()
         self.data_look: DataLook | None = None
+        self._measured: dict[tuple[str, ...], DataLook | None] = {}
         self.outlook: Outlook | None = None
         self._given, self._start = given, start
         self._preset = "demo" if demo else ""
@@ -134,7 +135,9 @@ class WizardScreen(Screen[None]):
     def use_data(self, look: DataLook) -> None:
         """Remember what the data hold; times follow from it."""
         self.data_look = look
+        self._measured = {}
         self.redraw()
+        self._measure_soon()
 
     def command(self) -> str:
         """Return the command that does the same without screens."""
@@ -167,11 +170,26 @@ class WizardScreen(Screen[None]):
         self.app.copy_to_clipboard(self.command())
         self.app.notify("sent to the terminal's clipboard, where it allows that", timeout=3, markup=False)
 
+    def action_text_help(self) -> None:
+        """Show the keys, also where a question mark is typed."""
+        self.action_help()
+
     def action_help(self) -> None:
         """Show the keys."""
-        fields = [("up down", "go to another field"), ("left right", "change a value"), ("letters", "type a value over the old one")]
+        fields = [("up down", "go to another line"), ("left right", "change a value"), ("letters", "type a value over the old one")]
+        if self.page.types:
+            fields = keys_of(self.page.BINDINGS)
         notes = ["The memory bar is an estimate; the run screen shows what is really used."]
-        self.app.push_screen(HelpDialog([*fields, *keys_of(self.BINDINGS)], notes))
+        self.app.push_screen(HelpDialog([*fields, *keys_of(self._offered())], notes))
+
+    def _offered(self) -> list[BindingType]:
+        """Return the keys that would do something on this page; where one types, letters are only letters."""
+        letters = self.page.types
+        keys = [
+            key for key in self.BINDINGS if isinstance(key, Binding) and (key.action == "previous" or self.check_action(key.action, ()))
+        ]
+        quits = [Binding("ctrl+q", "leave", "quit", tooltip="leave; an unfinished run is kept for the next time")]
+        return [*[key for key in keys if not (letters and (len(key.key) == 1 or key.key == "question_mark"))], *(quits if letters else [])]
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer only the keys that do something on this page."""
@@ -181,20 +199,23 @@ class WizardScreen(Screen[None]):
             return self._advice is not None
         if action == "previous":
             return self._page > 0
+        if action == "text_help":
+            return self.page.types
         return True
 
     def redraw(self) -> None:
         """Draw the steps and the bar for the run as it is."""
         if not self.is_mounted:
             return
-        self.outlook = self.desk.outlook(self.run, self._data_of_run())
+        self.outlook = self.desk.outlook(self.run, self.data_of_run())
         remedies = self.desk.remedies(self.run) if self.outlook else []
         self._advice = remedies[0] if remedies else None
         width = max(20, self.size.width - 2)
         waiting = ""
         if self.run.model_name_or_path and self.outlook is None:
             waiting = "the size of this model is not known yet: enter looks it up"
-        bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting, no_time=self._no_time())
+        key = "" if self.page.types else "f"  # where one types, f is a letter
+        bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting, no_time=self._no_time(), key=key)
         self._put("#outlook", bar)
         self._put("#steps", self._steps(width))
         keys = (self._page, self._advice is None)
@@ -205,15 +226,44 @@ class WizardScreen(Screen[None]):
     def _no_time(self) -> str:
         if not self.run.data:
             return "name the data to see how long it takes"
-        return "known once the data have been read" if self._data_of_run() is None else "these data cannot be used"
+        return "known once the data have been read" if self.data_of_run() is None else "these data cannot be used"
 
     def _use(self, run: RunConfig) -> None:
         self.run = run
         self.redraw()
+        self._measure_soon()
 
-    def _data_of_run(self) -> DataLook | None:
+    def data_of_run(self) -> DataLook | None:
+        """Return what the run's data hold, with rows counted by the model's own tokenizer where that was done."""
         look = self.data_look
-        return look if look is not None and look.names == self.run.data else None
+        if look is None or look.names != self.run.data:
+            return None
+        return self._measured.get(self._measured_by()) or look
+
+    def _measured_by(self) -> tuple[str, ...]:
+        return (self.run.model_name_or_path, self.run.revision, *self.run.data)
+
+    def _measure_soon(self) -> None:
+        """Count tokens on a thread, once for each model and data; `None` stands for what is at work or cannot be."""
+        look, key = self.data_look, self._measured_by()
+        if look is None or look.problem or look.names != self.run.data or key in self._measured or self.outlook is None:
+            return
+        self._measured[key] = None
+        self._measure(key, self.run, look)
+
+    @work(thread=True, group="measure", exit_on_error=False)
+    def _measure(self, key: tuple[str, ...], run: RunConfig, look: DataLook) -> None:
+        try:
+            found = self.desk.measure(run, look)
+        except Exception:  # noqa: BLE001  the guess stays; what is wrong with the tokenizer is told at the start
+            found = None
+        self.app.call_from_thread(self._have_measured, key, found)
+
+    def _have_measured(self, key: tuple[str, ...], found: DataLook | None) -> None:
+        if found is not None and key in self._measured:
+            self._measured[key] = found
+            self.redraw()
+            self._refresh_page()
 
     def _put(self, where: str, content: Content) -> None:
         self.query_one(where, Static).update(cells.plain_ascii(content) if self.ascii_only else content, layout=False)
@@ -227,8 +277,8 @@ class WizardScreen(Screen[None]):
         machine = self.desk.machine()
         size = words.gib(machine.total_bytes)
         room = width - sum(len(text) for text, _ in parts) - len(size) - 5
-        name = one_line(machine.name, limit=60)
-        device = f"{name} · {size}" if len(name) <= room else size
+        name = words.device(one_line(machine.name, limit=60), room, kind=machine.kind)
+        device = f"{name} · {size}" if name else size
         return cells.row(parts, [(device, cells.DIM)], width)
 
     def _show_page(self, index: int) -> None:
@@ -246,6 +296,8 @@ class WizardScreen(Screen[None]):
             page.use(self.run)
         elif isinstance(page, GoPage):
             page.refresh_summary()
+        elif isinstance(page, DataPage):
+            page.show()
 
     def _keep_draft(self) -> None:
         if self._changed and not self.demo:

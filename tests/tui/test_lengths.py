@@ -1,0 +1,52 @@
+"""Row lengths: measured where the tokenizer lies on this disk, else a guess that says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.tui.screens.desk import Desk
+from qlora_tui.tui.screens.lengths import Lengths, share
+from qlora_tui.tui.screens.numbers import note_of
+from qlora_tui.tui.screens.settings import MAIN
+
+LENGTH = next(setting for setting in MAIN if setting.name == "max_length")
+
+
+@pytest.fixture
+def run(tiny_model, chat_rows, write_jsonl) -> RunConfig:
+    return RunConfig(model_name_or_path=str(tiny_model), data=(str(write_jsonl(chat_rows)),))
+
+
+def test_a_tokenizer_on_this_disk_counts_the_rows(run):
+    desk = Desk()
+    look = desk.look_at_data(run)
+    assert not look.lengths.measured
+    found = desk.measure(run, look)
+    assert found is not None
+    assert found.lengths.measured
+    assert len(found.lengths.tokens) == look.rows
+    assert found.tokens == sum(found.lengths.tokens)
+
+
+def test_without_a_tokenizer_the_guess_stays(run, tmp_path):
+    desk = Desk()
+    look = desk.look_at_data(run)
+    assert desk.measure(replace(run, model_name_or_path="nobody/nothing"), look) is None
+    assert desk.measure(replace(run, model_name_or_path=str(tmp_path)), look) is None
+
+
+def test_rows_over_the_limit_are_told_and_not_counted_in_the_time(run):
+    lengths = Lengths((10, 20, 30, 4000), measured=True)
+    assert lengths.over(2048) == 0.25
+    assert lengths.mean(2048) == 20
+    assert note_of(LENGTH, run, lengths) == "25 % of your rows are longer: dropped"
+    assert note_of(LENGTH, run, replace(lengths, measured=False)) == "about 25 % of your rows are longer: dropped"
+    assert note_of(LENGTH, replace(run, max_length=4096), lengths) == "tokens; your longest row has 4,000"
+
+
+@pytest.mark.parametrize(("part", "told"), [(0.0001, "under 0.1 %"), (0.031, "3.1 %"), (0.27, "27 %")])
+def test_a_share_that_is_not_nothing_never_reads_as_nothing(part, told):
+    assert share(part) == told
