@@ -107,7 +107,7 @@ def verdict(drop: float, interval: tuple[float, float]) -> str:
     """Say in one sentence what the comparison shows; both the size and the interval count."""
     low, high = interval
     if low > 0 and drop >= IMPROVEMENT_NATS:
-        return f"a measurable improvement: held-out answers are {drop:.2f} nats a token more likely"
+        return f"a measurable improvement: the average held-out row is {drop:.2f} nats a token more likely"
     if low > 0:
         return f"better, but by less than {IMPROVEMENT_NATS} nats: {drop:.2f}"
     if high < 0:
