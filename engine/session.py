@@ -72,7 +72,6 @@ def train_for_real(**job: Any) -> Generator[Event, None, Ended]:
 
 def warm() -> None:
     """Import the training room beside whatever a person is still typing; a failure will be told by the run itself."""
-
     _settle_libraries()
 
     def load() -> None:

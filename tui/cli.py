@@ -10,6 +10,9 @@ import argparse
 import os
 import sys
 
+from qlora_tui.tui.commands import CHILD
+from qlora_tui.tui.descriptors import hold_descriptors
+
 TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -67,15 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and "torch" in sys.modules:
         os._exit(code)
     return code
-
-
-def hold_descriptors() -> None:
-    """Keep descriptors 0 to 2 taken when they were closed from outside, or the journal would become one of them."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def _run(arguments: list[str]) -> int:
@@ -142,10 +136,6 @@ def build(name: str) -> argparse.ArgumentParser:
         parser = Parser(prog=f"{PROG} {name}", description=COMMANDS.get(name, "").capitalize() + ".", allow_abbrev=False)
     _ARGUMENTS[name](parser)
     return parser
-
-
-CHILD = "_run"
-"""The command by which `--detach` starts its own process: `qlora-tui _run FOLDER`; not for people."""
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,19 +224,17 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     """Return the function of a command, importing its rooms only now."""
-    match name:
-        case "" | "demo" | "_run":
-            from qlora_tui.tui.commands import run
+    if name in ("", "demo", CHILD):
+        from qlora_tui.tui.commands import run
 
-            return {"": run.run, "demo": run.demo, CHILD: run.child}[name]
-        case "attach":
-            from qlora_tui.tui.commands import attach
+        return {"": run.run, "demo": run.demo, CHILD: run.child}[name]
+    if name == "attach":
+        from qlora_tui.tui.commands import attach
 
-            return attach.attach
-        case _:
-            from qlora_tui.tui.commands import facts
+        return attach.attach
+    from qlora_tui.tui.commands import facts
 
-            return facts.COMMANDS[name]
+    return facts.COMMANDS[name]
 
 
 def _refuse_command(name: str) -> NoReturn:

@@ -34,7 +34,7 @@ from qlora_tui.engine.events import (
 )
 from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.engine.units import count, gib, words
-from qlora_tui.tui.cli import hold_descriptors
+from qlora_tui.tui.descriptors import hold_descriptors
 
 _STEP_LINES = 100
 _QUIET_SECONDS = 30.0

@@ -1,1 +1,4 @@
 """The commands of the command line, one file a family; each is imported only when it is called."""
+
+CHILD = "_run"
+"""The command by which `--detach` starts its own process: `qlora-tui _run FOLDER`; not for people."""

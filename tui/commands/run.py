@@ -23,7 +23,7 @@ from qlora_tui.engine.session import LOG, Session, warm
 from qlora_tui.engine.signals import Signals
 from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, problems, values_of
 from qlora_tui.engine.text import one_line, redact
-from qlora_tui.tui import cli
+from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.printer import Printer, Streams
 
 LOOKS_A_SECOND = 4
@@ -297,7 +297,7 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     tail = Tail(folder / EVENTS)
     while tail.lines():
         pass
-    command = [sys.executable, "-P", "-m", "qlora_tui.tui", cli.CHILD, str(folder.resolve())]
+    command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     os.close(log)
     first = _first_event(tail, process)
