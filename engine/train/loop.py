@@ -58,11 +58,11 @@ class Loop:
         Raises:
             Diverged: the watch stopped the run; a diagnostic checkpoint was saved.
         """
-        began = time.monotonic()
+        began, first = time.monotonic(), self.step
         yield Phase("train", "begin", done=self.step, total=self.total, unit="steps")
         ending = "done"
         while self.step < self.total:
-            ending = yield from self._safe_point(began)
+            ending = yield from self._safe_point(time.monotonic() - began if self.step > first else 0.0)
             if ending != "done":
                 break
             stepped = self._step(self.step + 1)
@@ -95,15 +95,18 @@ class Loop:
         yield Saved(self.step, str(path.relative_to(self.holdout.folder)), checkpoint.folder_bytes(path))
         checkpoint.prune(self.holdout.folder, self.run.save_total_limit)
 
-    def _safe_point(self, began: float) -> Generator[Event, None, str]:
-        """Between steps: obey wishes, look at the clock; returns why to stop, or "done" to go on."""
+    def _safe_point(self, trained_seconds: float) -> Generator[Event, None, str]:
+        """Between steps: obey wishes, look at the clock; returns why to stop, or "done" to go on.
+
+        However short the time, every attempt takes one step, so that it ends with something saved.
+        """
         for wish in self.wishes.take():
             if wish.name == "save":
                 yield from self.save()
         urgent = self.wishes.urgent()
         if urgent:
             return urgent
-        return "time" if self.run.max_time and time.monotonic() - began >= self.run.max_time else "done"
+        return "time" if self.run.max_time and trained_seconds >= self.run.max_time else "done"
 
     def _step(self, step: int) -> Stepped:
         """Compute one optimizer step and apply it if it is finite."""

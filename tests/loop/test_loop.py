@@ -217,10 +217,13 @@ def test_a_stop_before_the_first_step_says_so(run_of: Make, tmp_path: Path) -> N
     assert not (ran.folder / "adapter").exists()
 
 
-def test_time_is_up(run_of: Make, tmp_path: Path) -> None:
+def test_time_is_up_after_one_step_at_least_and_that_is_done(run_of: Make, tmp_path: Path) -> None:
     ran = drive(run_of(max_steps=1000, max_time=0.000001), tmp_path / "run")
     assert ran.result is not None
-    assert ran.result.outcome == "stopped" or "time was up" in ran.result.reason
+    assert (ran.result.outcome, ran.result.reason) == ("done", "time was up at step 1 of 1000")
+    assert [event.step for event in ran.of(Saved)] == [1, 1]
+    rest = drive(run_of(max_steps=1000, max_time=0.000001), tmp_path / "run", resume=True)
+    assert [step.step for step in rest.of(Stepped)] == [2]
 
 
 def test_only_the_newest_checkpoints_are_kept(run_of: Make, tmp_path: Path) -> None:
