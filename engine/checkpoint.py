@@ -12,7 +12,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,10 @@ def save(folder: Path, step: int, model: PeftModel, optimizer: torch.optim.Optim
         SpaceError: the disk is full or cannot be written; nothing half-written stays.
     """
     home = folder / "checkpoints"
-    target = home / f"step-{step:06d}"
-    partial = home / f".partial-{step:06d}"
-    try:
-        home.mkdir(mode=0o700, exist_ok=True)
-        for left in home.glob(".partial-*"):
-            shutil.rmtree(left)
-        partial.mkdir(mode=0o700)
+    with _published(home / f"step-{step:06d}", f"the checkpoint of step {step}") as partial:
         _write_parts(partial, model, optimizer, {"step": step, **state})
         _write_manifest(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        sync_folder(home)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SpaceError(f"the checkpoint of step {step} could not be written: {error.strerror or error}", where=str(home)) from error
-    return target
+    return home / f"step-{step:06d}"
 
 
 def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -139,24 +127,35 @@ def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer_fold
 
     Raises:
         SpaceError: it could not be written.
-        CheckpointError: what was written reads back as a no-op or not finite.
+        CheckpointError: what was written reads back empty or not finite.
     """
-    target, partial = folder / "adapter", folder / ".partial-adapter"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _published(folder / "adapter", "the adapter") as partial:
         _write_peft(partial, model, base_name)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, partial / name)
         _prove_adapter(partial)
+    return folder / "adapter"
+
+
+@contextmanager
+def _published(target: Path, what: str) -> Iterator[Path]:
+    """Lend a hidden folder beside `target` and rename it over once it is filled; on any fault nothing half-written stays."""
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        for left in target.parent.glob(".partial-*"):
+            shutil.rmtree(left)
+        partial.mkdir(mode=0o700)
+        yield partial
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        sync_folder(folder)
+        sync_folder(target.parent)
     except OSError as error:
+        raise SpaceError(f"{what} could not be written: {error.strerror or error}", where=str(target.parent)) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise SpaceError(f"the adapter could not be written: {error.strerror or error}", where=str(folder)) from error
-    return target
 
 
 def folder_bytes(folder: Path) -> int:
