@@ -151,7 +151,7 @@ def _score(seen: Seen) -> list[str]:
         return ["## Did it help?", "", "Not measured: base and tuned were not both evaluated on the held-out rows."]
     lines = ["## Did it help?", "", md(card.verdict), "", "| | nats a supervised token |", "|---|---|"]
     lines.append(f"| base | {card.base_loss:.4f} |")
-    lines.append(f"| tuned | {card.loss:.4f} |")
+    lines.append(f"| tuned, at step {card.step} | {card.loss:.4f} |")
     if card.drop is not None:
         lines.append(f"| drop, mean of rows | {card.drop:.4f} |")
     if card.interval is not None:

@@ -239,7 +239,8 @@ class Printer:
         reason = one_line(event.reason)
         lines = ["", reason if reason.startswith(event.outcome) else f"{event.outcome}: {reason}"]
         if self._base and self._base.base_loss is not None:
-            lines.append(f"held-out loss: base {self._base.base_loss:.4f} -> tuned {self._base.loss:.4f}. {one_line(self._base.verdict)}")
+            losses = f"base {self._base.base_loss:.4f} -> tuned {self._base.loss:.4f} at step {self._base.step}"
+            lines.append(f"held-out loss: {losses}. {one_line(self._base.verdict)}")
         elif self._steps:
             lines.append(f"loss of a step: {self._steps[0].loss:.4f} -> {self._steps[1].loss:.4f}")
         if event.adapter:

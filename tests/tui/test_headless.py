@@ -106,7 +106,7 @@ def test_lines_tell_a_person_how_it_went_and_what_to_do_next(runner: Runner) -> 
     out, _ = process.communicate(timeout=PATIENCE)
     text = out.decode()
     assert "step 3/3" in text
-    assert "base 4.6000 -> tuned 2.8000. a measurable improvement" in text
+    assert "base 4.6000 -> tuned 2.8000 at step 3. a measurable improvement" in text
     assert str(runner.folder / "adapter") in text
     assert f"qlora-tui attach {runner.folder.name}" in text
     assert "\r" not in text

@@ -233,6 +233,15 @@ async def test_a_readonly_viewer_leaves_no_wish(write_run, until):
     assert wishes(folder) == []
 
 
+async def test_a_stopped_run_says_of_which_step_its_measurement_is(write_run, until, run_config):
+    """Stopped after step 45 and measured after step 40: the figure is not that of the adapter that was saved."""
+    folder, _, lock = write_run([*opening(run_config), *middle(45), *ending()])
+    lock.release()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "measured at step 40 of 45" in words(app))
+
+
 async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_config):
     folder, _, lock = write_run([*opening(run_config), *middle(40), *ending()])
     lock.release()
@@ -242,6 +251,7 @@ async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_conf
         text = words(app)
         assert "✔ done" in text
         assert "9 of 10 rows got better" in text
+        assert "measured at step" not in text
         assert "a measurable improvement, mean row 1.10 nats lower (0.90 to 1.30)" in text
         assert "runs/test/adapter" in text
         assert "report.md beside it says how to use it" in text

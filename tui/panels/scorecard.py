@@ -43,7 +43,7 @@ def result_lines(state: RunState, view: View, width: int = 120) -> list[list[Par
     score, end = state.scorecard, state.finished
     room = width - _LABEL
     if score and score.base_loss is not None:
-        lines.append(_labelled("held-out", cells.fit(_losses(score), room, "   ")))
+        lines.append(_labelled("held-out", cells.fit(_losses(state, score), room, "   ")))
         if score.verdict:
             lines.append(_labelled("verdict", cells.fit(_verdict(state, score), room, "")))
     elif state.evals:
@@ -74,9 +74,12 @@ def _labelled(label: str, parts: list[Part]) -> list[Part]:
     return [(f"{label:<{_LABEL}}", cells.DIM), *parts]
 
 
-def _losses(score: Evaluated) -> list[list[Part]]:
+def _losses(state: RunState, score: Evaluated) -> list[list[Part]]:
+    """Return base and tuned loss; a run stopped between two measurements says of which step its figure is."""
     base, tuned = words.number(score.base_loss or 0.0, 2), words.number(score.loss, 2)
     found: list[list[Part]] = [[("base ", cells.DIM), (base, ""), (" → tuned ", cells.DIM), (tuned, "bold")]]
+    if score.step != state.step:
+        found.append([(f"measured at step {score.step:,} of {state.step:,}", cells.WARN)])
     if score.better_share is not None:
         found.append([(f"{round(score.better_share * score.rows):,} of {score.rows:,} rows got better", "")])
     return found
