@@ -25,6 +25,8 @@ _LEAVE = (
     b"\x1b[?7h\x1b[0m\x1b[?1049l\x1b[?25h"  # wrap on, plain colours, normal screen, cursor on
 )
 
+_PATIENCE = 1.0  # seconds for a terminal that takes no bytes: a slow line gets its farewell, a dead one is left
+
 
 class _Out(io.TextIOBase):
     """A text stream on a descriptor of its own; a terminal that went away swallows output instead of raising."""
@@ -67,6 +69,7 @@ class TerminalGuard:
         self._kept: dict[str, Any] = {}
         self._saved: tuple[int, int] | None = None
         self._terminal = -1
+        self._farewell = -1
         self._modes: list[Any] | None = None
         self.hung_up = False
 
@@ -78,6 +81,7 @@ class TerminalGuard:
         self._modes = _modes()
         self._saved = (os.dup(1), os.dup(2))
         self._terminal = os.dup(2 if os.isatty(2) else 1)
+        self._farewell = os.dup(self._terminal)
         self._kept = {name: sys.__dict__[name] for name in ("stdout", "stderr", "__stdout__", "__stderr__")}
         screen = _Out(self._terminal, terminal=True)
         vars(sys).update(__stdout__=screen, __stderr__=screen)
@@ -108,11 +112,7 @@ class TerminalGuard:
         Without this a writer thread blocks or dies on EIO, and Textual's input thread spins on a dead descriptor.
         """
         self.hung_up = True
-        null = os.open(os.devnull, os.O_RDWR)
-        for handle in (self._terminal, 0):
-            with contextlib.suppress(OSError):
-                os.dup2(null, handle)
-        os.close(null)
+        _silence(self._terminal, self._farewell, 0)
 
     @property
     def gone(self) -> bool:
@@ -125,8 +125,14 @@ class TerminalGuard:
         return any(event & ends for _, event in watch.poll(0))
 
     def leave(self) -> None:
-        """Put the terminal into the state a shell expects, at once, whatever Textual is doing."""
-        _leave(self._terminal, self._modes)
+        """Put the terminal into the state a shell expects, for good, whatever Textual is doing.
+
+        The screen loses its descriptor first: a frame that its writer thread still holds would come after the
+        farewell and paint over the shell. A write already under way ends before ours, since the kernel takes one
+        write to a terminal at a time.
+        """
+        _silence(self._terminal)
+        _leave(self._farewell, self._modes)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Give everything back."""
@@ -143,7 +149,7 @@ class TerminalGuard:
             os.dup2(self._saved[1], 2)
             sys.stdout, sys.stderr = self._kept["stdout"], self._kept["stderr"]
             self.leave()
-        for handle in (*self._saved, self._terminal):
+        for handle in (*self._saved, self._terminal, self._farewell):
             with contextlib.suppress(OSError):
                 os.close(handle)
         self._saved = None
@@ -158,9 +164,17 @@ def restore_terminal() -> None:
         TerminalGuard.active.leave()
 
 
+def _silence(*handles: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for handle in handles:
+        with contextlib.suppress(OSError):
+            os.dup2(null, handle)
+    os.close(null)
+
+
 def _leave(handle: int, modes: list[Any] | None) -> None:
     with contextlib.suppress(OSError, ValueError):
-        if os.isatty(handle) and select.select([], [handle], [], 0.2)[1]:
+        if os.isatty(handle) and select.select([], [handle], [], _PATIENCE)[1]:
             os.write(handle, _LEAVE)
     if modes is not None:
         with contextlib.suppress(termios.error, OSError):

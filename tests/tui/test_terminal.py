@@ -16,6 +16,7 @@ from pathlib import Path
 from qlora_tui.tui.app import run_app
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 def abort():
+    sys.__stderr__.write("LATE frame")
     out.write_text("aborted")
     os._exit(130)
 {setup}
@@ -107,7 +108,8 @@ def test_two_ctrl_c_stop_then_abort_with_the_terminal_restored(screen, write_run
     assert terminal.wait() == 130
     assert result(out) == "aborted"
     assert terminal.modes == terminal.before
-    assert terminal.seen.rstrip().endswith(LEAVES[1])
+    assert b"LATE" not in terminal.seen, "a frame that the writer thread still held would paint over the shell"
+    assert terminal.seen.endswith(LEAVES[1])
     assert json.loads((folder / "commands.jsonl").read_text().splitlines()[0])["name"] == "stop"
 
 
