@@ -57,9 +57,32 @@ def epoch_order(lengths: Sequence[int], rows_per_step: int, seed: int, epoch: in
     return full + rest
 
 
+class Order:
+    """Which rows of a data set meet in which step; an epoch's order is kept while it is in use."""
+
+    def __init__(self, rows: Sequence[TokenRow], rows_per_step: int, seed: int) -> None:
+        """Take the rows in the order of their source."""
+        self.per_epoch = steps_per_epoch(len(rows), rows_per_step)
+        self._rows, self._rows_per_step, self._seed = rows, rows_per_step, seed
+        self._epoch, self._steps = -1, list[list[int]]()
+
+    def of(self, step: int) -> list[TokenRow]:
+        """Return the rows of `step`, counted from 1 over all epochs."""
+        epoch, index = divmod(step - 1, self.per_epoch)
+        if self._epoch != epoch:
+            lengths = [len(row.input_ids) for row in self._rows]
+            self._epoch, self._steps = epoch, epoch_order(lengths, self._rows_per_step, self._seed, epoch)
+        return [self._rows[row] for row in self._steps[index]]
+
+
+def longest(rows: Sequence[TokenRow], number: int) -> list[TokenRow]:
+    """Return the `number` longest of `rows`, longest first: what the largest batch can hold."""
+    return sorted(rows, key=lambda row: (-len(row.input_ids), row.row))[:number]
+
+
 def micro_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
     """Split the rows of one step into batches of `size`, longest first: a batch that is too big fails at once."""
-    ordered = sorted(rows, key=lambda row: (-len(row.input_ids), row.row))
+    ordered = longest(rows, len(rows))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 

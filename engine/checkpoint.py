@@ -23,6 +23,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from qlora_tui.engine.errors import CheckpointError, SpaceError
+from qlora_tui.engine.fast import pissa
 from qlora_tui.engine.places import sync_folder
 
 FORMAT = 1
@@ -66,10 +67,10 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
     """
     verify(path)
     weights = load_file(path / ADAPTER_WEIGHTS)
-    known = get_peft_model_state_dict(model)
+    known = pissa.joined(model, get_peft_model_state_dict(model))
     if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
         raise CheckpointError("the adapter in the checkpoint has other layers or another rank than this run", where=str(path))
-    set_peft_model_state_dict(model, weights)
+    set_peft_model_state_dict(model, pissa.split(model, weights))
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     _restore_optimizer(optimizer, load_file(path / OPTIMIZER), state["optimizer"])
     _restore_random(load_file(path / RANDOM), state["python_random"])
@@ -167,8 +168,9 @@ def _write_peft(folder: Path, model: PeftModel, base_name: str) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
-    config.save_pretrained(folder)
-    weights = {name: part.detach().cpu().contiguous().clone() for name, part in get_peft_model_state_dict(model).items()}
+    pissa.joined_config(model, config).save_pretrained(folder)
+    weights = pissa.joined(model, get_peft_model_state_dict(model))
+    weights = {name: part.detach().cpu().contiguous().clone() for name, part in weights.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
@@ -233,11 +235,13 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
     """
     if rest["kind"] != type(optimizer).__name__:
         raise CheckpointError(f"the checkpoint's optimizer is {rest['kind']}, this run's is {type(optimizer).__name__}")
-    (group,) = optimizer.param_groups
-    for index, parameter in enumerate(group["params"]):
+    places = [(number, within) for number, group in enumerate(optimizer.param_groups) for within in range(len(group["params"]))]
+    for index, (number, within) in enumerate(places):
+        group = optimizer.param_groups[number]
+        parameter = group["params"][within]
         saved = {name.split(".", 1)[1]: part for name, part in tensors.items() if name.startswith(f"{index}.")}
-        if saved and isinstance(optimizer, Optimizer8bit):
-            optimizer.init_state(group, parameter, 0, index)
+        if saved and isinstance(optimizer, Optimizer8bit) and not optimizer.state.get(parameter):  # a paged buffer is never freed
+            optimizer.init_state(group, parameter, number, within)
         state = optimizer.state[parameter]
         for name, part in saved.items():
             if name in state:

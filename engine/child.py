@@ -72,10 +72,10 @@ def _follow(
 ) -> None:
     """Return once the child has ended or the polls are used up."""
     for _ in polls:
+        if stopping():  # asked first: a wish from before the start counts, however quick the child is
+            raise Stopped(f"stopped while {doing}; nothing half-made was kept")
         if _ended(child, POLL_SECONDS):
             return
-        if stopping():
-            raise Stopped(f"stopped while {doing}; nothing half-made was kept")
         watch()
 
 

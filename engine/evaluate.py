@@ -51,28 +51,31 @@ class Scorecard:
     verdict: str
 
 
-def measure(loaded: Loaded, rows: Sequence[TokenRow], batch: int, poll: Callable[[], None]) -> Generator[int, None, list[RowLoss]]:
+def measure(
+    loaded: Loaded, rows: Sequence[TokenRow], batch: int, poll: Callable[[], None], *, chunk: int = 0
+) -> Generator[int, None, list[RowLoss]]:
     """Measure `rows`, yielding how many are done; returns one loss a row, in the order of `rows`.
 
     Rows go through sorted by length so that little is padded; the result does not depend on `batch` beyond
-    rounding. The caller has put the model into eval mode. `poll` is called between batches and may raise.
+    rounding. The caller has put the model into eval mode. `poll` is called between batches and may raise; `chunk` is
+    the tokens whose logits are held at once, as in `fast.loss.token_losses`.
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     losses: dict[int, RowLoss] = {}
     for start in range(0, len(order), batch):
         poll()
         chosen = order[start : start + batch]
-        losses.update(zip(chosen, _measure_batch(loaded, [rows[index] for index in chosen]), strict=True))
+        losses.update(zip(chosen, _measure_batch(loaded, [rows[index] for index in chosen], chunk), strict=True))
         yield len(losses)
     return [losses[index] for index in range(len(rows))]
 
 
 @torch.no_grad()
-def _measure_batch(loaded: Loaded, rows: list[TokenRow]) -> list[RowLoss]:
+def _measure_batch(loaded: Loaded, rows: list[TokenRow], chunk: int) -> list[RowLoss]:
     batch = collate(rows, loaded.device)
     hidden_BTH = loaded.hidden(batch.input_ids_BT)
     hidden_NH = hidden_BTH.view(-1, hidden_BTH.shape[-1])[batch.positions_N]
-    losses_N = token_losses(hidden_NH, loaded.head, batch.labels_N).double()
+    losses_N = token_losses(hidden_NH, loaded.head, batch.labels_N, chunk).double()
     parts = losses_N.split(batch.supervised)
     return [RowLoss(row.row, float(part.sum()), len(part)) for row, part in zip(rows, parts, strict=True)]
 

@@ -39,7 +39,11 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A phase began, went on or ended; `done` of `total` in `unit` where it can be counted, `note` for people."""
+    """A phase began, went on or ended; `done` of `total` in `unit` where it can be counted, `note` for people.
+
+    `peak_bytes` is the most that the device held for this process in the phase, CUDA's context included, and
+    `predicted_bytes` what the budget said of it.
+    """
 
     type: ClassVar[str] = "phase"
     name: PhaseName
@@ -50,6 +54,7 @@ class Phase:
     seconds: float | None = None
     peak_bytes: int | None = None
     note: str = ""
+    predicted_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,17 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The memory budget, as `budget.Budget.to_json` gives it, and every choice made for the user, with the reason."""
+    """The memory budget, as `budget.Budget.to_json` gives it, and every choice made for the user, with the reason.
+
+    Comes again when the rehearsal had to choose leaner; a resume goes on with the choices of the last one.
+    `seconds_per_token` is the predicted time of one token in training, where anything is known to predict it from.
+    """
 
     type: ClassVar[str] = "planned"
     budget: Mapping[str, Any]
     choices: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+    seconds_per_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

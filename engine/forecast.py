@@ -1,44 +1,63 @@
-"""How long a run takes: a rough figure from the card's data sheet before it starts, measured steps once it runs.
+"""How long a run takes: a figure from the card's data sheet before anything is known, measured steps once it runs.
 
-Before the first step the figure is an estimate within a wide range, and says so. After a few steps only what
-was measured counts. Everything here is arithmetic on numbers given.
+Before the first step the figure is an estimate with its range, and says what it rests on: the data sheet, pieces
+measured on this card, or real steps of this very kind. After a few steps only what was measured counts.
+Everything here is arithmetic on numbers given.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
+from qlora_tui.engine import measured
 from qlora_tui.engine.events import Forecast
-from qlora_tui.engine.machine import Card, Machine, card_of
+from qlora_tui.engine.machine import Machine, limited
+from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.sizes import checkpointed_layers, element_bytes, weight_bytes
+from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
+from qlora_tui.engine.steptime import attention_share, micro_batch, micro_batches, optimizer_seconds, table_speed
+from qlora_tui.engine.units import billions, count, gib, percent, words
 
 Triple = tuple[float, float, float]
 
-_MATMUL_SHARE = 0.75  # of the data sheet's products that large ones reach: 765-780 of 989 TFLOP/s on an H100, 2026-11-25
-_MEMORY_SHARE = 0.6  # of the bandwidth that element-wise kernels reach
-_DEQUANT_SHARE = 0.25  # of the bandwidth that bitsandbytes' 4-bit kernels reach, same card and day
-_LAYER_SECONDS = 2e-3  # Python and launches of one layer, one pass: what is left of measured steps on that card
-_CORE_FLOPS = 27e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
-_CARD_RANGE = (0.75, 1.5)
 _CPU_RANGE = (0.5, 2.0)
+_CARD_RANGE = (0.75, 1.5)
+_PIECES_RANGE = (0.8, 1.3)
+_KIN_RANGE = (0.88, 1.15)  # steps measured with another number of recomputed layers, rows at once or much other lengths
+_STEPS_RANGE = (0.94, 1.07)
+_NEAR = 1.5  # a step of so many times as many tokens, or as few, is near enough to be judged by
+_LENGTHS_USED = 16
 _WINDOW = 64
+_LONG_RUN, _LONG_EPOCH = 12 * 3600.0, 6 * 3600.0  # this and the next three: what people are usually warned of
+_LONG_ROW, _LONG_CHAT = 8000, 4096  # tokens
+_BIG_MODEL = 13_500_000_000  # weights; models called 13 B have 13.0
+_CARD_24 = 25 << 30
+_LEAST_LEFT = 3 << 30  # context, one row's activations and the allocator's slack
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """Seconds of one optimizer step and of the whole run, each as (low, mid, high), and what they rest on."""
+    """Seconds of one optimizer step, of the whole run and of an epoch, each as (low, mid, high), and what they rest on."""
 
     step_seconds: Triple
     total_seconds: Triple
     basis: str
+    epoch_seconds: Triple | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the promised keys of `budget --json`'s `time`."""
-        return {"step_seconds": list(self.step_seconds), "total_seconds": list(self.total_seconds), "basis": self.basis}
+        found: dict[str, object] = {"step_seconds": list(self.step_seconds), "total_seconds": list(self.total_seconds)}
+        if self.epoch_seconds is not None:
+            found["epoch_seconds"] = list(self.epoch_seconds)
+        return found | {"basis": self.basis}
 
 
 def before(
@@ -50,6 +69,7 @@ def before(
     steps: int,
     steps_per_epoch: int = 0,
     holdout_tokens: int = 0,
+    lengths: Sequence[int] = (),
 ) -> Before | None:
     """Estimate the time of a run that has not started; None without tokens or for a card that is not in the table.
 
@@ -61,72 +81,249 @@ def before(
         steps: optimizer steps of the whole run.
         steps_per_epoch: tells how many tokens a step holds; 0: from `num_train_epochs`.
         holdout_tokens: real tokens that each measurement of the hold-out reads.
+        lengths: tokens of each row looked at, where they are known: long rows cost more a token than short ones.
     """
-    per_token = seconds_per_token(model, run, machine)
-    if per_token is None or tokens_per_epoch <= 0 or steps <= 0:
+    if tokens_per_epoch <= 0 or steps <= 0:
         return None
-    full_step = rows_per_step(run) * run.max_length
-    if steps_per_epoch:
-        tokens = tokens_per_epoch / steps_per_epoch
-    elif run.max_steps or not run.num_train_epochs:
-        tokens = min(full_step, tokens_per_epoch)
-    else:
-        tokens = tokens_per_epoch * run.num_train_epochs / steps
-    step = per_token * tokens
+    tokens = _tokens_of_a_step(run, tokens_per_epoch, steps, steps_per_epoch)
+    pace = _pace(model, run, machine, min(tokens / rows_per_step(run), run.max_length), lengths)
+    if pace is None:
+        return None
+    step = pace.seconds_per_token * tokens
     measurements = 2 + (steps // run.eval_steps if run.eval_steps else min(5, steps))
-    total = step * steps + measurements * holdout_tokens * per_token * _forward_share(run)
-    if run.max_time:
-        total = min(total, run.max_time)
-    low, high = _CPU_RANGE if machine.kind == "cpu" else _CARD_RANGE
-    basis = "a laptop-class figure a core" if machine.kind == "cpu" else "the card's data sheet"
+    total = step * steps + measurements * holdout_tokens * pace.seconds_per_token * _forward_share(model, run)
+    low, high = pace.range
     cap = run.max_time or math.inf
+    epoch = tokens_per_epoch * pace.seconds_per_token
     return Before(
         (step * low, step, step * high),
-        (min(total * low, cap), total, min(total * high, cap)),
-        f"estimate from {basis}; measured steps replace it",
+        (min(total * low, cap), min(total, cap), min(total * high, cap)),
+        f"estimate from {pace.basis}; measured steps replace it",
+        (epoch * low, epoch, epoch * high),
     )
 
 
-def seconds_per_token(model: ModelSpec, run: RunConfig, machine: Machine) -> float | None:
-    """Return the estimated seconds of one token in training, or None for a card that is not in the table."""
+def seconds_per_token(model: ModelSpec, run: RunConfig, machine: Machine, *, row_tokens: float | None = None) -> float | None:
+    """Return the estimated seconds of one token in training, or None for a card that is not in the table.
+
+    A token's share of the optimizer's update is in it. Rows are `row_tokens` long, or `max_length` where that
+    is not known.
+    """
+    pace = _pace(model, run, machine, row_tokens or run.max_length)
+    return None if pace is None else pace.seconds_per_token
+
+
+def step_seconds(model: ModelSpec, run: RunConfig, machine: Machine, *, row_tokens: float | None = None) -> float | None:
+    """Return the estimated seconds of one optimizer step: all its micro-batches and the update; None as above."""
+    each = seconds_per_token(model, run, machine, row_tokens=row_tokens)
+    return None if each is None else each * rows_per_step(run) * (row_tokens or run.max_length)
+
+
+def step_key(model: ModelSpec, run: RunConfig) -> str:
+    """Return what kind of step this is: steps with equal keys take equally long for as many rows of as many tokens.
+
+    Neither the optimizer nor the rank is part of it: both move a step's time by a few percent only.
+    """
+    extra = " dora" if run.use_dora else ""
+    kind = f"{model.name}, {_method(run)} {run.dtype} {run.attn_implementation}{extra}"
+    return f"{kind}, {checkpointed_layers(model, run)} recomputed"
+
+
+def remarks(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    before: Before | None,
+    *,
+    longest: int | None = None,
+    longest_chat: int = 0,
+) -> list[str]:
+    """Return one sentence for each threshold that people are warned of and that this run crosses, with what to change.
+
+    Where a usual warning is about a usual stack and not about this one, it is said what is true here.
+
+    Args:
+        model: the base's shape.
+        run: the settings.
+        machine: the device.
+        before: the time expected, where it is known.
+        longest: tokens of the longest row, where the data are known.
+        longest_chat: tokens of the longest row with several answers; 0: not known, or there is none.
+    """
+    length = min(run.max_length, longest or run.max_length)
+    found = _about_time(before) if before else []
+    if length > _LONG_ROW:
+        found.append(_about_length(model, run, machine, length))
+    device = limited(machine, run)
+    if device.kind == "cuda" and device.total_bytes < _CARD_24 and model.params > _BIG_MODEL:
+        found.append(_about_size(model, run, device))
+    if min(longest_chat, run.max_length) > _LONG_CHAT:
+        found.append(
+            f"Chats with several answers reach {count(min(longest_chat, run.max_length))} tokens: 4,096 is the usual limit where rows are "
+            "packed, and nothing is packed here, so they cost their own length alone; split them if memory or time is short."
+        )
+    return found
+
+
+def _about_time(before: Before) -> list[str]:
+    found = []
+    total, epoch = before.total_seconds[1], before.epoch_seconds[1] if before.epoch_seconds else 0.0
+    if total > _LONG_RUN:
+        found.append(
+            f"About {words(total)} is over 12 h: fewer epochs or max_samples shorten it, and max_time=12h ends it saved, to be resumed."
+        )
+    if epoch > _LONG_EPOCH:
+        share = _LONG_EPOCH / epoch
+        found.append(
+            f"An epoch of about {words(epoch)} is over 6 h, so a bad setting shows late: "
+            f"try it with max_samples at {percent(share)} of the rows first."
+        )
+    return found
+
+
+def _about_length(model: ModelSpec, run: RunConfig, machine: Machine, length: int) -> str:
+    if run.attn_implementation == "eager" or not model.sdpa:
+        scores = model.num_attention_heads * length**2 * element_bytes(run, machine)
+        cure = "attn_implementation=sdpa does not" if model.sdpa else "this family has no other kind, so lower max_length"
+        return f"Rows of {count(length)} tokens: attention holds all scores, {gib(scores)} a layer and copy; {cure}."
+    speed = speed_of(machine)
+    share = f"{percent(attention_share(model, run, machine, speed, length))} of such a row's time goes" if speed else "time goes"
+    return (
+        f"Rows of {count(length)} tokens: 8,000 on 24 GB is a limit of the usual stack, which holds all scores and logits, "
+        f"not of the card; here memory grows evenly, but {share} to attention, so a lower max_length pays if few rows need it."
+    )
+
+
+def _about_size(model: ModelSpec, run: RunConfig, device: Machine) -> str:
+    said = f"{billions(model.params)} weights on {gib(device.total_bytes)}: the usual advice stops at 13 B on 24 GB"
+    small = weight_bytes(model, dataclasses.replace(run, method="qlora"), device)
+    left = device.free_bytes - small
+    if left < _LEAST_LEFT:
+        return f"{said}, and rightly: even in 4 bits they take {gib(small)} of {gib(device.free_bytes)}; take a smaller model."
+    how = "" if _method(run) == "qlora" else "set method=qlora: "
+    return (
+        f"{said}; {how}in 4 bits they take {gib(small)} and leave {gib(left)}, so short rows fit "
+        "with gradient_checkpointing=true and per_device_train_batch_size=1."
+    )
+
+
+def speed_of(machine: Machine) -> Speed | None:
+    """Return what a device reaches: as measured on it, else as its data sheet lets expect; None for an unknown card.
+
+    A processor's pieces are never taken: its products, memory and host are one and the same.
+    """
+    pieces = measured.speed(machine.name) if machine.kind == "cuda" else None
+    return pieces or table_speed(machine)
+
+
+class _Pace(NamedTuple):
+    seconds_per_token: float
+    range: tuple[float, float]
+    basis: str
+
+
+def _pace(model: ModelSpec, run: RunConfig, machine: Machine, tokens: float, lengths: Sequence[int] = ()) -> _Pace | None:
+    """Return the seconds of a token by the best there is to rest on."""
+    speed = speed_of(machine)
+    if speed is None:
+        return None
+    formula = _formula(model, run, machine, speed, rows_at_once(run), checkpointed_layers(model, run), tokens, lengths)
+    factor, spread = _against_steps(model, run, machine, speed, tokens)
+    if spread is not None:
+        return _Pace(formula * factor, spread, "steps measured on this machine")
+    if machine.kind == "cuda" and measured.speed(machine.name):
+        return _Pace(formula, _PIECES_RANGE, "the speed measured on this machine")
     if machine.kind == "cpu":
-        return flops_per_token(model, run) / (_CORE_FLOPS * max(machine.cores, 1))
-    card = card_of(machine)
-    return None if card is None else card_seconds_per_token(model, run, card)
+        return _Pace(formula, _CPU_RANGE, "a laptop-class figure a core")
+    return _Pace(formula, _CARD_RANGE, "the card's data sheet")
 
 
-def card_seconds_per_token(model: ModelSpec, run: RunConfig, card: Card) -> float:
-    """Return the estimated seconds of one token in training on `card`.
+def _formula(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    speed: Speed,
+    rows: int,
+    recomputed: int,
+    tokens: float,
+    lengths: Sequence[int] = (),
+) -> float:
+    """Return the seconds of one token in a step of micro-batches of `rows` rows, each `tokens` or one of `lengths` long.
 
-    Products at the rate that large ones reach, plus the traffic of element-wise work, plus dequantization and
-    launches, which cost the same for a batch of any size. Rows are taken to be `max_length` long.
+    Rows of a micro-batch are about equally long, since batches are made of neighbours by length.
     """
-    tokens = run.per_device_train_batch_size * run.max_length
-    passes = 3 if run.gradient_checkpointing else 2
-    products = flops_per_token(model, run) / (card.flops * _MATMUL_SHARE)
-    widths = 8 * model.hidden_size + 3 * model.query_size + 4 * model.intermediate_size
-    traffic = passes * model.num_hidden_layers * widths * 2 * 2 / (card.bandwidth_bytes * _MEMORY_SHARE)
-    dequantization = passes * model.linear_params * 2.5 / (card.bandwidth_bytes * _DEQUANT_SHARE) if run.method == "qlora" else 0.0
-    launches = passes * model.num_hidden_layers * _LAYER_SECONDS
-    return products + traffic + (dequantization + launches) / tokens
+    known = _spread_evenly([length for length in lengths if length <= run.max_length]) or [tokens]
+    batches = [micro_batch(model, run, machine, speed, rows, float(length)).seconds(recomputed) for length in known]
+    update = optimizer_seconds(model, run, machine, speed) / micro_batches(run, rows)
+    return (statistics.fmean(batches) + update) / (rows * statistics.fmean(known))
 
 
-def flops_per_token(model: ModelSpec, run: RunConfig) -> float:
-    """Return the operations of one trained token: frozen weights cost a forward and an input gradient, two each.
+def _spread_evenly(lengths: Sequence[int]) -> list[float]:
+    """Return a few of `lengths` that stand for all: the middles of equally large groups."""
+    ordered, used = sorted(lengths), min(len(lengths), _LENGTHS_USED)
+    return [float(ordered[(2 * index + 1) * len(ordered) // (2 * used)]) for index in range(used)]
 
-    With checkpointing the layers run forward once more. Attention is causal, so half the row counts.
+
+def _against_steps(
+    model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float
+) -> tuple[float, tuple[float, float] | None]:
+    """Return how real steps compare with the formula, and the range that is left; (1, None) where none were measured.
+
+    The ratio is interpolated over the tokens at once and kept constant beyond the measured ends: the formula
+    knows how time grows with length, the steps know how fast this machine really is.
     """
-    layers = 2.0 * model.linear_params
-    attention = 2.0 * model.num_hidden_layers * model.query_size * run.max_length
-    head = 4.0 * model.vocab_size * model.hidden_size
-    adapter = 6.0 * model.num_hidden_layers * sum(run.lora_r * (part.inputs + part.outputs) for part in model.linears())
-    again = layers + attention if run.gradient_checkpointing else 0.0
-    return 2 * layers + 3 * attention + head + adapter + again
+    every = measured.all_steps(machine.name)
+    if not every:
+        return 1.0, None
+    concrete = dataclasses.replace(run, dtype="bfloat16" if element_bytes(run, machine) == 2 else "float32")
+    key = step_key(model, concrete)
+    kind = key.rpartition(", ")[0]
+    same, kin = every.get(key, []), {name: points for name, points in every.items() if name.rpartition(", ")[0] == kind}
+    rows, wanted = rows_at_once(run), rows_at_once(run) * tokens
+    exact = [point for point in same if point.rows == rows]
+    used = {key: exact or same} if same else {name: points for name, points in kin.items() if _recomputed(name) is not None}
+    points = [_ratio(model, run, machine, speed, name, point) for name, steps in used.items() for point in steps]
+    if not points:
+        return 1.0, None
+    near = exact and min(max(point.tokens_per_row / tokens, tokens / point.tokens_per_row) for point in exact) <= _NEAR
+    return _interpolate(sorted(points), wanted), _STEPS_RANGE if near else _KIN_RANGE
 
 
-def _forward_share(run: RunConfig) -> float:
+def _ratio(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, key: str, point: StepTime) -> tuple[float, float]:
+    """Return the tokens at once of a measured step, and its seconds over those of the formula."""
+    formula = _formula(model, run, machine, speed, point.rows, _recomputed(key) or 0, point.tokens_per_row)
+    return point.rows * float(point.tokens_per_row), point.seconds_per_token / formula
+
+
+def _recomputed(key: str) -> int | None:
+    """Return the number of recomputed layers that a step's key names; None where a damaged file holds another text."""
+    number = key.rpartition(", ")[2].removesuffix(" recomputed")
+    return int(number) if number.isdecimal() else None
+
+
+def _interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Return the value at `at` of the line through `points`, by the logarithm of their place; flat beyond the ends."""
+    for (left, low), (right, high) in pairwise(points):
+        if left <= at < right:
+            return low + (high - low) * math.log(at / left) / math.log(right / left)
+    return points[0][1] if at < points[0][0] else points[-1][1]
+
+
+def _tokens_of_a_step(run: RunConfig, tokens_per_epoch: int, steps: int, steps_per_epoch: int) -> float:
+    if steps_per_epoch:
+        return tokens_per_epoch / steps_per_epoch
+    if run.max_steps or not run.num_train_epochs:
+        return min(rows_per_step(run) * run.max_length, tokens_per_epoch)
+    return tokens_per_epoch * run.num_train_epochs / steps
+
+
+def _method(run: RunConfig) -> str:
+    return "lora" if run.method == "lora" else "qlora"
+
+
+def _forward_share(model: ModelSpec, run: RunConfig) -> float:
     """Return what a forward pass costs of a training pass."""
-    return 1 / 3 if run.gradient_checkpointing else 1 / 2
+    return 1 / (2 + checkpointed_layers(model, run) / model.num_hidden_layers)
 
 
 @dataclass(slots=True)

@@ -7,24 +7,26 @@ adapter is float32.
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_tui.engine.errors import ModelError
-from qlora_tui.engine.fast.lora import ADAPTER, fuse
+from qlora_tui.engine.fast import pissa
+from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.machine import Machine
-from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.spec import RunConfig, checkpointed_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def choose_dtype(run: RunConfig, machine: Machine) -> torch.dtype:
 def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     """Load the base of `run` from `folder`, quantized as asked, and put a fresh adapter on it.
 
-    The adapter starts as a no-op (`lora_B` is zero), so the first measurement is the base's.
+    Whatever its kind, the adapter starts as a no-op, so the first measurement is the base's.
 
     Raises:
         ModelError: the weights cannot be loaded, or the head does more than a product.
@@ -65,36 +67,40 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     device = torch.device("cuda", 0) if machine.kind == "cuda" else torch.device("cpu")
     dtype = choose_dtype(run, machine)
     base = _base(run, folder, device, dtype)
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place in eval mode and does not undo it:
-            # every gradient after the first evaluation would be wrong.
-            module.support_avx512bf16_for_cpu = False
     base.config.use_cache = False
     torch.manual_seed(run.seed)
-    model = get_peft_model(base, adapter_config(run), adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    model = get_peft_model(base, adapter_config(run, base), adapter_name=ADAPTER, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if run.gradient_checkpointing:
-        recompute(base.get_decoder().layers, dropout=run.lora_dropout > 0)
+    layers = base.get_decoder().layers
+    recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
     fuse(model)
+    start_lengths(model)
+    if run.init_lora_weights == "pissa":
+        pissa.start(model)
     loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype)
     _check_head(loaded, base)
     return loaded
 
 
-def adapter_config(run: RunConfig) -> LoraConfig:
-    """Return PEFT's description of the adapter of `run`."""
-    targets: str | list[str] = "all-linear" if run.lora_target_modules == ("all-linear",) else list(run.lora_target_modules)
+def adapter_config(run: RunConfig, base: Any) -> LoraConfig:
+    """Return PEFT's description of the adapter of `run` on `base`."""
     return LoraConfig(
-        r=run.lora_r, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
+        r=run.lora_r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        target_modules=_targets(run, base),
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
+        task_type="CAUSAL_LM",
+        bias="none",
     )
 
 
 def quantization(run: RunConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return how the base is quantized, or None for a 16-bit base."""
-    if run.method != "qlora":
+    if run.method == "lora":
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -109,38 +115,85 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _targets(run: RunConfig, base: Any) -> str | list[str]:
+    """Return which modules get an adapter, as PEFT reads it.
+
+    In a model that also sees, plain names would fit the parts that see as well: other tools would give those an
+    adapter too. So its names are tied to the text part.
+    """
+    everything = run.lora_target_modules == ("all-linear",)
+    if base.config.get_text_config() is base.config:
+        return "all-linear" if everything else list(run.lora_target_modules)
+    linears = (name for name, part in base.get_decoder().layers.named_modules() if isinstance(part, torch.nn.Linear))
+    names = sorted({name.rsplit(".", 1)[-1] for name in linears}) if everything else run.lora_target_modules
+    return rf"(.*\.)?language_model\..*\.({'|'.join(re.escape(name) for name in names)})"
+
+
 def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """Load the frozen base; only safetensors are read and no code of the folder is run."""
     disable_progress_bar()  # it writes to the terminal that the screen or the printer owns
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loaders warn about what is checked below or is of no use to a person
-            base = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            text_alone = config.get_text_config() is config
+            stored = config.to_dict().get("quantization_config")
+            base = (AutoModelForCausalLM if text_alone else AutoModelForImageTextToText).from_pretrained(
                 folder,
+                config=config if text_alone else _without_layers_that_see(config),
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=run.attn_implementation,
-                quantization_config=quantization(run, dtype),
+                quantization_config=None if stored else quantization(run, dtype),  # what is stored in 4 bits is not quantized again
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
             )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+    if not text_alone:
+        for name in [name for name, _ in base.model.named_children() if name != "language_model"]:
+            delattr(base.model, name)
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            _settle(module, dtype)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
+        if stored and parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(dtype)  # the loader leaves the 16-bit parts in the type they were stored in
     return base
+
+
+def _without_layers_that_see(config: Any) -> Any:
+    """Return `config` with a vision tower of no layers: its weights are then never read, let alone loaded.
+
+    The loader must find the tower, or it would not know the names of the text part.
+    """
+    for name in ("num_hidden_layers", "depth"):
+        if hasattr(config.vision_config, name):  # a tower calls its number of layers by one of the two
+            setattr(config.vision_config, name, 0)  # by the name found
+    return config
+
+
+def _settle(module: Linear4bit, dtype: torch.dtype) -> None:
+    """Make a 4-bit layer compute in `dtype`, whatever the type it was stored with, and never repack its weights.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks weights in place in eval mode and does not undo it: every
+    gradient after the first evaluation would be wrong.
+    """
+    module.support_avx512bf16_for_cpu = False
+    module.compute_dtype = module.weight.quant_state.dtype = dtype
 
 
 def _head(base: Any) -> Head:
     output = base.get_output_embeddings()
-    cap = base.config.to_dict().get("final_logit_softcapping")
+    cap = base.config.get_text_config().to_dict().get("final_logit_softcapping")
     return Head(output.weight.detach(), output.bias.detach() if output.bias is not None else None, float(cap) if cap else None)
 
 
 def _check_head(loaded: Loaded, base: Any) -> None:
     """Compare our logits with the model's own on a few tokens: a family that scales them otherwise is refused, not guessed."""
-    ids = torch.arange(3, 11, device=loaded.device)[None] % base.config.vocab_size
+    ids = torch.arange(3, 11, device=loaded.device)[None] % base.config.get_text_config().vocab_size
     loaded.model.eval()
     with torch.no_grad():
         ours = loaded.head.logits(loaded.hidden(ids)[0])

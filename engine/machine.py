@@ -7,30 +7,43 @@ sensor that does not answer is None, never a made-up zero, and no GPU is not an 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.resources
-import importlib.util
-import json
 import os
 import platform
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from qlora_tui.engine.errors import ConfigError
+from qlora_tui.engine import cards, nvml
+from qlora_tui.engine.cards import Card
 from qlora_tui.engine.events import Device, Event
-from qlora_tui.engine.spec import RunConfig, nearest
+from qlora_tui.engine.nvml import ask
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.text import one_line
+from qlora_tui.engine.units import gib
 
-_MIB, _GIB = 1 << 20, 1 << 30
-_Answer = TypeVar("_Answer")
+_GIB = 1 << 30
+_UNNAMED, _DRIVER = "other programs", "the driver"
+_WSL_NOTE = "WSL: the driver does not say which Windows programs hold memory; the memory that Windows shares with the card is not counted"
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The device a run would use. `others_bytes` is what other programs hold of it at this moment."""
+    """The device a run would use, and what it holds of others at this moment.
+
+    All memory is the card's own ("dedicated"). Windows, and so WSL, lets a program spill into RAM that it calls shared
+    memory of the card; it is reached over the bus, far slower, and is never counted as room.
+
+    Attributes:
+        others_bytes: what other programs and the driver hold.
+        others: the same by name, largest first, adding up to `others_bytes`; what cannot be named comes last, as
+            "other programs".
+        siblings: how many other cards torch could use; a run uses the first only.
+        note: one sentence that people should know about this device, mostly empty.
+    """
 
     name: str
     kind: Literal["cuda", "cpu"]
@@ -40,29 +53,30 @@ class Machine:
     compute_capability: tuple[int, int] | None = None
     driver: str = ""
     cores: int = 0
+    others: tuple[tuple[str, int], ...] = ()
+    siblings: int = 0
+    note: str = ""
 
     @property
     def free_bytes(self) -> int:
         """What a run may use: all of the device but what others hold."""
         return max(self.total_bytes - self.others_bytes, 0)
 
+    def holders(self, most: int = 3) -> str:
+        """Return who holds `others_bytes` in words, such as "Xorg 412 MiB, other programs 1.2 GiB"; "" if nobody does.
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A known card: memory, and the two figures from which times are estimated."""
-
-    name: str
-    memory_bytes: int
-    bandwidth_bytes: float
-    flops: float
-    bf16: bool
-    capability: tuple[int, int]
+        Args:
+            most: how many names are shown; smaller holders are put together as other programs.
+        """
+        named = Counter(dict(self.others[:most]))
+        return ", ".join(f"{name} {gib(size)}" for name, size in _adding_up(named.items(), self.others_bytes))
 
 
 def look() -> Machine:
     """Return the card that a run would use, or the processor when there is none that torch can use.
 
-    `CUDA_VISIBLE_DEVICES` counts as it does for torch: its first entry is the card, empty or -1 hides all.
+    `CUDA_VISIBLE_DEVICES` counts as it does for torch: its first entry is the card, empty or -1 hides all. A MIG
+    slice has the memory of the slice, and its name says so.
     """
     return _cuda_machine() or cpu_machine()
 
@@ -71,9 +85,10 @@ def cpu_machine() -> Machine:
     """Return the processor as a device: memory is RAM, or less where a container may not use it all."""
     total, available = _ram()
     used_by_us = resident_bytes()
-    cores = _ask(lambda: len(os.sched_getaffinity(0))) or os.cpu_count() or 1
+    cores = ask(lambda: len(os.sched_getaffinity(0))) or os.cpu_count() or 1
     others = max(total - available - used_by_us, 0)
-    return Machine(name=f"{_cpu_name()}, {cores} cores", kind="cpu", total_bytes=total, others_bytes=others, cores=cores)
+    name = f"{_cpu_name()}, {cores} cores"
+    return Machine(name, "cpu", total_bytes=total, others_bytes=others, cores=cores, others=_adding_up((), others))
 
 
 def limited(machine: Machine, run: RunConfig) -> Machine:
@@ -84,52 +99,23 @@ def limited(machine: Machine, run: RunConfig) -> Machine:
     limit = int(run.memory_limit_gib * _GIB)
     if not limit or limit >= machine.total_bytes:
         return machine
-    hidden = machine.total_bytes - limit
-    return dataclasses.replace(machine, total_bytes=limit, others_bytes=max(machine.others_bytes - hidden, 0))
-
-
-@functools.cache
-def cards() -> tuple[Card, ...]:
-    """Return the known cards, smallest families first."""
-    table = json.loads(importlib.resources.files("qlora_tui.engine").joinpath("cards.json").read_text(encoding="utf-8"))
-    return tuple(
-        Card(
-            name=row["name"],
-            memory_bytes=row["memory_mib"] * _MIB,
-            bandwidth_bytes=row["bandwidth_gb_s"] * 1e9,
-            flops=row["bf16_tflops"] * 1e12,
-            bf16=row["bf16"],
-            capability=tuple(row["capability"]),
-        )
-        for row in table["cards"]
-    )
+    left = max(machine.others_bytes - (machine.total_bytes - limit), 0)
+    return dataclasses.replace(machine, total_bytes=limit, others_bytes=left, others=_adding_up(machine.others, left))
 
 
 def find_card(name: str) -> Machine:
-    """Return an empty card called `name`; case, blanks, "NVIDIA", "GeForce" and "RTX" do not matter.
+    """Return an empty card called `name`, one of `cards.cards()`, as if it were here.
 
     Raises:
         ConfigError: no such card is known, or more than one; the nearest are named.
     """
-    wanted = "".join(_tokens(name))
-    spellings = {card: _spellings(card) for card in cards()}
-    found = [card for card in cards() if spellings[card][0] == wanted] or [card for card in cards() if wanted in spellings[card]]
-    if len(found) == 1:
-        card = found[0]
-        return Machine(card.name, "cuda", card.memory_bytes, 0, card.bf16, card.capability)
-    if found:
-        raise ConfigError(f"more than one card is called {name!r}", hint=f"say {' or '.join(card.name for card in found)}", where="--card")
-    hint = nearest(name.upper(), [card.name for card in cards()])
-    raise ConfigError(f"no card called {name!r}", hint=hint or f"known: {', '.join(card.name for card in cards())}", where="--card")
+    card = cards.find(name)
+    return Machine(card.name, "cuda", card.memory_bytes, bf16=card.bf16, compute_capability=card.capability, note=card.note)
 
 
 def card_of(machine: Machine) -> Card | None:
     """Return the known card that `machine` is, by name and then by memory; None for a processor or a stranger."""
-    if machine.kind != "cuda":
-        return None
-    tokens = _tokens(machine.name)
-    same = [card for card in cards() if _is_called(tokens, card)]
-    return min(same, key=lambda card: abs(card.memory_bytes - machine.total_bytes), default=None)
+    return cards.known(machine.name, machine.total_bytes) if machine.kind == "cuda" else None
 
 
 def sample(baseline_bytes: int | None = None) -> Device:
@@ -157,7 +143,7 @@ class Sampler:
         self._stopping = threading.Event()
         _cpu_load()  # its first answer covers no time and is thrown away
         card = _nvml_card()
-        self._baseline = _ask(lambda: int(card[0].nvmlDeviceGetMemoryInfo(card[1]).used)) if card else None
+        self._baseline = ask(lambda: int(card[0].nvmlDeviceGetMemoryInfo(card[1]).used)) if card else None
         self._thread = threading.Thread(target=self._run, name="device-sampler", daemon=True)
 
     def start(self) -> None:
@@ -176,99 +162,65 @@ class Sampler:
             self._stopping.wait(self._interval)
 
 
-def _tokens(name: str) -> list[str]:
-    return [part for part in re.findall(r"[a-z0-9]+", name.lower()) if part not in ("nvidia", "geforce", "tesla", "gpu", "rtx")]
-
-
-def _stem(card: Card) -> list[str]:
-    return [part for part in _tokens(card.name) if not re.fullmatch(r"\d+gb", part)]
-
-
-def _spellings(card: Card) -> tuple[str, str]:
-    return "".join(_tokens(card.name)), "".join(_stem(card))
-
-
-def _is_called(tokens: list[str], card: Card) -> bool:
-    """Say whether a driver's name means `card`; a Ti, a SUPER, a laptop or a slice of the card is another one."""
-    stem = _stem(card)
-    rest = tokens[len(stem) :]
-    return tokens[: len(stem)] == stem and not {"ti", "super", "laptop", "mobile", "mig", "max"} & set(rest)
-
-
-def _ask(question: Callable[[], _Answer]) -> _Answer | None:
-    """Return the answer of one sensor, or None: cards, drivers and containers each lack some."""
-    try:
-        return question()
-    except Exception:  # noqa: BLE001 - the driver's errors have no common base that can be named without pynvml
-        return None
-
-
-@functools.cache
-def _nvml() -> Any | None:
-    """Return the pynvml module, started once for this process; None without it or without a driver."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    return pynvml if _ask(lambda: pynvml.nvmlInit() or True) else None
-
-
-@functools.cache
-def _torch_is_cpu_only() -> bool:
-    """Say whether the installed torch was built without CUDA, read from its version file so that it is not imported."""
-    found = _ask(lambda: importlib.util.find_spec("torch"))
-    if found is None or not found.submodule_search_locations:
-        return False
-    folder = Path(found.submodule_search_locations[0])
-    text = _ask((folder / "version.py").read_text) or ""
-    return bool(re.search(r"^cuda\b[^=]*= None", text, re.MULTILINE))
-
-
 def _nvml_card() -> tuple[Any, Any] | None:
     """Return pynvml and the handle of the card in use."""
-    if _torch_is_cpu_only():
-        return None
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = "0" if visible is None else visible.split(",")[0].strip()
-    if first.isdigit():
-        handle = _ask(lambda: nvml.nvmlDeviceGetHandleByIndex(int(first)))
-    else:
-        handle = _ask(lambda: nvml.nvmlDeviceGetHandleByUUID(first)) if first.startswith(("GPU-", "MIG-")) else None
-    return (nvml, handle) if handle is not None else None
+    found = nvml.visible()
+    return (found[0], found[1][0]) if found else None
 
 
 def _cuda_machine() -> Machine | None:
-    card = _nvml_card()
-    if card is None:
+    found = nvml.visible()
+    if found is None:
         return None
-    nvml, handle = card
-    memory = _ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    driver, handle = found[0], found[1][0]
+    memory = ask(lambda: driver.nvmlDeviceGetMemoryInfo(handle))
     if memory is None:
         return None
-    capability = _ask(lambda: tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)))
-    ours = _our_bytes(nvml, handle) or 0
+    capability = nvml.capability(driver, handle)
+    held = nvml.processes(driver, handle, int(memory.used))
+    others = max(int(memory.used) - held.pop(os.getpid(), 0), 0)
     return Machine(
-        name=_text(_ask(lambda: nvml.nvmlDeviceGetName(handle))) or "NVIDIA GPU",
+        name=one_line(nvml.name(driver, handle), limit=80),
         kind="cuda",
         total_bytes=int(memory.total),
-        others_bytes=max(int(memory.used) - ours, 0),
+        others_bytes=others,
         bf16=capability is not None and capability >= (8, 0),
         compute_capability=capability,
-        driver=_text(_ask(nvml.nvmlSystemGetDriverVersion)),
+        driver=one_line(nvml.text(ask(driver.nvmlSystemGetDriverVersion)), limit=40),
+        others=_holders(held, nvml.reserved_bytes(driver, handle), others),
+        siblings=len(found[1]) - 1,
+        note=_WSL_NOTE if nvml.in_wsl() else "",
     )
 
 
-def _text(value: object) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
+def _holders(held: Mapping[int, int], reserved: int, total: int) -> tuple[tuple[str, int], ...]:
+    """Name who holds `total` bytes; processes of one name count together."""
+    named = Counter({_DRIVER: reserved})
+    for pid, size in held.items():
+        named[one_line(nvml.process_name(pid), limit=40) or _UNNAMED] += size
+    return _adding_up(named.items(), total)
 
 
-def _our_bytes(nvml: Any, handle: Any) -> int | None:
-    processes = _ask(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
-    ours = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return int(ours[0]) if ours and ours[0] is not None else None
+def _adding_up(named: Iterable[tuple[str, int]], total: int) -> tuple[tuple[str, int], ...]:
+    """Return names and bytes, largest first and the nameless last, cut or filled up to be `total` together.
+
+    The driver's figures are read one after another, so they need not agree to the byte.
+    """
+    kept: Counter[str] = Counter()
+    left = total
+    for name, size in sorted(named, key=_rank):
+        kept[name] += min(size, left)
+        left -= min(size, left)
+    kept[_UNNAMED] += left
+    return tuple(sorted(((name, size) for name, size in kept.items() if size > 0), key=_rank))
+
+
+def _rank(holder: tuple[str, int]) -> tuple[bool, int, str]:
+    return holder[0] == _UNNAMED, -holder[1], holder[0]
+
+
+def _our_bytes(driver: Any, handle: Any, most: int) -> int | None:
+    return nvml.processes(driver, handle, most).get(os.getpid())
 
 
 _THROTTLES: Mapping[str, str] = {
@@ -280,29 +232,29 @@ _THROTTLES: Mapping[str, str] = {
 }
 
 
-def _throttle(nvml: Any, handle: Any) -> str:
-    bits = _ask(lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))) or 0
-    known = vars(nvml)
+def _throttle(driver: Any, handle: Any) -> str:
+    bits = ask(lambda: int(driver.nvmlDeviceGetCurrentClocksThrottleReasons(handle))) or 0
+    known = vars(driver)
     return next((words for name, words in _THROTTLES.items() if bits & known.get(f"nvmlClocksThrottleReason{name}", 0)), "")
 
 
-def _sample_cuda(nvml: Any, handle: Any, baseline: int | None) -> Device:
-    memory = _ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
+    memory = ask(lambda: driver.nvmlDeviceGetMemoryInfo(handle))
     used = int(memory.used) if memory else None
-    ours = _our_bytes(nvml, handle)
+    ours = _our_bytes(driver, handle, used) if used is not None else None
     if ours is None and used is not None and baseline is not None:
         ours = max(used - baseline, 0)
-    milliwatts = _ask(lambda: float(nvml.nvmlDeviceGetPowerUsage(handle)))
-    limit = _ask(lambda: float(nvml.nvmlDeviceGetEnforcedPowerLimit(handle)))
+    milliwatts = ask(lambda: float(driver.nvmlDeviceGetPowerUsage(handle)))
+    limit = ask(lambda: float(driver.nvmlDeviceGetEnforcedPowerLimit(handle)))
     return Device(
         memory_ours_bytes=ours,
         memory_others_bytes=max(used - ours, 0) if used is not None and ours is not None else None,
         memory_total_bytes=int(memory.total) if memory else None,
-        utilization=_ask(lambda: float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
+        utilization=ask(lambda: float(driver.nvmlDeviceGetUtilizationRates(handle).gpu)),
         power_watts=milliwatts / 1000 if milliwatts is not None else None,
         power_limit_watts=limit / 1000 if limit is not None else None,
-        temperature_c=_ask(lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))),
-        throttle=_throttle(nvml, handle),
+        temperature_c=ask(lambda: float(driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU))),
+        throttle=_throttle(driver, handle),
     )
 
 
@@ -322,7 +274,7 @@ def _cpu_load() -> float | None:
         import psutil
     except ImportError:
         return None
-    return _ask(lambda: float(psutil.cpu_percent(interval=None)))
+    return ask(lambda: float(psutil.cpu_percent(interval=None)))
 
 
 def resident_bytes() -> int:
@@ -330,9 +282,9 @@ def resident_bytes() -> int:
     try:
         import psutil
     except ImportError:
-        pages = _ask(lambda: int(Path("/proc/self/statm").read_text().split()[1]))
+        pages = ask(lambda: int(Path("/proc/self/statm").read_text().split()[1]))
         return (pages or 0) * os.sysconf("SC_PAGE_SIZE")
-    return _ask(lambda: int(psutil.Process().memory_info().rss)) or 0
+    return ask(lambda: int(psutil.Process().memory_info().rss)) or 0
 
 
 def _ram() -> tuple[int, int]:
@@ -340,7 +292,7 @@ def _ram() -> tuple[int, int]:
     rows = _table("/proc/meminfo")
     total, available = rows.get("MemTotal", 0) * 1024, rows.get("MemAvailable", 0) * 1024
     if not total:
-        total = available = _ask(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) or 0
+        total = available = ask(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) or 0
     limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
     if limit is None or used is None or not 0 < limit < total:
         return total, available
@@ -350,16 +302,16 @@ def _ram() -> tuple[int, int]:
 
 
 def _number(path: str) -> int | None:
-    return _ask(lambda: int(Path(path).read_text()))
+    return ask(lambda: int(Path(path).read_text()))
 
 
 def _table(path: str) -> dict[str, int]:
-    text = _ask(lambda: Path(path).read_text()) or ""
+    text = ask(lambda: Path(path).read_text()) or ""
     return {name: int(size) for name, size in re.findall(r"^(\w+):?\s+(\d+)", text, re.MULTILINE)}
 
 
 def _cpu_name() -> str:
-    text = _ask(lambda: Path("/proc/cpuinfo").read_text()) or ""
+    text = ask(lambda: Path("/proc/cpuinfo").read_text()) or ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     name = match[1] if match else platform.processor() or platform.machine() or "CPU"
     return re.sub(r"\((R|TM)\)|\bCPU\b|@.*$", "", name).strip().replace("  ", " ")

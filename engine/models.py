@@ -13,44 +13,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qlora_tui.engine.errors import ConfigError, ModelError
+from qlora_tui.engine.families import FAMILIES, WRAPPERS, Family, Quantization, keeps, outside_layers, read_quantization, text_part
 from qlora_tui.engine.spec import DEMO_MODEL, nearest
 
-QkNorm = Literal["", "head", "full"]
 _DEMO_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a model type does that its config does not say, and what its config leaves out when it is usual."""
-
-    qkv_bias: bool = False  # always a bias on query, key and value, none on the output
-    fused: bool = False  # query, key and value are one linear module, gate and up another
-    extra_norms: int = 0  # norms a layer beyond the usual two
-    qk_norm: QkNorm = ""
-    windowed: bool = False  # some layers always see only a window
-    soft_caps: bool = False  # attention scores are squashed, which no fused kernel does: eager attention only
-    default_window: int | None = None
-    default_tied: bool = False
-    default_head_dim: int | None = None
-    biased: bool = True  # reads attention_bias and mlp_bias
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(default_window=4096, biased=False),
-    "qwen2": Family(qkv_bias=True, biased=False),
-    "qwen3": Family(qk_norm="head", default_head_dim=128),
-    "smollm3": Family(default_tied=True),
-    "phi3": Family(fused=True, biased=False),
-    "gemma2": Family(extra_norms=2, windowed=True, soft_caps=True, default_window=4096, default_tied=True, default_head_dim=256),
-    "gemma3_text": Family(extra_norms=2, qk_norm="head", windowed=True, default_window=4096, default_tied=True, default_head_dim=256),
-    "olmo2": Family(qk_norm="full"),
-    "granite": Family(),
-}
-"""Every supported `model_type`. Adding one is a row here, a built model in the test, and nothing else."""
+_IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +39,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Shape of a dense decoder. `linear_params` are the weights of the layers' linear modules: quantized and adapted."""
+    """Shape of a dense decoder. `linear_params` are the weights of the layers' linear modules: quantized and adapted.
+
+    `wrapper` is the type of the model that it is the text part of. `quantized` is how the checkpoint itself is
+    stored: `nf4`, `fp4`, or an empty text for plain numbers; `kept_params` of its linear weights stayed in 16 bits.
+    """
 
     name: str
     family: str
@@ -86,6 +60,10 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    wrapper: str = ""
+    quantized: str = ""
+    double_quant: bool = False
+    kept_params: int = 0
 
     @property
     def query_size(self) -> int:
@@ -138,6 +116,11 @@ class ModelSpec:
     def linear_params(self) -> int:
         """Weights of the linear modules of all layers; biases, norms, embeddings and head are not among them."""
         return self.num_hidden_layers * sum(linear.weights for linear in self.linears())
+
+    @property
+    def quantized_params(self) -> int:
+        """Weights that are 4 bits wide on a 4-bit base: the linear modules, less those that the checkpoint keeps in 16 bits."""
+        return self.linear_params - self.kept_params
 
     @property
     def embedding_params(self) -> int:
@@ -201,37 +184,57 @@ class Entry:
 
 
 def from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
-    """Read the shape of a model from the values of its `config.json`.
+    """Read the shape of a model from the values of its `config.json`; of a model that also sees, its text part's.
 
     Raises:
-        ModelError: the architecture has no formula here, the weights are already quantized, or a value is missing.
+        ModelError: the architecture has no formula here, the weights are quantized in a way that cannot be trained
+            on, or a value is missing.
     """
-    kind = config.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None or not isinstance(kind, str):
-        said = f"models of type {kind!r} are not supported" if kind else "config.json names no model_type"
-        raise ModelError(said, hint=f"supported: {', '.join(FAMILIES)}", where=name)
-    if config.get("quantization_config"):
-        raise ModelError("its weights are already quantized", hint="name the 16-bit original; it is quantized while loading", where=name)
-    heads = _size(config, "num_attention_heads", name)
-    hidden = _size(config, "hidden_size", name)
-    return ModelSpec(
+    text, kind, wrapper = text_part(config, name)
+    family = FAMILIES[kind]
+    heads = _size(text, "num_attention_heads", name, family.defaults.get("num_attention_heads"))
+    hidden = _size(text, "hidden_size", name)
+    spec = ModelSpec(
         name=name,
         family=kind,
         hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size", name),
-        num_hidden_layers=_size(config, "num_hidden_layers", name),
+        intermediate_size=_size(text, "intermediate_size", name),
+        num_hidden_layers=_size(text, "num_hidden_layers", name),
         num_attention_heads=heads,
-        num_key_value_heads=_size(config, "num_key_value_heads", name, heads),
-        head_dim=_size(config, "head_dim", name, family.default_head_dim or hidden // heads),
-        vocab_size=_size(config, "vocab_size", name),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings", family.default_tied),
-        max_position_embeddings=_size(config, "max_position_embeddings", name),
-        attention_bias=family.qkv_bias or (family.biased and _flag(config, "attention_bias", False)),
-        mlp_bias=family.biased and kind in ("llama", "granite", "smollm3") and _flag(config, "mlp_bias", False),
+        num_key_value_heads=_size(text, "num_key_value_heads", name, family.defaults.get("num_key_value_heads", heads)),
+        head_dim=_size(text, "head_dim", name, family.default_head_dim or hidden // heads),
+        vocab_size=_size(text, "vocab_size", name, family.defaults.get("vocab_size")),
+        tie_word_embeddings=_flag(text, "tie_word_embeddings", family.default_tied),
+        max_position_embeddings=_size(text, "max_position_embeddings", name, family.defaults.get("max_position_embeddings")),
+        attention_bias=family.qkv_bias or (family.biased and _flag(text, "attention_bias", False)),
+        mlp_bias=family.biased and kind in ("llama", "granite", "smollm3") and _flag(text, "mlp_bias", False),
         qk_norm=bool(family.qk_norm),
-        sliding_window=_window(config, kind, family, name),
+        sliding_window=_window(text, kind, family, name),
+        wrapper=wrapper,
     )
+    stored = read_quantization(config, name)
+    return spec if stored is None else _stored(spec, stored)
+
+
+def _stored(spec: ModelSpec, stored: Quantization) -> ModelSpec:
+    """Return `spec` with how its checkpoint is stored.
+
+    Raises:
+        ModelError: which layers were left in 16 bits cannot be told from the names.
+    """
+    patterns = [pattern for pattern in stored.kept if not outside_layers(pattern)]
+    if any(spec.wrapper or set(pattern) & set("*+?[](){}|\\^$") for pattern in patterns):
+        raise ModelError(
+            f"its weights are already quantized, and some layers were left in 16 bits by a name that is not understood ({patterns[0]!r})",
+            hint="name the 16-bit original; it is quantized while loading",
+            where=spec.name,
+        )
+    kept = 0
+    for layer in range(spec.num_hidden_layers if patterns else 0):
+        for linear in spec.linears():
+            module = f"model.layers.{layer}.{'self_attn' if linear.name in _IN_ATTENTION else 'mlp'}.{linear.name}"
+            kept += linear.weights if any(keeps(pattern, module) for pattern in patterns) else 0
+    return dataclasses.replace(spec, quantized=stored.kind, double_quant=stored.double, kept_params=kept)
 
 
 def from_folder(path: Path) -> ModelSpec:
@@ -257,7 +260,7 @@ def from_folder(path: Path) -> ModelSpec:
 @functools.cache
 def entries() -> tuple[Entry, ...]:
     """Return the catalogue's models of supported families, in its order."""
-    return tuple(_entry(row, row["id"], {}) for row in _rows())
+    return tuple(_by_name()[_names(row)[0]] for row in _rows())
 
 
 def catalogue() -> tuple[ModelSpec, ...]:
@@ -282,28 +285,39 @@ def find(name: str) -> ModelSpec | None:
 @functools.cache
 def _rows() -> tuple[Mapping[str, Any], ...]:
     rows = json.loads(importlib.resources.files("qlora_tui.engine").joinpath("catalogue.json").read_text(encoding="utf-8"))
-    return tuple(row for row in rows if _family_of(row) in FAMILIES)
+    return tuple(row for row in rows if _kinds(row)[1] in FAMILIES)
 
 
 @functools.cache
 def _by_name() -> Mapping[str, Entry]:
     known: dict[str, Entry] = {}
     for row in _rows():
-        for name in (row["id"], *row.get("also", ())):
+        for name in _names(row):
             known.setdefault(name, _entry(row, name, row.get("overrides", {}).get(name, {})))
     return known
 
 
-def _family_of(row: Mapping[str, Any]) -> str:
-    # A gemma3 with pictures is another architecture, with its text part inside; only the text models are ours.
-    if row["family"] == "gemma3" and not row.get("multimodal"):
-        return "gemma3_text"
-    return "" if row.get("multimodal") else str(row["family"])
+def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the hub ids of a row that hold plain numbers; `stored` says that the row's own does not."""
+    return tuple(row.get("also", ())) if row.get("stored") else (row["id"], *row.get("also", ()))
+
+
+def _kinds(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the model type around a row's text model, or an empty text, and the text model's family."""
+    family = str(row["family"])
+    if not row.get("multimodal"):
+        return "", "gemma3_text" if family == "gemma3" else family
+    for wrapper, inside in WRAPPERS.items():
+        if family in (wrapper, *inside):
+            return wrapper, inside.get(family, next(iter(inside.values())))
+    return "", ""
 
 
 def _entry(row: Mapping[str, Any], name: str, overrides: Mapping[str, Any]) -> Entry:
-    merged = {**row, **overrides, "model_type": _family_of(row)}
-    return Entry(from_config(merged, name), str(merged["license"]), bool(merged["gated"]), tuple(row.get("also", ())))
+    wrapper, family = _kinds(row)
+    merged = {**row, **overrides, "model_type": family}
+    spec = dataclasses.replace(from_config(merged, name), wrapper=wrapper)
+    return Entry(spec, str(merged["license"]), bool(merged["gated"]), tuple(part for part in _names(row) if part != name))
 
 
 def _size(config: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
@@ -322,7 +336,7 @@ def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _window(config: Mapping[str, Any], kind: str, family: Family, name: str) -> int | None:
-    if kind in ("llama", "granite", "olmo2"):
+    if kind in ("llama", "granite", "olmo2", "ministral3"):
         return None
     if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window", False):
         return None

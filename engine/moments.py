@@ -1,29 +1,47 @@
-"""What a run holds in memory at each of its moments, item by item, with the formula of each in words."""
+"""What a run holds in memory at each of its moments, item by item, with the formula of each in words.
+
+Merging an adapter into its base is no moment of a run: that is an export, done afterwards. A run loads,
+trains, measures and saves, and the moments below are where each of these is largest.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from qlora_tui.engine.activations import Batch, Layer, Peak, final_norm, forward_peak, mask_bytes, norm_backward, stack
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
+    adapter_bytes,
     adapter_params,
+    adapter_tensors,
+    checkpointed_layers,
     choose_optimizer,
+    constant_bytes,
+    double_quantized,
     element_bytes,
-    layer_bytes_per_token,
+    four_bit,
+    full_width_bytes,
+    largest_linear,
+    movable_bytes,
     optimizer_bytes,
-    weight_bytes,
+    optimizer_room,
+    quantized_bytes,
 )
-from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.spec import RunConfig, rows_at_once
 from qlora_tui.engine.units import count, gib, percent
 
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
 _CUDA_CONTEXT = int(0.88 * _GIB)  # nvidia-smi above the allocator's reserve: 0.87-0.88 GiB on an H100, 2026-11-25
-_CPU_LIBRARIES = int(0.9 * _GIB)  # resident after loading a 135 M model, less its weights, 2026-11-25
-_CUDA_SLACK = (0.25, int(0.6 * _GIB))  # reserved above allocated: 0.4-0.6 GiB on that card
-_CPU_SLACK = (0.65, 1 << 62)  # resident above live: the C library keeps freed blocks between live ones; 135 M, 4 x 512, same day
-_LOADING_AT_ONCE = 4  # tensors in full width while a 4-bit base is loaded
+_CUDA_SLACK, _CUDA_MOST_SLACK = 0.25, int(0.6 * _GIB)  # reserved above allocated: 0.4-0.6 GiB on that card
+# On a processor: resident memory of four runs of a 135 M shape (1 x 512 to 4 x 512, all and no layers recomputed) on two
+# cores, 2026-11-26, within 17 %. The C library keeps freed blocks, and products over the vocabulary pack their operands.
+_CPU_LIBRARIES = int(0.6 * _GIB)
+_CPU_SLACK, _CPU_LOSS_SLACK = 0.3, 2.3
+_CUBLAS = 2  # the thread of the forward pass and that of the backward pass keep a workspace each
+
+Sized = tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,132 +53,237 @@ class Item:
     how: str
 
 
+COUNTED = frozenset(("weights", "embeddings", "adapter", "gradients", "optimizer"))
+"""Items whose size follows from shapes alone; the others depend on kernels and on the allocator too."""
+
+
 class Moments:
     """The pieces of one estimate; each moment of a run is a tuple of items of the same names."""
 
     def __init__(self, model: ModelSpec, run: RunConfig, machine: Machine, longest: int | None) -> None:
         self.model, self.run, self.machine = model, run, machine
+        self.cuda = machine.kind == "cuda"
         self.width = element_bytes(run, machine)
-        self.length = min(run.max_length, longest or run.max_length)
-        self.rows = run.per_device_train_batch_size
-        self.tokens = self.rows * self.length
+        self.batch = Batch(model, run, self.width, rows_at_once(run), min(run.max_length, longest or run.max_length), self.cuda)
+        self.tokens = self.batch.tokens
+        self.recomputed = checkpointed_layers(model, run)
         self.params = adapter_params(model, run)
+        self.stack = stack(self.batch)
+        self.masks = mask_bytes(self.batch)
+        self.kept = self.recomputed * self.batch.hidden + self.stack.kept(self.recomputed) + self.masks
+        self.fixed = self._fixed()
 
     def loading(self) -> tuple[Item, ...]:
-        """The base arrives; nothing is trained yet."""
-        largest = _LOADING_AT_ONCE * self._largest() * self.width if self.run.method == "qlora" else 0
-        return self._items(
-            workspace=(largest, f"{_LOADING_AT_ONCE} of the largest layers in full width while they are quantized"), state=False
-        )
+        """The base arrives, a weight at a time; nothing is trained yet."""
+        largest = largest_linear(self.model).weights
+        size, how = 0, "weights arrive in the type they are kept in"
+        if four_bit(self.model, self.run):
+            size, how = largest * self.width + largest // 16, "the largest weight in full width while it is quantized"
+        if self.run.init_lora_weights == "pissa":
+            size, how = max(size, largest * 4), "the largest weight in 32 bits, while PiSSA looks for its main directions"
+        return self._items(workspace=(size, how), gradients=0, trained=False)
 
     def at_loss(self) -> tuple[Item, ...]:
         """Logits exist: everything kept for the backward pass is there, no layer is recomputed."""
-        size, how = self._loss(copies=8, gradients=3)
-        return self._items(activations=self._kept(), loss=(size, how))
-
-    def at_backward(self) -> tuple[Item, ...]:
-        """The last layer is recomputed and its gradients flow."""
-        kept, how = self._kept()
-        if self.run.gradient_checkpointing:
-            layer = self.tokens * layer_bytes_per_token(self.model, self.run, self.width, self.length)
-            kept, how = kept + layer, f"{how}; and all of the layer being recomputed"
-        hidden, inner = self.model.hidden_size, self.model.intermediate_size
-        flowing = self.tokens * self.width * (2 * inner + 2 * hidden)
+        peak, how = self._logits(trained=True)
         return self._items(
-            activations=(kept, how),
-            loss=(self.tokens * hidden * self.width, "gradient of the last hidden states"),
-            workspace=(flowing + self._dequantized(), "gradients on their way through one layer, and its largest weight in full width"),
+            activations=(self.kept + final_norm(self.batch), self._kept_how()),
+            loss=(peak.tensors, how),
+            kernels=peak.kernels,
+            gradients=self._waiting(0),
         )
 
-    def evaluating(self) -> tuple[Item, ...]:
-        """The hold-out is measured; no gradient is kept."""
-        hidden, inner = self.model.hidden_size, self.model.intermediate_size
-        passing = self.tokens * (self.width * (2 * hidden + 3 * inner) + 4 * hidden)
-        size, how = self._loss(copies=8, gradients=1)
+    def at_norm(self) -> tuple[Item, ...]:
+        """The gradient passes the norm after the last layer."""
         return self._items(
-            activations=(passing, "one layer at a time, nothing is kept"),
-            loss=(size, how),
-            workspace=(self._dequantized(), "the largest weight in full width"),
+            activations=(self.kept + final_norm(self.batch), self._kept_how()),
+            loss=(3 * self.batch.hidden, "the last hidden states, and their gradient"),
+            workspace=(norm_backward(self.batch), "the gradient of the last norm, in 32 bits"),
+            gradients=self._waiting(0),
         )
+
+    def at_last_layer(self) -> tuple[Item, ...]:
+        """The backward pass is in the last layer: nothing that the others keep is free yet."""
+        last = self.stack.number - 1
+        # Keeping the last layer saves its input, and nothing is lost by it; not counted, so that keeping more never looks smaller.
+        beside = self.batch.hidden if self.recomputed == last else 0
+        if self.run.lora_dropout and self.recomputed:
+            # Where random numbers are replayed, torch's recomputation leaves its last frame to the garbage collector.
+            beside += self.batch.hidden
+        return self._in_layer(self.kept + beside, self.stack.at(last), self.recomputed > last, self._waiting(0))
+
+    def at_recomputed_layer(self) -> tuple[Item, ...]:
+        """The backward pass has come to the last layer that is recomputed; the layers after it are done."""
+        kept = self.recomputed * self.batch.hidden + self.masks
+        return self._in_layer(kept, self.stack.at(self.recomputed - 1), True, self._waiting(self.stack.number - self.recomputed))
+
+    def at_first_layer(self) -> tuple[Item, ...]:
+        """The backward pass ends; what it made of gradients is all there."""
+        return self._in_layer(self.batch.hidden + self.masks, self.stack.at(0), True, self._waiting(self.stack.number - 1))
+
+    def at_step(self) -> tuple[Item, ...]:
+        """The optimizer works; activations are gone."""
+        spare = 0
+        if choose_optimizer(self.run, self.machine) == "adamw_torch":
+            spare = 4 * (self.params if self.cuda else max(adapter_tensors(self.model, self.run)))
+        return self._items(workspace=(spare, "the optimizer's own copies"))
+
+    def training(self) -> list[tuple[Item, ...]]:
+        """Return the moments of a step; the largest of them is its peak."""
+        moments = [self.at_loss(), self.at_norm(), self.at_last_layer(), self.at_step()]
+        if 0 < self.recomputed < self.stack.number:
+            moments.append(self.at_recomputed_layer())
+        return moments if self._accumulated() else [*moments, self.at_first_layer()]
+
+    def evaluating(self) -> list[tuple[Item, ...]]:
+        """Return the moments of a measurement of the hold-out; no gradient is kept."""
+        passing = forward_peak(self.batch)
+        peak, how = self._logits(trained=False)
+        inside = self._items(activations=(passing.tensors + self.masks, "one layer at a time, nothing is kept"), gradients=0)
+        return [inside, self._items(loss=(peak.tensors, how), kernels=peak.kernels, gradients=0)]
 
     def saving(self) -> tuple[Item, ...]:
-        """A checkpoint is written."""
-        copied = self.params * 4 * 3 if self.machine.kind == "cpu" else 0
-        return self._items(workspace=(copied, "a copy of the adapter and of the optimizer's state"))
+        """A checkpoint is written; from a card it is copied to RAM tensor by tensor."""
+        copied = 0 if self.cuda else max(self.params * 4, optimizer_bytes(self.model, self.run, choose_optimizer(self.run, self.machine)))
+        return self._items(workspace=(copied, "a copy of the adapter, then of the optimizer's state"), gradients=0)
+
+    def _in_layer(self, kept: int, layer: Layer, again: bool, gradients: int) -> tuple[Item, ...]:
+        """The backward pass is inside `layer`, computed `again` or kept."""
+        how = self._kept_how()
+        if again:
+            kept, how = kept + layer.kept - layer.shared, f"{how}; and all of the layer being recomputed"
+        backward = layer.backward
+        flowing = max(backward.tensors, 0)
+        return self._items(
+            activations=(kept + min(backward.tensors, 0), how),
+            loss=(2 * self.batch.hidden, "the last hidden states"),
+            workspace=(flowing, "gradients on their way through one layer, and its widest weight in full width"),
+            kernels=backward.kernels,
+            gradients=gradients,
+        )
 
     def _items(
         self,
         *,
-        activations: tuple[int, str] = (0, "nothing is kept"),
-        loss: tuple[int, str] = (0, "no logits"),
-        workspace: tuple[int, str] = (0, "none"),
-        state: bool = True,
+        activations: Sized = (0, "nothing is kept"),
+        loss: Sized = (0, "no logits"),
+        workspace: Sized = (0, "none"),
+        kernels: int = 0,
+        gradients: int | None = None,
+        trained: bool = True,
     ) -> tuple[Item, ...]:
-        cuda = self.machine.kind == "cuda"
-        share, most = _CUDA_SLACK if cuda else _CPU_SLACK
-        slack = min(most, int(share * (activations[0] + loss[0] + workspace[0])))
-        context = (
-            (_CUDA_CONTEXT, "CUDA's context and libraries, measured") if cuda else (_CPU_LIBRARIES, "Python, torch and their libraries")
-        )
-        state_sizes = (self.params * 4, self._optimizer()) if state else (0, (0, "not made yet"))
+        weights, parts, adapter, optimizer, data, libraries, context = self.fixed
+        gradients = self.params * 4 if gradients is None else gradients
+        slack, idle = self._slack(activations[0] + workspace[0], loss[0] + kernels)
         return (
-            Item("weights", weight_bytes(self.model, self.run, self.machine), self._weights_how()),
-            Item("adapter", self.params * 4, f"{count(self.params)} weights of 4 bytes: rank {self.run.lora_r} x (inputs + outputs)"),
-            Item("gradients", state_sizes[0], "4 bytes for each weight of the adapter"),
-            Item("optimizer", *state_sizes[1]),
+            weights,
+            parts,
+            adapter,
+            Item("gradients", gradients, "4 bytes for each weight of the adapter" if gradients else "none at this moment"),
+            optimizer if trained else Item("optimizer", 0, "not made yet"),
             Item("activations", *activations),
             Item("loss", *loss),
             Item("workspace", *workspace),
-            Item(
-                "allocator",
-                slack,
-                f"kept but not in use: {percent(share)} of what comes and goes{f', at most {gib(most)}' if cuda else ''}",
-            ),
-            Item("context", *context),
+            Item("kernels", kernels + libraries, "what kernels hold inside: matrix products, attention's backward pass, sums over words"),
+            data,
+            Item("allocator", slack, idle),
+            context,
         )
 
-    def _weights_how(self) -> str:
-        rest = f"{count(self.model.params - self.model.linear_params)} of {self.width} bytes (embeddings, head, norms)"
-        if self.run.method != "qlora":
-            return f"{count(self.model.params)} weights of {self.width} bytes"
-        bits = "0.516" if self.run.bnb_4bit_use_double_quant else "0.563"
-        return f"{count(self.model.linear_params)} weights of {bits} bytes ({self.run.bnb_4bit_quant_type}) and {rest}"
+    def _slack(self, passing: int, loss: int) -> Sized:
+        """Return what is kept but not in use."""
+        if self.cuda:
+            how = f"kept but not in use: {percent(_CUDA_SLACK)} of what comes and goes, at most {gib(_CUDA_MOST_SLACK)}"
+            return min(_CUDA_MOST_SLACK, int(_CUDA_SLACK * (passing + loss))), how
+        return int(_CPU_SLACK * passing + _CPU_LOSS_SLACK * loss), "freed blocks that the C library keeps, and what products pack"
 
-    def _optimizer(self) -> tuple[int, str]:
-        name = choose_optimizer(self.run, self.machine)
-        size = optimizer_bytes(self.model, self.run, name)
-        if name == "adamw_torch":
-            return size, "AdamW: two numbers of 4 bytes for each weight of the adapter"
-        return size, "8-bit AdamW: two bytes for each weight of the adapter, eight in tensors too small for it"
-
-    def _kept(self) -> tuple[int, str]:
-        """Return what the forward pass keeps for the backward pass."""
-        layers, hidden = self.model.num_hidden_layers, self.model.hidden_size
-        last = self.tokens * hidden * (4 + self.width)
-        rows = f"{self.rows} x {count(self.length)} tokens"
-        masks = 0 if self.model.plain_causal and self.run.attn_implementation == "sdpa" else self.rows * self.length**2 * self.width
-        if self.run.gradient_checkpointing:
-            kept = self.tokens * layers * hidden * self.width
-            return kept + last + masks, f"{rows}: the input of each of {layers} layers"
-        each = layer_bytes_per_token(self.model, self.run, self.width, self.length)
+    def _fixed(self) -> tuple[Item, Item, Item, Item, Item, int, Item]:
+        """Return what is the same at every moment; the last number is what libraries hold for themselves."""
+        model, run = self.model, self.run
+        name = choose_optimizer(run, self.machine)
+        ids = self.tokens * 24 + self.batch.length * model.head_dim * 2 * self.width
+        workspace = _CUBLAS * (32 * _MIB if (self.machine.compute_capability or (8, 0)) >= (9, 0) else 8 * _MIB) if self.cuda else 0
+        held = (_CUDA_CONTEXT, "CUDA's context and libraries, measured") if self.cuda else (_CPU_LIBRARIES, "Python, torch and libraries")
         return (
-            self.tokens * layers * each + last + masks,
-            f"{rows} x {layers} layers x {count(each)} bytes a token: all activations are kept",
+            Item("weights", *self._weights()),
+            Item("embeddings", *self._parts()),
+            Item("adapter", adapter_bytes(model, run, self.width), self._adapter_how()),
+            Item("optimizer", optimizer_room(model, run, name), self._optimizer_how(name)),
+            Item("data", ids, f"{count(self.tokens)} tokens, their places and labels, 8 bytes each"),
+            workspace,
+            Item("context", *held),
         )
 
-    def _loss(self, *, copies: int, gradients: int) -> tuple[int, str]:
+    def _weights(self) -> Sized:
+        model, run = self.model, self.run
+        if not four_bit(model, run):
+            return model.linear_params * self.width, f"{count(model.linear_params)} weights of the layers, {self.width} bytes each"
+        kind = model.quantized or run.bnb_4bit_quant_type
+        twice = "quantized too" if double_quantized(model, run) else "4 bytes for 64 weights"
+        constants = gib(model.quantized_params * constant_bytes(model, run))
+        how = f"{count(model.quantized_params)} weights of half a byte ({kind}), and {constants} of block constants ({twice})"
+        return quantized_bytes(model, run), how
+
+    def _parts(self) -> Sized:
+        size = full_width_bytes(self.model, self.run, self.machine)
+        if not four_bit(self.model, self.run):
+            size -= self.model.linear_params * self.width
+        head = "embeddings, which are the head too" if self.model.tie_word_embeddings else "embeddings, head"
+        return size, f"{count(size // self.width)} weights of {self.width} bytes: {head}, norms, biases"
+
+    def _adapter_how(self) -> str:
+        dora = ", and a length for each output" if self.run.use_dora else ""
+        return f"{count(self.params)} weights of 4 bytes: rank {self.run.lora_r} x (inputs + outputs){dora}"
+
+    def _optimizer_how(self, name: str) -> str:
+        if name == "adamw_torch":
+            return "AdamW: two numbers of 4 bytes for each weight of the adapter"
+        how = "8-bit AdamW: two bytes for each weight of the adapter, eight in tensors too small for it"
+        movable = movable_bytes(self.model, self.run, name) if self.cuda else 0
+        return f"{how}; {gib(movable)} of it may move to RAM when the card is full" if movable else how
+
+    def _accumulated(self) -> bool:
+        return self.run.gradient_accumulation_steps > 1
+
+    def _waiting(self, layers_done: int) -> int:
+        """Return the gradients that exist: all of them after a step's first batch, else those of the layers that are done."""
+        return self.params * 4 if self._accumulated() else self.params * 4 * layers_done // self.model.num_hidden_layers
+
+    def _kept_how(self) -> str:
+        """Say what the forward pass keeps for the backward pass."""
+        total, again = self.stack.number, self.recomputed
+        rows = f"{self.batch.rows} x {count(self.batch.length)} tokens"
+        each = self.stack.at(total - 1).kept // self.tokens
+        if again == total:
+            return f"{rows}: the input of each of {total} layers"
+        if not again:
+            return f"{rows} x {total} layers x {count(each)} bytes a token: all activations are kept"
+        return f"{rows}: the input of {again} layers, and all of {total - again}, {count(each)} bytes a token"
+
+    def _logits(self, *, trained: bool) -> tuple[Peak, str]:
         """Return the logits of one chunk and the hidden states around them; every token is taken to be supervised."""
-        rows = min(self.tokens, max(1, LOGITS_PER_CHUNK // self.model.vocab_size))
-        size = rows * self.model.vocab_size * copies + gradients * self.tokens * self.model.hidden_size * self.width
-        return size, f"logits of {count(rows)} tokens x {count(self.model.vocab_size)} words at a time, and the hidden states' gradient"
-
-    def _largest(self) -> int:
-        return max(part.weights for part in self.model.linears())
-
-    def _dequantized(self) -> int:
-        return self._largest() * self.width if self.run.method == "qlora" else 0
+        words, width = self.model.vocab_size, self.width
+        rows = min(self.tokens, self.run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // words))
+        narrow = width if width < 4 else 0  # logits are made in the type of computation, then widened
+        each = 4 + narrow + (4 if rows < self.tokens else 0)  # the chunk before is dropped when the next one is there
+        if not self.model.sdpa:
+            each = max(each, 12 if trained else 8)  # capped logits: their slope and its square
+        around = 3 * self.batch.hidden + rows * self.model.hidden_size * width if trained else 2 * self.batch.hidden
+        how = f"logits of {count(rows)} tokens x {count(words)} words at a time, and hidden states around them"
+        return Peak(rows * words * each + around, rows * words * max(0, 8 - each)), how
 
 
 def total(items: tuple[Item, ...]) -> int:
     """Return the bytes of all items together."""
     return sum(item.bytes for item in items)
+
+
+def corrected(items: tuple[Item, ...], bias: float) -> tuple[Item, ...]:
+    """Return `items` so that their total is `bias` times what it was; what is counted exactly stays as it is.
+
+    The rest takes the difference, but never less than half of it stays: a larger one would be a fault, not a bias.
+    """
+    exact = sum(item.bytes for item in items if item.name in COUNTED)
+    rest = total(items) - exact
+    factor = max(0.5, (total(items) * bias - exact) / rest) if rest else 1.0
+    return tuple(item if item.name in COUNTED else replace(item, bytes=int(item.bytes * factor)) for item in items)

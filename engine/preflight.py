@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tui.engine import budget, builtin, data, hub, machine, models
+from qlora_tui.engine import builtin, data, hub, machine, models, planner
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError, WontFit
+from qlora_tui.engine.fixes import fixes
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
@@ -33,6 +34,7 @@ _Found = TypeVar("_Found")
 _FLOOR_BYTES = 64 * 2**20
 _STATE_BYTES = 12  # a trained weight on disk: itself and two moments, all in 32 bit
 _FIXES_SHOWN = 3
+_MOST_CHARACTERS_A_TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,11 @@ def check(run: RunConfig, *, fit: bool = True) -> Checked:
     if found is None or dataset is None:
         raise AssertionError("a run without model or data has no fault")
     files, spec = found
-    estimate = budget.estimate(spec, run, device)
-    if fit and not estimate.fits:
-        raise wont_fit(estimate, spec, run, device)
-    return Checked(run, files, spec, dataset, eval_dataset, device, estimate)
+    shortest = _least_tokens(run, dataset)
+    plan = planner.choose(spec, run, device, longest=shortest)
+    if fit and not plan.budget.fits:
+        raise wont_fit(plan.budget, spec, plan.run, device, shortest)
+    return Checked(run, files, spec, dataset, eval_dataset, device, plan.budget)
 
 
 class Faults:
@@ -234,7 +237,45 @@ def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
         found.append(error.problem)
     if run.attn_implementation == "sdpa" and not spec.sdpa:
         found.append(Problem("attn_implementation", f"sdpa does not exist for the family {spec.family}", "say eager"))
-    return found
+    return [*found, *_start_problems(run, spec), *stored_problems(run, spec)]
+
+
+def _start_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
+    """Return what an adapter that starts from the base's main directions cannot take from this one."""
+    if run.init_lora_weights != "pissa" or (found := narrowest(spec, run)) is None or run.lora_r <= found:
+        return []
+    return [Problem("lora_r", f"pissa takes {run.lora_r} directions and the narrowest layer has {found}", f"say at most {found}")]
+
+
+def narrowest(spec: ModelSpec, run: RunConfig) -> int | None:
+    """Return the smallest side of the layers that get an adapter, or None where `lora_target_modules` names none of them."""
+    try:
+        return min(min(part.inputs, part.outputs) for part in spec.targeted(run.lora_target_modules))
+    except ConfigError:
+        return None
+
+
+def stored_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
+    """Return where `run` asks for another base than the one in 4 bits that the checkpoint holds; nothing to see for other checkpoints."""
+    if not spec.quantized:
+        return []
+    if run.init_lora_weights == "pissa":
+        told = f"pissa starts from 16-bit weights, and this checkpoint holds them in 4 bits ({spec.quantized})"
+        return [Problem("init_lora_weights", told, "say default, or name the 16-bit original with method=lora")]
+    if run.method == "lora":
+        told = f"this checkpoint holds its weights in 4 bits ({spec.quantized}), so there is no 16-bit base"
+        return [Problem("method", told, "say qlora, or name the 16-bit original")]
+    held: dict[str, Value] = {"bnb_4bit_quant_type": spec.quantized, "bnb_4bit_use_double_quant": spec.double_quant}
+    asked = values_of(run)
+    return [
+        Problem(name, f"this checkpoint was quantized with {_plain(value)}, not {_plain(asked[name])}", f"say --set {name}={_plain(value)}")
+        for name, value in held.items()
+        if asked[name] != value
+    ]
+
+
+def _plain(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_space(folder: Path, needed: int, what: str = "a run") -> None:
@@ -263,11 +304,20 @@ def checkpoint_bytes(run: RunConfig, spec: ModelSpec) -> int:
     return adapter_params(spec, run) * _STATE_BYTES
 
 
-def wont_fit(estimate: Budget, spec: ModelSpec, run: RunConfig, device: Machine) -> WontFit:
+def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
+    """Return how many tokens the longest row has at least, from its characters: only what is certain is refused so early.
+
+    Counting tokens takes minutes on large data, so the exact figure is the run's first phase.
+    """
+    characters = max((sum(len(turn.content) for turn in row.chat.turns) for row in dataset.rows), default=0)
+    return min(run.max_length, max(16, characters // _MOST_CHARACTERS_A_TOKEN))
+
+
+def wont_fit(estimate: Budget, spec: ModelSpec, run: RunConfig, device: Machine, longest: int) -> WontFit:
     """Return the refusal of a run that is too large, with the cheapest changes that would make it fit."""
     free, card = gib(estimate.machine.free_bytes), one_line(device.name)
     told = f"this run needs about {gib(estimate.total_bytes)} (an estimate, ± {gib(estimate.margin_bytes)}) and {free} of {card} are free"
-    known = budget.fixes(spec, run, device)
+    known = fixes(spec, run, device, longest=longest)
     enough = [fix for fix in known if fix.enough]
     hint = "; or ".join(f"{fix.options} ({fix.text})" for fix in (enough or known)[:_FIXES_SHOWN])
     alone = f"no change of the settings is enough; these save most: {hint}" if hint else "a smaller model is the only way"

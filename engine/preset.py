@@ -16,7 +16,7 @@ from typing import Any
 
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
 from qlora_tui.engine.places import place
-from qlora_tui.engine.spec import GROUPS, KEYS, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
+from qlora_tui.engine.spec import GROUPS, KEYS, Key, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
 
 _ABOUT = "preset"  # the table of a preset that is about it and not part of the run
 _ABOUT_KEYS = ("title", "why", "card")
@@ -108,7 +108,7 @@ def to_toml(run: RunConfig) -> str:
     values = values_of(run)
     parts = []
     for group in GROUPS:
-        rows = [f"# {key.help}\n{key.name} = {_toml(values[key.name])}" for key in KEYS.values() if key.group == group]
+        rows = [f"# {key.help}\n{key.name} = {_bare(key, values[key.name])}" for key in KEYS.values() if key.group == group]
         parts.append(f"[{group}]\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
@@ -180,6 +180,11 @@ def _line_of(text: str, name: str, skip: int) -> int:
 
 
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _bare(key: Key, value: Value) -> str:
+    """Return a value as TOML; a number of layers and a switch lose the quotes that the record keeps them in."""
+    return str(value) if key.kind == "layers" and value != "auto" else _toml(value)
 
 
 def _toml(value: Value) -> str:

@@ -1,4 +1,4 @@
-"""`report.md`: what a run was, what it saw and what came of it, made from its journal alone.
+"""`report.md`: what a run was, what it saw and what came of it, made from its journal, and from how the adapter it left describes itself.
 
 Everything foreign (names, paths, data facts, errors) is escaped twice: control characters so that no terminal
 obeys them, Markdown and HTML so that no viewer renders them.
@@ -6,13 +6,28 @@ obeys them, Markdown and HTML so that no viewer renders them.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.engine.events import Device, Evaluated, Event, Finding, Finished, Planned, Prepared, Record, Resumed, Saved, Started, Stepped
+from qlora_tui.engine.events import (
+    Device,
+    Evaluated,
+    Event,
+    Finding,
+    Finished,
+    Phase,
+    Planned,
+    Prepared,
+    Record,
+    Resumed,
+    Saved,
+    Started,
+    Stepped,
+)
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.spec import KEYS
 from qlora_tui.engine.text import one_line, redact
@@ -20,6 +35,7 @@ from qlora_tui.engine.units import count, gib, words
 
 REPORT = "report.md"
 _SHOWN_FINDINGS = 20
+_PHASES = {"probe": "rehearsal", "eval": "measure held-out rows"}
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!&~$])")
 
 
@@ -38,6 +54,7 @@ class Seen:
     saved: list[Saved] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     device_peak_bytes: int = 0
+    phases: dict[str, Phase] = field(default_factory=dict)
     finished: Finished | None = None
 
     @property
@@ -68,6 +85,9 @@ def _see_one(seen: Seen, event: Event) -> None:
             seen.started, seen.finished = event, None
         case Stepped() | Evaluated() | Saved() | Finding():
             _append(seen, event)
+        case Phase(state="end", peak_bytes=int()):
+            known = seen.phases.get(event.name)
+            seen.phases[event.name] = event if known is None or (known.peak_bytes or 0) < (event.peak_bytes or 0) else known
         case Device():
             seen.device_peak_bytes = max(seen.device_peak_bytes, event.memory_ours_bytes or 0)
         case Resumed():
@@ -192,12 +212,23 @@ def _data(seen: Seen) -> list[str]:
 
 def _memory(seen: Seen) -> list[str]:
     predicted = seen.planned.budget.get("total_bytes") if seen.planned else None
-    if not predicted and not seen.peak_bytes:
+    if not (predicted or seen.peak_bytes or seen.phases):
         return []
     lines = ["## Memory", ""]
     lines += [f"- predicted before loading: {gib(predicted)} (an estimate)"] if predicted else []
     lines += [f"- highest measured: {gib(seen.peak_bytes)}"] if seen.peak_bytes else []
+    rows = [f"| {_PHASES.get(name, md(name))} | {_measured(phase)} |" for name, phase in seen.phases.items()]
+    if rows:
+        lines += ["", "| phase | predicted | measured | difference |", "|---|---|---|---|", *rows]
+        lines += ["", "Measured is the most that the device held for this process in the phase, libraries included."]
     return lines
+
+
+def _measured(phase: Phase) -> str:
+    found, predicted = phase.peak_bytes or 0, phase.predicted_bytes
+    if not predicted:
+        return f" | {gib(found)} | "
+    return f"{gib(predicted)} | {gib(found)} | {found / predicted - 1:+.1%}"
 
 
 def _warnings(seen: Seen) -> list[str]:
@@ -218,26 +249,38 @@ def _loading(seen: Seen, folder: Path) -> list[str]:
         return []
     base = str(seen.started.config.get("model_name_or_path", ""))
     known = base if not base.startswith("builtin:") else "the folder named as base_model_name_or_path in adapter_config.json"
-    lines = [
-        "## Use the adapter",
-        "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-    ]
     adapter = _literal(str((folder / seen.finished.adapter).resolve()))
-    lines += [
-        f"model = AutoPeftModelForCausalLM.from_pretrained({adapter})",
-        f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
-        "```",
-        "",
-    ]
+    lines = ["## Use the adapter", "", "```python"]
+    if _sees(folder / seen.finished.adapter):
+        lines += [
+            "from peft import PeftConfig, PeftModel",
+            "from transformers import AutoModelForImageTextToText, AutoTokenizer",
+            "",
+            f"base = PeftConfig.from_pretrained({adapter}).base_model_name_or_path",
+            f"model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), {adapter})",
+        ]
+    else:
+        lines += [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer",
+            "",
+            f"model = AutoPeftModelForCausalLM.from_pretrained({adapter})",
+        ]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({adapter})", "```", ""]
     lines.append(
         f"It needs its base model: {md(known)}. It was trained with method {md(seen.started.config.get('method', ''))}; loaded over a base"
     )
     lines.append("of another precision, its losses differ a little.")
     return lines
+
+
+def _sees(adapter: Path) -> bool:
+    """Say whether the adapter is for the text part of a model that also sees: `load` ties its targets to that part."""
+    try:
+        targets = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("target_modules")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(targets, str) and "language_model" in targets
 
 
 def _settings(seen: Seen) -> list[str]:

@@ -1,23 +1,42 @@
-"""Sizes in bytes of the parts of a run, each from a formula over the model's shape and the run's settings.
+"""Sizes in bytes of what a run holds from its first step to its last: base, adapter, gradients, optimizer.
 
-Nothing here knows a device's memory; `budget` puts the parts together and holds them against one.
+Each comes from a formula over the model's shape and the run's settings, exact to the byte; tests hold them
+against what the libraries make. What comes and goes within a step is in `activations`. Nothing here knows a
+device's memory; `budget` puts the parts together and holds them against one.
 """
 
 from __future__ import annotations
 
 from qlora_tui.engine.machine import Machine
-from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.models import Linear, ModelSpec
+from qlora_tui.engine.spec import RunConfig, checkpointed_of
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits that the loss holds at once; the same figure as in `fast.loss`, which needs torch. A test compares them."""
 
+BLOCK = 64
+"""Weights that share one constant in a 4-bit base."""
+
+_CONSTANTS = 256  # constants that share one of their own, where they are quantized too
 _MIN_8BIT = 4096  # bitsandbytes keeps smaller tensors' state in 32 bits
+_STATE_BLOCK = 256  # weights that share one constant in the 8-bit optimizer, for each of its two moments
+_MIN_PAGED = 100_000  # bitsandbytes pages only tensors of so many weights and more
 
 
-def adapter_params(model: ModelSpec, run: RunConfig) -> int:
-    """Return the weights of the adapter: rank times the inputs and outputs of every adapted linear layer."""
-    return model.num_hidden_layers * sum(run.lora_r * (part.inputs + part.outputs) for part in model.targeted(run.lora_target_modules))
+def checkpointed_layers(model: ModelSpec, run: RunConfig) -> int:
+    """Return how many of the model's layers recompute their inside."""
+    return checkpointed_of(run, model.num_hidden_layers)
+
+
+def four_bit(model: ModelSpec, run: RunConfig) -> bool:
+    """Say whether the base is held in 4 bits: asked for, still to be chosen, or how the checkpoint is stored anyway."""
+    chosen = "lora" if run.method == "auto" and run.init_lora_weights == "pissa" else run.method  # the planner can choose nothing else
+    return chosen != "lora" or bool(model.quantized)
+
+
+def double_quantized(model: ModelSpec, run: RunConfig) -> bool:
+    """Say whether the block constants of a 4-bit base are quantized too; a checkpoint already in 4 bits stays as it is."""
+    return model.double_quant if model.quantized else run.bnb_4bit_use_double_quant
 
 
 def element_bytes(run: RunConfig, machine: Machine) -> int:
@@ -27,43 +46,59 @@ def element_bytes(run: RunConfig, machine: Machine) -> int:
     return 2 if run.dtype == "bfloat16" else 4
 
 
-def weight_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
-    """Return the bytes of the frozen base as loaded for training.
+def constant_bytes(model: ModelSpec, run: RunConfig) -> float:
+    """Return the bytes of block constants for one 4-bit weight.
 
     Source:
-        QLoRA paper, section 3: half a byte a weight, one constant for 64 weights; double quantization stores
-        that constant in one byte, with a 32-bit one for 256 of them.
+        QLoRA paper, section 3: one 32-bit constant for 64 weights; double quantization stores that constant in
+        one byte, with a 32-bit one for 256 of them (and one offset a tensor, which is not counted).
     """
-    width = element_bytes(run, machine)
-    if run.method != "qlora":
-        return model.params * width
-    constants = 1 / 64 + 4 / (64 * 256) if run.bnb_4bit_use_double_quant else 4 / 64
-    return int(model.linear_params * (0.5 + constants)) + (model.params - model.linear_params) * width
+    return 1 / BLOCK + 4 / (BLOCK * _CONSTANTS) if double_quantized(model, run) else 4 / BLOCK
 
 
-def layer_bytes_per_token(model: ModelSpec, run: RunConfig, width: int, length: int) -> int:
-    """Return what one layer keeps of one token for its backward pass; a test counts the saved tensors.
+def quantized_bytes(model: ModelSpec, run: RunConfig) -> int:
+    """Return the bytes of the weights that are held in 4 bits, with their constants; 0 on a 16-bit base."""
+    if not four_bit(model, run):
+        return 0
+    tables = 64 + (1024 + 8 if double_quantized(model, run) else 0)  # of one module: its 16 values, and 256 for the constants
+    return int(model.quantized_params * (0.5 + constant_bytes(model, run))) + tables * model.num_hidden_layers * len(model.linears())
 
-    Norms keep their input in float32; a linear layer with an adapter keeps its input once; attention keeps
-    queries, keys, values and its output; the gated MLP keeps four tensors of the inner width.
+
+def full_width_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
+    """Return the bytes of the weights in the type of computation: all of a 16-bit base, else embeddings, head, norms, biases."""
+    narrow = model.quantized_params if four_bit(model, run) else 0
+    return (model.params - narrow) * element_bytes(run, machine)
+
+
+def weight_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
+    """Return the bytes of the frozen base as loaded for training."""
+    return quantized_bytes(model, run) + full_width_bytes(model, run, machine)
+
+
+def adapter_tensors(model: ModelSpec, run: RunConfig) -> tuple[int, ...]:
+    """Return the weights of each trained tensor of one layer: A and B of every adapted module, with DoRA its lengths too."""
+    parts = model.targeted(run.lora_target_modules)
+    sizes = [run.lora_r * width for part in parts for width in (part.inputs, part.outputs)]
+    return tuple(sizes + ([part.outputs for part in parts] if run.use_dora else []))
+
+
+def adapter_params(model: ModelSpec, run: RunConfig) -> int:
+    """Return the weights of the adapter: rank times the inputs and outputs of every adapted linear layer.
+
+    DoRA adds one for each output. rsLoRA, LoRA+ and PiSSA add none: they change the start or the step.
     """
-    hidden, query, keys = model.hidden_size, model.query_size, model.key_value_size
-    norms = 4 * (hidden + 1) * model.norms_per_layer
-    if model.qk_norm:
-        norms += 4 * (query + keys + model.num_attention_heads + model.num_key_value_heads)
-    repeated = run.attn_implementation == "eager" or not model.plain_causal
-    attention = width * (2 * query + 2 * (query if repeated else keys))
-    if model.fused:  # the values are a view of one tensor that holds all three, and the output is copied once
-        attention += width * (2 * query + keys)
-    if run.attn_implementation == "eager":
-        scores = (4 + width if width < 4 else width) + (0 if model.sdpa else width)  # the softmax, cast once; squashed scores
-        attention += model.num_attention_heads * length * scores
-    else:
-        attention += model.num_attention_heads * 4
-    inputs = width * 2 * hidden
-    inner = width * 4 * model.intermediate_size
-    low = width * run.lora_r * len(model.targeted(run.lora_target_modules))
-    return norms + attention + inputs + inner + low
+    return model.num_hidden_layers * sum(adapter_tensors(model, run))
+
+
+def adapter_bytes(model: ModelSpec, run: RunConfig, width: int) -> int:
+    """Return what the adapter takes: 4 bytes a weight, and what its kind remembers of the start.
+
+    DoRA keeps the length of each output's base weights; PiSSA the matrices it started from, in the base's type.
+    """
+    size = 4 * adapter_params(model, run)
+    if run.use_dora:
+        size += model.num_hidden_layers * 4 * sum(part.outputs for part in model.targeted(run.lora_target_modules))
+    return size + (adapter_params(model, run) * width if run.init_lora_weights == "pissa" else 0)
 
 
 def choose_optimizer(run: RunConfig, machine: Machine) -> str:
@@ -78,5 +113,43 @@ def optimizer_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
     """
     if name == "adamw_torch":
         return adapter_params(model, run) * 8
-    sizes = [run.lora_r * size for part in model.targeted(run.lora_target_modules) for size in (part.inputs, part.outputs)]
-    return model.num_hidden_layers * sum(int(size * (2 + 8 / 256)) if size >= _MIN_8BIT else size * 8 for size in sizes)
+    return model.num_hidden_layers * sum(_state_bytes(size) for size in adapter_tensors(model, run))
+
+
+def optimizer_room(model: ModelSpec, run: RunConfig, name: str) -> int:
+    """Return the room to leave for the optimizer's state: never less than a lower rank needs.
+
+    A tensor just too small for 8 bits takes four times as much as one just large enough; counted exactly, a higher
+    rank would seem to save memory. The difference is at most 24 KiB a tensor, and none from 16,000 weights on.
+    """
+    if name == "adamw_torch":
+        return optimizer_bytes(model, run, name)
+    return model.num_hidden_layers * sum(
+        max(_state_bytes(size), _state_bytes(min(size, _MIN_8BIT - 1))) for size in adapter_tensors(model, run)
+    )
+
+
+def movable_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
+    """Return the part of the optimizer's state that the driver may move to RAM when the card is full: large tensors, if paged."""
+    if name != "paged_adamw_8bit":
+        return 0
+    return model.num_hidden_layers * sum(2 * size for size in adapter_tensors(model, run) if size >= _MIN_PAGED)
+
+
+def largest_linear(model: ModelSpec) -> Linear:
+    """Return the linear module with the most weights: what is widened at once while a 4-bit base computes."""
+    return max(model.linears(), key=lambda part: part.weights)
+
+
+def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int) -> int:
+    """Return what one 4-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
+
+    Doubly quantized constants are widened to 32 bits first.
+    """
+    if not four_bit(model, run):
+        return 0
+    return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) else 0)
+
+
+def _state_bytes(size: int) -> int:
+    return size * 8 if size < _MIN_8BIT else size * 2 + 2 * 4 * -(-size // _STATE_BLOCK)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from qlora_tui.engine.errors import ConfigError, Problem
 
-Kind = Literal["text", "integer", "number", "flag", "list", "duration"]
+Kind = Literal["text", "integer", "number", "flag", "list", "duration", "layers"]
 Value = str | int | float | bool | tuple[str, ...]
 
 BUILTIN = "builtin:"
@@ -66,7 +66,9 @@ class RunConfig:
 
     model_name_or_path: str = _key("", "model", "Base model: a local folder, a hub id, or builtin:smollm2-135m.")
     revision: str = _key("main", "model", "Branch, tag or commit of a hub model.")
-    method: str = _key("qlora", "model", "qlora: 4-bit base. lora: 16-bit base.", choices=("qlora", "lora"))
+    method: str = _key(
+        "qlora", "model", "qlora: 4-bit base. lora: 16-bit base. auto: 16-bit where it fits.", choices=("qlora", "lora", "auto")
+    )
     bnb_4bit_quant_type: str = _key(
         "nf4", "model", "4-bit type of a qlora base; fp4 loses about twice as much as nf4.", choices=("nf4", "fp4")
     )
@@ -87,6 +89,14 @@ class RunConfig:
     lora_target_modules: tuple[str, ...] = _key(
         ("all-linear",), "lora", "Which linear layers get an adapter: all-linear or names such as q_proj."
     )
+    init_lora_weights: str = _key(
+        "default", "lora", "How the adapter starts: as no change, or pissa: from the base's main directions.", choices=("default", "pissa")
+    )
+    use_dora: bool = _key(False, "lora", "DoRA: learn length and direction apart; a little better at low ranks, slower.")
+    use_rslora: bool = _key(False, "lora", "rsLoRA: scale by alpha / sqrt(rank), which keeps high ranks learning.")
+    loraplus_lr_ratio: float = _key(
+        1.0, "lora", "LoRA+: learning rate of B over that of A; 16 is usual, 1: off.", low=1.0, high=256.0
+    )
 
     data: tuple[str, ...] = _key((), "data", "Training data: JSONL files, hub datasets, or builtin:python-docs.")
     data_format: str = _key("auto", "data", "Shape of the rows; auto decides and says why.", choices=DATA_FORMATS)
@@ -96,9 +106,11 @@ class RunConfig:
     max_length: int = _key(2048, "data", "Longest row in tokens; longer rows are dropped and counted.", low=16, high=1_048_576)
     skip_bad_rows: bool = _key(False, "data", "Go on without broken rows, counted, instead of stopping at the first.")
 
-    per_device_train_batch_size: int = _key(2, "training", "Rows at once on the device.", low=1, high=4096)
+    per_device_train_batch_size: int = _key(
+        0, "training", "Rows at once on the device; 0: as many as fit, with as many rows a step.", low=0, high=4096
+    )
     gradient_accumulation_steps: int = _key(
-        8, "training", "Batches summed before a step; rows a step = both multiplied. Costs no memory.", low=1, high=65_536
+        16, "training", "Batches summed before a step; rows a step = both multiplied. Costs no memory.", low=1, high=65_536
     )
     num_train_epochs: float = _key(2.0, "training", "Passes over the data; most tasks peak after 1-2.", low=0.0, high=1000.0)
     max_steps: int = _key(0, "training", "Stop after so many optimizer steps; 0: by epochs.", low=0)
@@ -113,14 +125,19 @@ class RunConfig:
     optim: str = _key(
         "auto",
         "training",
-        "auto: paged 8-bit AdamW on CUDA, plain AdamW on CPU.",
+        "auto: 8-bit AdamW on CUDA, paged where memory is short; plain AdamW on CPU.",
         choices=("auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"),
     )
     seed: int = _key(42, "training", "Decides the data order, the hold-out and the adapter's start.", low=0, high=2**32 - 1)
 
-    gradient_checkpointing: bool = _key(
-        True, "memory", "Recompute activations in the backward pass: far less memory, about a third slower."
+    gradient_checkpointing: str = _key(
+        "auto",
+        "memory",
+        "Recompute activations: true (all layers: least memory, about a third slower), false, a number of layers, or auto.",
+        kind="layers",
     )
+    loss_chunk_size: int = _key(0, "memory", "Tokens whose logits are held at once; 0: chosen by the vocabulary.", low=0, high=1_048_576)
+    rehearsal: bool = _key(True, "memory", "Before step 1, run the longest batch and measure it; off only to save seconds on CUDA.")
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
 
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
@@ -183,6 +200,8 @@ def read_text(key: Key, text: str, *, where: str = "") -> Value:
                 return tuple(part.strip(" \"'") for part in inner.split(",") if part.strip(" \"'"))
             case "text":
                 return raw
+            case "layers":
+                return _layers(raw)
     except (ValueError, KeyError):
         raise _wrong_type(key, text, where) from None
 
@@ -204,6 +223,11 @@ def read_value(key: Key, value: object, *, where: str = "") -> Value:
             return read_text(key, value, where=where) if key.kind == "duration" else (value,)
         case "flag", bool():
             return value
+        case "layers", bool() | int() | str():
+            try:
+                return _layers(str(value).lower())
+            except ValueError:
+                raise _wrong_type(key, value, where) from None
         case "text", str():
             return value
         case "list", list() | tuple() if all(isinstance(part, str) for part in value):
@@ -250,9 +274,21 @@ def seconds(text: str) -> float:
     return sum(float(match[unit]) * size for unit, size in units.items() if match[unit])
 
 
+def checkpointed_of(run: RunConfig, layers: int) -> int:
+    """Return how many of `layers` recompute their inside; all of them where the planner has not chosen yet."""
+    if run.gradient_checkpointing in ("auto", "true"):
+        return layers
+    return 0 if run.gradient_checkpointing == "false" else min(int(run.gradient_checkpointing), layers)
+
+
+def rows_at_once(run: RunConfig) -> int:
+    """Return the rows of one micro-batch; one where the planner has not chosen yet."""
+    return max(1, run.per_device_train_batch_size)
+
+
 def rows_per_step(run: RunConfig) -> int:
-    """Return how many rows one optimizer step sees."""
-    return run.per_device_train_batch_size * run.gradient_accumulation_steps
+    """Return how many rows one optimizer step sees; the planner's choice of rows at once never changes it."""
+    return rows_at_once(run) * run.gradient_accumulation_steps
 
 
 def problems(run: RunConfig) -> list[Problem]:
@@ -277,6 +313,21 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
+    return [*found, *_combinations(run)]
+
+
+def _combinations(run: RunConfig) -> list[Problem]:
+    """Return kinds of adapter that do not go together, whatever the model."""
+    found = []
+    if run.init_lora_weights == "pissa" and run.method == "qlora":
+        told = "pissa starts from the main directions of 16-bit weights, which a 4-bit base no longer holds"
+        found.append(Problem("init_lora_weights", told, "say method=lora, or init_lora_weights=default"))
+    if run.init_lora_weights == "pissa" and run.use_dora:
+        told = "DoRA and pissa both take the base's weights apart, each in its own way"
+        found.append(Problem("use_dora", told, "turn one of them off"))
+    if run.use_dora and run.lora_dropout:
+        told = "with DoRA the base's part would have to be computed twice, with and without dropout"
+        found.append(Problem("lora_dropout", told, "say lora_dropout=0, or use_dora=false"))
     return found
 
 
@@ -301,6 +352,16 @@ def _out_of_bounds(run: RunConfig, key: Key) -> Problem | None:
     return None
 
 
+def _layers(text: str) -> str:
+    """Read `auto`, `true`, `false` or a number of layers; a bare 0 is none of them."""
+    word = {"yes": "true", "on": "true", "no": "false", "off": "false", "0": "false"}.get(text.lower(), text.lower())
+    if word in ("auto", "true", "false"):
+        return word
+    if not word.isdecimal():
+        raise ValueError(text)
+    return str(int(word))
+
+
 def _finite(number: float) -> float:
     if not math.isfinite(number):
         raise ValueError(number)
@@ -314,6 +375,7 @@ _KIND_WORDS: dict[Kind, str] = {
     "flag": "true or false",
     "list": "a list of texts",
     "duration": "a duration such as 90m or 2h",
+    "layers": "auto, true, false or a number of layers",
 }
 if set(_KIND_WORDS) != set(get_args(Kind)):
     raise AssertionError("a kind of key has no words")

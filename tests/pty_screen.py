@@ -26,7 +26,7 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
-        clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI")}
+        clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI", "COLUMNS", "LINES")}
         known = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", (_TAKE if controls else _ALONE) + script, *arguments],
@@ -37,10 +37,13 @@ class Terminal:
         )
         self.seen = b""
 
-    def read_until(self, wanted: bytes) -> None:
-        """Read until `wanted` was seen; fail with the last bytes if it never comes."""
+    def read_until(self, wanted: bytes, *, anew: bool = True) -> None:
+        """Read until `wanted` was seen, unless `anew` is false and it was seen before; fail with the last bytes if it never comes.
+
+        What is on the screen already is not sent again: only a screen that changes may be waited for anew.
+        """
         deadline = time.monotonic() + PATIENCE
-        start = len(self.seen)
+        start = len(self.seen) if anew else 0
         while wanted not in self.seen[max(0, start - len(wanted)) :]:
             assert time.monotonic() < deadline, f"{wanted!r} never came: {self.seen[-3000:]!r}"
             self._read()

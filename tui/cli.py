@@ -181,6 +181,9 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
 def _budget_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--card", metavar="NAME", default="", help='another card than the one here, such as "RTX 4090"')
+    parser.add_argument(
+        "--probe", metavar="N", type=_count, default=0, help="first train on N real rows, keep nothing, and measure the speed"
+    )
     _json(parser)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 LOGITS_PER_CHUNK = 1 << 26
-"""Most logits held at once: 256 MiB in float32, so a chunk is 523 tokens at a vocabulary of 128,256."""
+"""Most logits held at once unless a chunk is asked for: 256 MiB in float32, so 523 tokens at a vocabulary of 128,256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,17 @@ class Head:
         return logits_NV if self.softcap is None else torch.tanh(logits_NV.div_(self.softcap)).mul_(self.softcap)
 
 
-def token_losses(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each label in float32 nats [N], differentiable in `hidden_NH`."""
-    losses: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, labels_N, head)  # type: ignore[no-untyped-call]  # torch leaves it bare
+def token_losses(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+    """Return the negative log-likelihood of each label in float32 nats [N], differentiable in `hidden_NH`.
+
+    Args:
+        hidden_NH: last hidden states of the positions that predict something.
+        head: the output layer.
+        labels_N: the tokens that follow.
+        chunk: tokens whose logits are held at once; 0: as many as `LOGITS_PER_CHUNK` allows. Fewer take less memory and
+            more kernel launches; the losses differ by rounding at most.
+    """
+    losses: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, labels_N, head, chunk)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return losses
 
 
@@ -42,10 +50,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The hidden gradient is made in the forward pass; the backward pass only scales its rows."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: torch.Tensor, labels_N: torch.Tensor, head: Head) -> torch.Tensor:
+    def forward(ctx: Any, hidden_NH: torch.Tensor, labels_N: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
         losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_NH.device)
         grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        rows = max(1, LOGITS_PER_CHUNK // head.weight_VH.shape[0])
+        rows = chunk or max(1, LOGITS_PER_CHUNK // head.weight_VH.shape[0])
         for start in range(0, len(labels_N), rows):
             part = slice(start, start + rows)
             logits_nV = head.logits(hidden_NH[part])
@@ -59,9 +67,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grads[0][:, None].to(grad_NH.dtype), None, None
+        return grad_NH * grads[0][:, None].to(grad_NH.dtype), None, None, None
 
 
 def _hidden_gradient(logits_nV: torch.Tensor, lse_n: torch.Tensor, labels_n: torch.Tensor, head: Head) -> torch.Tensor:

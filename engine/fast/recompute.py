@@ -13,20 +13,31 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute(layers: torch.nn.ModuleList, *, dropout: bool) -> None:
-    """Make every layer of `layers` recompute its inside; random numbers are replayed only where `dropout` draws any."""
-    for layer in layers:
-        layer.forward = _Recomputed(layer.forward, dropout)  # on the instance, so no other model of the class is touched
+def recompute(layers: torch.nn.ModuleList, number: int, *, dropout: bool) -> None:
+    """Make the first `number` layers recompute their inside; may be called again with another number.
+
+    The first ones, since what they keep would lie in memory longest. Random numbers are replayed only where
+    `dropout` draws any.
+    """
+    for index, layer in enumerate(layers):
+        inner = layer.forward.inner if isinstance(layer.forward, _Recomputed) else layer.forward
+        # on the instance, so that no other model of the class is touched
+        layer.forward = _Recomputed(inner, dropout) if index < number else inner
+
+
+def recomputed(layers: torch.nn.ModuleList) -> int:
+    """Return how many of `layers` recompute their inside now."""
+    return sum(isinstance(layer.forward, _Recomputed) for layer in layers)
 
 
 class _Recomputed:
     """The forward of one layer, checkpointed whenever gradients are asked for."""
 
     def __init__(self, forward: Callable[..., Any], dropout: bool) -> None:
-        self._forward = forward
-        self._dropout = dropout
+        self.inner = forward
+        self.dropout = dropout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
-        return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=self._dropout, **kwargs)
+            return self.inner(*args, **kwargs)
+        return checkpoint(self.inner, *args, use_reentrant=False, preserve_rng_state=self.dropout, **kwargs)

@@ -13,7 +13,9 @@ from qlora_tui.engine.errors import Stopped
 from qlora_tui.engine.evaluate import RowLoss
 from qlora_tui.engine.events import Evaluated, Event, Phase, Wishes
 from qlora_tui.engine.load import Loaded
+from qlora_tui.engine.meter import Meter, out_of_memory, said
 from qlora_tui.engine.train.fence import Fence
+from qlora_tui.engine.train.step import Halving
 
 BASE = "base"
 
@@ -35,7 +37,9 @@ class Holdout:
 
     folder: Path
     rows: list[TokenRow]
-    batch: int
+    halving: Halving
+    chunk: int
+    meter: Meter
     wishes: Wishes
     base: list[RowLoss] = field(default_factory=list)
     newest: list[RowLoss] = field(default_factory=list)
@@ -54,23 +58,39 @@ class Holdout:
         """Measure the hold-out after `step` (0: the base) and say what came out.
 
         A wish to stop ends the measurement without a result; the loop sees the same wish at its next safe point.
+        When memory runs out it starts again with half as many rows at once.
+
+        Raises:
+            WontFit: halving did not help.
         """
         if not self.rows:
             return
         began = time.monotonic()
         yield Phase("eval", "begin", done=0, total=len(self.rows), unit="rows")
-        losses: list[RowLoss] = []
-        try:
-            with fence.excursion(adapter_off=step == 0):
-                losses = yield from self._progress(loaded)
-        except Stopped:
-            pass
-        yield Phase("eval", "end", done=len(losses), total=len(self.rows), unit="rows", seconds=time.monotonic() - began)
+        with self.meter.phase("eval", fresh=step == 0):
+            losses, words = yield from self._attempt(step, loaded, fence)
+            while words:
+                yield self.halving.halve(step, words)
+                losses, words = yield from self._attempt(step, loaded, fence)
+        seconds, told = time.monotonic() - began, self.meter.told("eval")
+        yield Phase("eval", "end", done=len(losses), total=len(self.rows), unit="rows", seconds=seconds, **told)
         if losses:
             yield self._remember(step, losses)
 
+    def _attempt(self, step: int, loaded: Loaded, fence: Fence) -> Generator[Event, None, tuple[list[RowLoss], str]]:
+        """Return the losses, none if somebody asked to stop; and the error's words where memory ran out."""
+        try:
+            with fence.excursion(adapter_off=step == 0):
+                return (yield from self._progress(loaded)), ""
+        except Stopped:
+            return [], ""
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return [], said(error)
+
     def _progress(self, loaded: Loaded) -> Generator[Event, None, list[RowLoss]]:
-        work = evaluate.measure(loaded, self.rows, self.batch, lambda: poll_for(self.wishes))
+        work = evaluate.measure(loaded, self.rows, self.halving.rows, lambda: poll_for(self.wishes), chunk=self.chunk)
         try:
             while True:
                 done = next(work)

@@ -1,4 +1,4 @@
-"""A run from its first phase to its adapter: fetch, data, plan, load, measure, train, measure, save.
+"""A run from its first phase to its adapter: fetch, data, plan, load, rehearse, measure, train, measure, save.
 
 `train` yields everything that happens and does no printing; `session` owns the thread it runs in.
 """
@@ -8,30 +8,36 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from qlora_tui.engine import budget, builtin, checkpoint, hub
-from qlora_tui.engine.batches import steps_per_epoch
+from qlora_tui.engine import builtin, checkpoint, hub, measured
+from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
-from qlora_tui.engine.errors import CheckpointError, DataError, ModelError, Stopped, WontFit
+from qlora_tui.engine.errors import CheckpointError, DataError, ModelError, Stopped
 from qlora_tui.engine.events import Event, Finding, Phase, PhaseName, Planned, Prepared, Resumed, Saved, Wishes
+from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.hub import ModelFiles
-from qlora_tui.engine.load import Loaded, choose_dtype, load
-from qlora_tui.engine.machine import Machine, resident_bytes
+from qlora_tui.engine.journal import EVENTS, read_records
+from qlora_tui.engine.load import Loaded, choose_dtype, load, trainable
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.meter import Meter, empty_cache, out_of_memory, said
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_per_step
+from qlora_tui.engine.rehearse import Cast, Rehearsed, pieces, rehearse
+from qlora_tui.engine.spec import BUILTIN, RunConfig, checkpointed_of, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.train.choices import Choices, choose, wont_fit
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
 from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
+from qlora_tui.engine.train.step import Gradient, Halving, Thrash
+from qlora_tui.engine.units import gib
 from qlora_tui.engine.watch import Watch
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +45,7 @@ class Job:
     """A checked run: what `preflight` found, where to write, whom to listen to.
 
     `say` journals what a callback deep inside a download or the tokenizer has to tell, where a generator cannot yield.
+    `rehearse_on_cpu` is for tests: a processor has no hard limit to find out about, and a rehearsal costs it a whole step.
     """
 
     run: RunConfig
@@ -51,6 +58,7 @@ class Job:
     wishes: Wishes
     say: Callable[[Event], object]
     resume: bool = False
+    rehearse_on_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,37 +82,44 @@ def train(job: Job) -> Generator[Event, None, Result]:
     except Stopped:
         outcome: Literal["stopped", "aborted"] = "aborted" if job.wishes.urgent() == "abort" else "stopped"
         return Result(outcome, f"{outcome} before the first step: there is nothing to save")
-    except torch.cuda.OutOfMemoryError as error:
-        raise WontFit(
-            "the GPU ran out of memory",
-            hint="close other programs on it, or lower max_length or per_device_train_batch_size, or turn gradient_checkpointing on",
-        ) from error.with_traceback(None)  # the frames would keep the tensors alive
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        told = wont_fit(job.model_spec, job.run, job.machine, "the device ran out of memory")
+        raise told from error.with_traceback(None)  # the frames would keep the tensors alive
 
 
 def _train(job: Job) -> Generator[Event, None, Result]:
-    _limit_memory(job)
     folder = yield from _fetch(job)
     tokenized = yield from _data(job, folder)
-    total = total_steps(job.run, steps_per_epoch(len(tokenized.train), rows_per_step(job.run)))
-    yield from _announce(job, tokenized, total)
+    choices = yield from _plan(job, tokenized)
+    device = torch.device("cuda", 0) if job.machine.kind == "cuda" else torch.device("cpu")
+    _limit_memory(device, choices)
+    meter = Meter(device, job.machine, choices.predicted())
     began = time.monotonic()
     yield Phase("load", "begin", note=job.run.model_name_or_path)
-    loaded = load(job.run, folder, job.machine)
-    yield Phase("load", "end", seconds=time.monotonic() - began, peak_bytes=_peak(loaded.device))
-    loop = _loop(job, loaded, tokenized, total)
+    with meter.phase("load", fresh=True):
+        loaded = load(choices.run, folder, job.machine)
+    yield Phase("load", "end", seconds=time.monotonic() - began, **meter.told("load"))
+    loop = _loop(job, choices, loaded, tokenized, meter)
+    rehearsed = yield from _rehearse(job, choices, loop, tokenized)
     if job.resume:
         yield from _resume(job, loop)
     yield from loop.holdout.measure_base(loaded, loop.fence)
-    if loaded.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    ending = yield from loop.train()
-    return (yield from _finish(job, loop, folder, ending))
+    with meter.phase("train", fresh=True):
+        ending = yield from loop.train()
+    result = yield from _finish(job, loop, folder, ending)
+    choices.remember(meter, loop.timed, rehearsed, halved=loop.gradient.halving.times > 0)
+    return result
 
 
-def _limit_memory(job: Job) -> None:
-    if job.machine.kind == "cuda" and job.run.memory_limit_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.run.memory_limit_gib * GIB / total), 0)
+def _limit_memory(device: torch.device, choices: Choices) -> None:
+    """Hold the allocator to what `memory_limit_gib` leaves once CUDA's context, which it does not count, has its part."""
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    room = choices.free_bytes - choices.plan.budget.bytes_of("context")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, room / total)) if choices.run.memory_limit_gib else 1.0, device)
 
 
 def _fetch(job: Job) -> Generator[Event, None, Path]:
@@ -155,8 +170,14 @@ def _check_ids(job: Job, tokenized: Tokenized) -> None:
         )
 
 
-def _announce(job: Job, tokenized: Tokenized, total: int) -> Iterator[Event]:
-    """Say what will be trained and what it will take."""
+def _plan(job: Job, tokenized: Tokenized) -> Generator[Event, None, Choices]:
+    """Choose what the config leaves open, now that the rows are known, and say what will be trained and what it will take."""
+    began = time.monotonic()
+    yield Phase("plan", "begin")
+    lengths = [len(row.input_ids) for row in (*tokenized.train, *tokenized.holdout)]
+    past = read_records(job.folder / EVENTS) if job.resume else []
+    choices = choose(job.model_spec, job.run, job.machine, lengths, past)
+    yield Phase("plan", "end", seconds=time.monotonic() - began)
     facts = tokenized.facts
     yield Prepared(
         format=job.dataset.format,
@@ -167,40 +188,120 @@ def _announce(job: Job, tokenized: Tokenized, total: int) -> Iterator[Event]:
         tokens=facts.tokens,
         supervised_tokens=facts.supervised_tokens,
         steps_per_epoch=steps_per_epoch(len(tokenized.train), rows_per_step(job.run)),
-        total_steps=total,
+        total_steps=_total(choices.run, tokenized),
         refused=facts.refused,
         dropped=facts.dropped,
         max_row_tokens=facts.max_row_tokens,
         notes=facts.notes,
     )
-    device = torch.device("cuda" if job.machine.kind == "cuda" else "cpu")
-    choices = {
-        "dtype": str(choose_dtype(job.run, job.machine)).removeprefix("torch."),
-        "optim": choose_optimizer(job.run, device),
-        "eval_steps": cadence(job.run.eval_steps, total, EVALS),
-        "save_steps": cadence(job.run.save_steps, total, SAVES),
-        "warmup_steps": warmup_steps(job.run, total),
-    }
-    yield Planned(budget.estimate(job.model_spec, job.run, job.machine, longest=facts.max_row_tokens).to_json(), choices)
+    yield _planned(job, choices, _total(choices.run, tokenized))
+    if choices.hopeless:
+        raise choices.refuse(f"this run needs about {gib(choices.plan.budget.total_bytes)}")
+    return choices
 
 
-def _loop(job: Job, loaded: Loaded, tokenized: Tokenized, total: int) -> Loop:
-    run = job.run
+def _planned(job: Job, choices: Choices, total: int) -> Planned:
+    run = choices.run
+    return choices.planned(
+        dtype=str(choose_dtype(run, job.machine)).removeprefix("torch."),
+        optim=choose_optimizer(run, torch.device(job.machine.kind)),
+        eval_steps=cadence(run.eval_steps, total, EVALS),
+        save_steps=cadence(run.save_steps, total, SAVES),
+        warmup_steps=warmup_steps(run, total),
+    )
+
+
+def _total(run: RunConfig, tokenized: Tokenized) -> int:
+    return total_steps(run, steps_per_epoch(len(tokenized.train), rows_per_step(run)))
+
+
+def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, meter: Meter) -> Loop:
+    run, total, device = choices.run, _total(choices.run, tokenized), loaded.device
     fence = Fence(loaded)
-    holdout = Holdout(job.folder, tokenized.holdout, run.per_device_train_batch_size, job.wishes)
-    optimizer = build_optimizer(run, fence.trained, loaded.device)
+    halving = partial(Halving, rows=rows_at_once(run), device=device, refuse=choices.refuse)
+    optimizer = build_optimizer(run, trainable(loaded.model), device)
     loaded.model.train()
     return Loop(
         run=run,
         loaded=loaded,
+        gradient=Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device)),
         optimizer=optimizer,
-        rows=tokenized.train,
-        holdout=holdout,
+        order=Order(tokenized.train, rows_per_step(run), run.seed),
+        holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes),
+        meter=meter,
         watch=Watch(total, warmup_steps(run, total)),
         fence=fence,
         wishes=job.wishes,
         total=total,
     )
+
+
+def _rehearse(job: Job, choices: Choices, loop: Loop, tokenized: Tokenized) -> Generator[Event, None, Rehearsed | None]:
+    """Run the worst batch first; what does not fit is made leaner where the config leaves that open.
+
+    On CUDA unless `rehearsal` is off. On a CPU never: nothing there refuses memory, and it would cost a whole step.
+
+    Raises:
+        WontFit: it does not fit and no leaner choice is left.
+    """
+    cuda = loop.loaded.device.type == "cuda"
+    if not choices.run.rehearsal or not (cuda or job.rehearse_on_cpu):
+        return None
+    while True:
+        began = time.monotonic()
+        rehearsed, words, lacking = yield from _rehearse_once(choices, loop, tokenized)
+        if rehearsed is not None:
+            break
+        empty_cache(loop.loaded.device)
+        yield Phase("probe", "end", seconds=time.monotonic() - began, note=words)
+        changes = choices.leaner()
+        if not changes:
+            raise choices.refuse(f"the rehearsal of the longest batch did not fit: {words}", lacking)
+        _resize(loop, choices)
+        yield Finding("memory", "warn", 0, f"the rehearsal did not fit ({words}); now leaner: {changes}", (), {"lacking_bytes": lacking})
+        yield _planned(job, choices, loop.total)
+    if cuda and measured.speed(job.machine.name) is None and (speed := pieces(loop.loaded, job.model_spec)) is not None:
+        measured.remember_speed(job.machine.name, measured.versions(), speed)
+    return rehearsed
+
+
+def _rehearse_once(choices: Choices, loop: Loop, tokenized: Tokenized) -> Generator[Event, None, tuple[Rehearsed | None, str, int]]:
+    """Return what was measured; or None, what went wrong, and how many bytes the estimate was measured to be too low, if known."""
+    run = choices.run
+    cast = Cast(
+        loaded=loop.loaded,
+        optimizer=loop.optimizer,
+        train_rows=tokenized.train,
+        eval_rows=tokenized.holdout,
+        add=loop.gradient.add,
+        rows_at_once=rows_at_once(run),
+        repeats=run.gradient_accumulation_steps,
+        chunk=run.loss_chunk_size,
+        excursion=loop.fence.excursion,
+        poll=lambda: poll_for(loop.wishes),
+    )
+    try:
+        rehearsed = yield from rehearse(cast, loop.meter)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None, said(error), 0
+    needed = max(rehearsed.peaks.values())
+    if needed <= choices.free_bytes:
+        return rehearsed, "", 0
+    words = f"it needs {gib(needed)} and {gib(choices.free_bytes)} are free"
+    return None, words, max(1, needed - choices.plan.budget.total_bytes)
+
+
+def _resize(loop: Loop, choices: Choices) -> None:
+    """Give a loop that has not begun the leaner choices."""
+    run = loop.run = choices.run
+    layers = loop.loaded.decoder.layers
+    assert isinstance(layers, torch.nn.ModuleList)
+    recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
+    loop.gradient.halving.rows = loop.holdout.halving.rows = rows_at_once(run)
+    loop.gradient.chunk = loop.holdout.chunk = run.loss_chunk_size
+    loop.meter.predicted = choices.predicted()
 
 
 def _resume(job: Job, loop: Loop) -> Iterator[Event]:
@@ -213,9 +314,7 @@ def _resume(job: Job, loop: Loop) -> Iterator[Event]:
             raise CheckpointError("no checkpoint of this run is sound", where=str(job.folder))
         yield Resumed(0)
         return
-    state = checkpoint.restore(path, loop.loaded.model, loop.optimizer)
-    loop.step = loop.saved_step = int(state["step"])
-    loop.watch.restore(state["watch"])
+    loop.restore(checkpoint.restore(path, loop.loaded.model, loop.optimizer))
     yield Resumed(loop.step)
 
 
@@ -252,7 +351,3 @@ def _teller(say: Callable[[Event], object], phase: PhaseName, unit: str) -> Call
             say(Phase(phase, "progress", done=done, total=total, unit=unit))
 
     return tell
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes()

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from qlora_tui.engine import checkpoint
-from qlora_tui.engine.batches import collate, epoch_order, micro_batches, steps_per_epoch, supervised_tokens
+from qlora_tui.engine.batches import Order, supervised_tokens
 from qlora_tui.engine.data import TokenRow
-from qlora_tui.engine.errors import Diverged, SpaceError
+from qlora_tui.engine.errors import Diverged, SpaceError, WontFit
 from qlora_tui.engine.events import Event, Finding, Phase, Saved, Stepped, Wishes
-from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.forecast import Pace
 from qlora_tui.engine.load import Loaded
-from qlora_tui.engine.machine import resident_bytes
-from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.meter import Meter, in_use
+from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout
-from qlora_tui.engine.train.optim import clip, gradient_norm
+from qlora_tui.engine.train.optim import clip, gradient_norm, set_rate
 from qlora_tui.engine.train.schedule import cadence, learning_rate
+from qlora_tui.engine.train.step import Gradient
 from qlora_tui.engine.watch import Watch
 
 EVALS, SAVES = 5, 10
@@ -40,16 +41,18 @@ class Loop:
 
     run: RunConfig
     loaded: Loaded
+    gradient: Gradient
     optimizer: torch.optim.Optimizer
-    rows: list[TokenRow]
+    order: Order
     holdout: Holdout
+    meter: Meter
     watch: Watch
     fence: Fence
     wishes: Wishes
     total: int
     step: int = 0
     saved_step: int = -1
-    _order: tuple[int, list[list[int]]] = (-1, [])
+    timed: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, rows and seconds of each step
     _pace: Pace = field(default_factory=Pace)
 
     def train(self) -> Generator[Event, None, str]:
@@ -57,6 +60,7 @@ class Loop:
 
         Raises:
             Diverged: the watch stopped the run; a diagnostic checkpoint was saved.
+            WontFit: memory ran out and halving did not help; the steps before were saved.
         """
         began, first = time.monotonic(), self.step
         yield Phase("train", "begin", done=self.step, total=self.total, unit="steps")
@@ -65,15 +69,16 @@ class Loop:
             ending = yield from self._safe_point(time.monotonic() - began if self.step > first else 0.0)
             if ending != "done":
                 break
-            stepped = self._step(self.step + 1)
+            stepped = yield from self._survive(self.step + 1)
             self.step += 1
             yield stepped
+            self.timed.append((stepped.tokens, len(stepped.rows), stepped.seconds))
             yield from self._judge(stepped)
             yield from self._afterwards(stepped)
         if ending != "abort":
             yield from self.save()
-        peak = torch.cuda.max_memory_allocated() if self.loaded.device.type == "cuda" else resident_bytes()
-        yield Phase("train", "end", done=self.step, total=self.total, unit="steps", seconds=time.monotonic() - began, peak_bytes=peak)
+        seconds, told = time.monotonic() - began, self.meter.told("train")
+        yield Phase("train", "end", done=self.step, total=self.total, unit="steps", seconds=seconds, **told)
         return ending
 
     def save(self) -> Iterator[Event]:
@@ -83,17 +88,41 @@ class Loop:
         yield Phase("save", "begin")
         began = time.monotonic()
         try:
-            state = {"total": self.total, "watch": self.watch.state()}
-            path = checkpoint.save(self.holdout.folder, self.step, self.loaded.model, self.optimizer, state)
+            with self.meter.phase("save"):
+                path = checkpoint.save(self.holdout.folder, self.step, self.loaded.model, self.optimizer, self._state())
         except SpaceError as error:
             advice = ("free space on this disk: training goes on and tries again at the next save",)
             yield Finding("disk", "warn", self.step, str(error), advice)
             return
         finally:
-            yield Phase("save", "end", seconds=time.monotonic() - began)
+            yield Phase("save", "end", seconds=time.monotonic() - began, **self.meter.told("save"))
         self.saved_step = self.step
         yield Saved(self.step, str(path.relative_to(self.holdout.folder)), checkpoint.folder_bytes(path))
         checkpoint.prune(self.holdout.folder, self.run.save_total_limit)
+
+    def _state(self) -> dict[str, Any]:
+        halved = {"rows_at_once": self.gradient.halving.rows, "eval_rows": self.holdout.halving.rows}
+        return {"total": self.total, "watch": self.watch.state(), **halved}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint remembers: the step, the detectors, and how far memory made batches smaller."""
+        self.step = self.saved_step = int(state["step"])
+        self.watch.restore(state["watch"])
+        for halving, name in ((self.gradient.halving, "rows_at_once"), (self.holdout.halving, "eval_rows")):
+            halving.rows = min(halving.rows, int(state.get(name, halving.rows)))
+
+    def _survive(self, step: int) -> Generator[Event, None, Stepped]:
+        """Take one step and say what memory made of it; when it does not fit at all, the steps before are saved first."""
+        stepped: Stepped | WontFit
+        try:
+            stepped = self._step(step)
+        except WontFit as error:
+            stepped = error
+        yield from self.gradient.tell(step)
+        if isinstance(stepped, WontFit):
+            yield from self.save()
+            raise stepped
+        return stepped
 
     def _safe_point(self, trained_seconds: float) -> Generator[Event, None, str]:
         """Between steps: obey wishes, look at the clock; returns why to stop, or "done" to go on.
@@ -111,11 +140,10 @@ class Loop:
     def _step(self, step: int) -> Stepped:
         """Compute one optimizer step and apply it if it is finite."""
         began = time.monotonic()
-        rows = self._rows_of(step)
+        rows = self.order.of(step)
         supervised = sum(supervised_tokens(row) for row in rows)
         lr = learning_rate(self.run, step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         loss, data_seconds = self._backward(rows, supervised)
         parameters = self.fence.trained
         norm = gradient_norm(parameters)
@@ -126,11 +154,10 @@ class Loop:
             clipped = clip(parameters, norm, self.run.max_grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        per_epoch = steps_per_epoch(len(self.rows), rows_per_step(self.run))
         return Stepped(
             step=step,
             total_steps=self.total,
-            epoch=step / per_epoch,
+            epoch=step / self.order.per_epoch,
             loss=loss,
             grad_norm=norm,
             clipped=clipped,
@@ -141,31 +168,12 @@ class Loop:
             seconds=time.monotonic() - began,
             data_seconds=data_seconds,
             rows=tuple(row.row for row in rows),
-            **_memory(self.loaded.device),
+            **in_use(self.loaded.device),
         )
 
     def _backward(self, rows: list[TokenRow], supervised: int) -> tuple[float, float]:
-        """Add up the gradient of a step; returns its loss in nats a token and the seconds spent on batches."""
-        total = torch.zeros((), device=self.loaded.device)
-        data_seconds = 0.0
-        for part in micro_batches(rows, self.run.per_device_train_batch_size):
-            began = time.monotonic()
-            batch = collate(part, self.loaded.device)
-            data_seconds += time.monotonic() - began
-            hidden_BTH = self.loaded.hidden(batch.input_ids_BT)
-            hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, batch.positions_N)
-            loss = token_losses(hidden_NH, self.loaded.head, batch.labels_N).sum() / supervised
-            loss.backward()
-            total += loss.detach()
-        return float(total), data_seconds
-
-    def _rows_of(self, step: int) -> list[TokenRow]:
-        per_epoch = steps_per_epoch(len(self.rows), rows_per_step(self.run))
-        epoch, index = divmod(step - 1, per_epoch)
-        if self._order[0] != epoch:
-            lengths = [len(row.input_ids) for row in self.rows]
-            self._order = (epoch, epoch_order(lengths, rows_per_step(self.run), self.run.seed, epoch))
-        return [self.rows[row] for row in self._order[1][index]]
+        """Add up the gradient of the step; returns its loss in nats a token and the seconds spent on batches."""
+        return self.gradient.of_step(rows, supervised, self.step + 1)
 
     def _judge(self, stepped: Stepped) -> Iterator[Event]:
         """Ask the detectors; a stop keeps a diagnostic checkpoint and ends the run."""
@@ -185,14 +193,3 @@ class Loop:
             yield from self.holdout.measure(self.step, self.loaded, self.fence)
         if self.step % cadence(self.run.save_steps, self.total, SAVES) == 0:
             yield from self.save()
-
-
-def _memory(device: torch.device) -> dict[str, int]:
-    if device.type == "cuda":
-        return {
-            "memory_allocated_bytes": torch.cuda.memory_allocated(),
-            "memory_reserved_bytes": torch.cuda.memory_reserved(),
-            "memory_peak_bytes": torch.cuda.max_memory_allocated(),
-        }
-    resident = resident_bytes()
-    return {"memory_allocated_bytes": resident, "memory_reserved_bytes": resident, "memory_peak_bytes": resident}

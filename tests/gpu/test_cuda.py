@@ -55,7 +55,7 @@ def on_gpu(run: RunConfig, folder: Path, asked: Asked | None = None, *, resume: 
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"bnb_4bit_quant_type": "fp4"}, {"method": "lora"}, {"gradient_checkpointing": False}, {"lora_dropout": 0.1}]
+    "values", [{}, {"bnb_4bit_quant_type": "fp4"}, {"method": "lora"}, {"gradient_checkpointing": "false"}, {"lora_dropout": 0.1}]
 )
 def test_every_base_learns(run_of: Make, tmp_path: Path, values: dict[str, Any]) -> None:
     ran = on_gpu(run_of(**values), tmp_path / "run")

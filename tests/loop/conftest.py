@@ -36,7 +36,7 @@ def run_of(tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[d
             "gradient_accumulation_steps": 2,
             "max_steps": 6,
             "learning_rate": 5e-3,
-            "gradient_checkpointing": False,
+            "gradient_checkpointing": "false",
         }
         return from_values({**usual, **values})
 

@@ -57,6 +57,7 @@ def drive(
     asked: Asked | None = None,
     *,
     resume: bool = False,
+    rehearse: bool = False,
     on_step: Callable[[Stepped], None] = lambda _: None,
     machine: Machine = CPU,
 ) -> Ran:
@@ -75,6 +76,7 @@ def drive(
         wishes=asked,
         say=events.append,
         resume=resume,
+        rehearse_on_cpu=rehearse,
     )
     work = train(job)
     try:

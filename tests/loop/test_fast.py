@@ -20,6 +20,8 @@ def _adapted(folder: Path, *, quantized: bool, dropout: float = 0.0) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config if quantized else None)
+    for module in base.modules():
+        module.support_avx512bf16_for_cpu = False  # on such processors PEFT's own forward would compute in bfloat16
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():

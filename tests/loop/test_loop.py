@@ -115,7 +115,7 @@ def test_measuring_more_often_trains_the_same_adapter(run_of: Make, tmp_path: Pa
 
 def test_checkpointing_gives_the_same_losses(run_of: Make, tmp_path: Path) -> None:
     kept = drive(run_of(lora_dropout=0.1), tmp_path / "kept")
-    recomputed = drive(run_of(lora_dropout=0.1, gradient_checkpointing=True), tmp_path / "recomputed")
+    recomputed = drive(run_of(lora_dropout=0.1, gradient_checkpointing="true"), tmp_path / "recomputed")
     assert recomputed.error is None
     assert recomputed.losses == pytest.approx(kept.losses, abs=1e-6)
 

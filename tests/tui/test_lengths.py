@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.tui.lengths import Lengths, share
 from qlora_tui.tui.screens.desk import Desk
-from qlora_tui.tui.screens.lengths import Lengths, share
 from qlora_tui.tui.screens.numbers import note_of
 from qlora_tui.tui.screens.settings import MAIN
 

@@ -239,7 +239,7 @@ def test_foreign_text_in_a_run_reaches_the_terminal_as_plain_text(screen, write_
     terminal.read_until(b"failed")
     for key, sign in ((b"4", b"@click"), (b"5", b"step 9: "), (b"3", b"slowed"), (b"z", b"next"), (b"?", b"This run")):
         terminal.type(key)
-        terminal.read_until(sign)
+        terminal.read_until(sign, anew=False)
     terminal.type(b"\x11")
     assert terminal.wait() == 0
     assert not result(tmp_path / "out").startswith("crashed")

@@ -124,7 +124,7 @@ async def test_a_long_value_keeps_the_columns(make, until, run_config):
 
 
 async def test_where_one_types_letters_are_no_keys(make, until, run_config):
-    app = make(dataclasses.replace(run_config, lora_r=8))
+    app = make(dataclasses.replace(run_config, lora_r=8, gradient_checkpointing="true", per_device_train_batch_size=1))
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, until, app, "data")
         await until(pilot, lambda: "tip" in words(app))
@@ -186,7 +186,7 @@ async def test_back_and_forth_loses_nothing(make, until, run_config):
 
 
 async def test_f_applies_the_cheapest_fix_when_it_does_not_fit(make, until, run_config):
-    app = make(dataclasses.replace(run_config, max_length=16384, per_device_train_batch_size=8, gradient_checkpointing=False))
+    app = make(dataclasses.replace(run_config, max_length=16384, per_device_train_batch_size=8, gradient_checkpointing="false"))
     async with app.run_test(size=(100, 30)) as pilot:
         await go_to(pilot, until, app, "numbers")
         await until(pilot, lambda: "✖ too big" in words(app) and "fix" in words(app))
@@ -376,7 +376,7 @@ def command_values(text: str) -> dict[str, object]:
 
 def test_the_equivalent_command_says_the_same_run(run_config):
     run = dataclasses.replace(
-        run_config, data=("a b.jsonl", "c'd.jsonl"), lora_r=7, learning_rate=3.3e-5, gradient_checkpointing=False, max_time=90.5
+        run_config, data=("a b.jsonl", "c'd.jsonl"), lora_r=7, learning_rate=3.3e-5, gradient_checkpointing="false", max_time=90.5
     )
     assert from_values(command_values(equivalent(run))) == run
 

@@ -23,6 +23,7 @@ def one_value(key):
         "number": st.floats(low, high, allow_nan=False),
         "duration": st.floats(low, high, allow_nan=False),
         "flag": st.booleans(),
+        "layers": st.sampled_from(("auto", "true", "false", "1", "12")),
         "list": st.lists(st.text(st.characters(codec="utf-8")), max_size=3).map(tuple),
         "text": st.text(st.characters(codec="utf-8")),
     }
@@ -76,7 +77,7 @@ def test_the_demo_is_what_it_promises():
     run = preset.resolve(preset="demo")
     assert (run.max_samples, run.val_set_size, run.max_steps) == (264, 24, 30)
     assert run.per_device_train_batch_size * run.gradient_accumulation_steps == 8
-    assert (run.lora_r, run.learning_rate, run.max_length, run.gradient_checkpointing) == (16, 5e-4, 512, False)
+    assert (run.lora_r, run.learning_rate, run.max_length, run.gradient_checkpointing) == (16, 5e-4, 512, "false")
 
 
 def test_an_unknown_preset_names_the_nearest():

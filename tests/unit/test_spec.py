@@ -110,7 +110,8 @@ def test_a_wrong_text_names_key_text_and_place(name, text):
         ("learning_rate", "2e-4"),
         ("lora_r", True),
         ("lora_r", 1.5),
-        ("gradient_checkpointing", 1),
+        ("gradient_checkpointing", 1.5),
+        ("gradient_checkpointing", -1),
         ("data", [1]),
         ("learning_rate", math.nan),
     ],
@@ -150,7 +151,10 @@ def test_an_unknown_key_names_the_nearest():
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa", "method": "lora", "use_dora": True}, "use_dora"),
+        ({"use_dora": True, "lora_dropout": 0.1}, "lora_dropout"),
         ({"model_name_or_path": ""}, "model_name_or_path"),
         ({"data": ()}, "data"),
         ({"num_train_epochs": 0.0}, "num_train_epochs"),
@@ -167,8 +171,26 @@ def test_each_fault_is_found_where_it_is(change, where):
 
 
 def test_all_faults_are_listed_at_once():
-    found = problems(RunConfig(per_device_train_batch_size=0, learning_rate=0.0, lora_r=0))
+    found = problems(RunConfig(per_device_train_batch_size=-1, learning_rate=0.0, lora_r=0))
     assert {"model_name_or_path", "data", "per_device_train_batch_size", "learning_rate", "lora_r"} <= {problem.where for problem in found}
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        {"use_dora": True, "use_rslora": True},
+        {"init_lora_weights": "pissa", "method": "lora", "use_rslora": True},
+        {"init_lora_weights": "pissa", "method": "auto"},
+    ],
+)
+def test_kinds_of_adapter_that_go_together_are_no_problem(together):
+    assert problems(from_values({**GOOD, **together, "loraplus_lr_ratio": 16.0})) == []
+
+
+@pytest.mark.parametrize(("value", "layers"), [("auto", 30), ("true", 30), ("false", 0), ("0", 0), ("12", 12), ("99", 30)])
+def test_how_many_layers_are_checkpointed(value, layers):
+    run = from_values({**GOOD, "gradient_checkpointing": read_text(KEYS["gradient_checkpointing"], value)})
+    assert spec.checkpointed_of(run, 30) == layers
 
 
 def test_rows_a_step():

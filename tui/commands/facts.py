@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine import preset
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode
@@ -18,11 +18,15 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, gib
 from qlora_tui.tui.printer import Streams, table
 
+if TYPE_CHECKING:
+    from qlora_tui.tui.probe import Probed
+
 
 def budget(options: argparse.Namespace) -> int:
     """Print what a run needs: memory by item, time if the data are named, and what would make it fit."""
     from qlora_tui.engine import machine, preflight
     from qlora_tui.tui.commands import planning
+    from qlora_tui.tui.probe import probe_lines
 
     run = preflight.bounded(_resolve(options))
     if not run.model_name_or_path:
@@ -30,13 +34,37 @@ def budget(options: argparse.Namespace) -> int:
     device = machine.find_card(options.card) if options.card else machine.look()
     spec = preflight.find_spec(run)
     preflight.bounded(run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec))
-    plan = planning.plan(run, spec, device)
     streams = Streams()
+    needs = planning.needs(run, spec, device)
+    probed = _probe(options, needs.plan.run, streams) if options.probe else None
+    if probed is not None:
+        needs = planning.needs(run, spec, device)  # again, now that this machine's speed is known
     if options.json:
-        streams.data.document(plan.document())
+        streams.data.document(needs.document(probed))
     else:
-        streams.data.write("".join(f"{line}\n" for line in plan.lines()))
-    return int(ExitCode.DONE if plan.budget.fits else ExitCode.WILL_NOT_FIT)
+        lines = [*needs.lines(), *(probe_lines(probed) if probed else [])]
+        streams.data.write("".join(f"{line}\n" for line in lines))
+    return int(ExitCode.DONE if needs.budget.fits else ExitCode.WILL_NOT_FIT)
+
+
+def _probe(options: argparse.Namespace, run: RunConfig, streams: Streams) -> Probed:
+    """Make the test run, telling its phases; Ctrl+C ends it and leaves nothing behind."""
+    from qlora_tui.tui.probe import probe
+
+    if options.card:
+        raise ConfigError("a card that is not here cannot be measured", hint="leave out --card or --probe", where="--probe")
+    if not run.data:
+        raise ConfigError("the test run needs rows", hint="name them with --data", where="--probe")
+    told = ""
+
+    def say(phase: str, done: int, total: int) -> None:
+        nonlocal told
+        line = f"test run: {phase}" + (f" {done}/{total}" if total else "")
+        if line != told:
+            told = line
+            streams.talk.line(line)
+
+    return probe(run, options.probe, say=say)
 
 
 def data(options: argparse.Namespace) -> int:
@@ -124,18 +152,18 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
     from qlora_tui.tui.commands import planning
 
     checked = preflight.check(run, fit=False)
-    plan = planning.plan(run, checked.model_spec, checked.machine, rows=checked.dataset.rows)
+    needs = planning.needs(run, checked.model_spec, checked.machine, rows=checked.dataset.rows)
     found, usable, refused = checked.dataset, len(checked.dataset.rows), len(checked.dataset.refused)
     command = planning.command_of(run)
     if as_json:
         about = {"format": found.format, "why": found.why, "usable": usable, "refused": refused}
-        document = {"config": values_of(run), "data": about, "budget": plan.document(), "command": command, "runs_dir": run.runs_dir}
+        document = {"config": values_of(run), "data": about, "budget": needs.document(), "command": command, "runs_dir": run.runs_dir}
         streams.data.document(document)
     else:
-        lines = [*plan.lines(), f"data    {count(usable)} usable rows of {one_line(found.format)}, {count(refused)} refused"]
+        lines = [*needs.lines(), f"data    {count(usable)} usable rows of {one_line(found.format)}, {count(refused)} refused"]
         lines += [f"runs    {one_line(run.runs_dir)} (not made: this is a dry run)", f"command {one_line(command, limit=4000)}"]
         streams.data.write("".join(f"{line}\n" for line in lines))
-    return int(ExitCode.DONE if plan.budget.fits else ExitCode.WILL_NOT_FIT)
+    return int(ExitCode.DONE if needs.budget.fits else ExitCode.WILL_NOT_FIT)
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
@@ -154,12 +182,11 @@ def _resolve(options: argparse.Namespace) -> RunConfig:
 
 def _preset_row(found: preset.Preset) -> dict[str, Any]:
     """Say how a preset fits this machine; a model that cannot be sized without a network has no answer."""
-    from qlora_tui.engine import machine, models
-    from qlora_tui.engine.budget import estimate
+    from qlora_tui.engine import machine, models, planner
 
     run = preset.resolve(preset=found.name, config=None, flags={})
     spec = models.find(run.model_name_or_path)
-    size = estimate(spec, run, machine.look()) if spec else None
+    size = planner.choose(spec, run, machine.look()).budget if spec else None
     return {
         "name": found.name,
         "title": found.title,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,69 +10,106 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.engine import builtin, data, hub
-from qlora_tui.engine.budget import Budget, Fix, estimate, fixes
+from qlora_tui.engine import builtin, data, hub, planner
+from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Row, Tokenizer, load_tokenizer
-from qlora_tui.engine.errors import BadRow, EngineError
-from qlora_tui.engine.forecast import Before, before
+from qlora_tui.engine.fixes import Fix, fixes, tips
+from qlora_tui.engine.forecast import Before, before, remarks
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, RunConfig, changed, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import billions, count, gib, percent, words
+from qlora_tui.tui.lengths import Lengths, guess, measure
+from qlora_tui.tui.probe import Probed
 
-_SAMPLE_ROWS = 200
-_CHARACTERS_A_TOKEN = 4.0
+_SAMPLE_ROWS = 1000
 _BAR = 30
-_FIXES_SHOWN = 4
 _REFUSED_SHOWN = 20
 _SHORT = {"model_name_or_path": "--model", "max_steps": "--max-steps", "runs_dir": "--runs-dir"}
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Memory and time of a run that has not started, both estimates."""
+    """Memory and time of a run that has not started, both estimates, with the planner's choices made."""
 
-    run: RunConfig
     spec: ModelSpec
-    budget: Budget
+    plan: Plan
     fixes: tuple[Fix, ...]
-    time: Before | None
+    tips: tuple[Fix, ...]
+    time: Before | None = None
     basis: str = ""
+    remarks: tuple[str, ...] = ()
 
-    def document(self) -> dict[str, Any]:
+    @property
+    def budget(self) -> Budget:
+        """Return the memory of the planned run."""
+        return self.plan.budget
+
+    def document(self, probed: Probed | None = None) -> dict[str, Any]:
         """Return what `budget --json` prints."""
-        return self.budget.to_json(fixes=self.fixes, time=self.time)
+        found = self.budget.to_json(fixes=self.fixes, time=self.time)
+        found |= {
+            "choices": dict(self.plan.choices),
+            "reasons": dict(self.plan.reasons),
+            "why": self.plan.why,
+            "tips": [tip.to_json() for tip in self.tips],
+        }
+        found["remarks"] = list(self.remarks)
+        return found | ({"probe": dataclasses.asdict(probed)} if probed else {})
 
     def lines(self) -> list[str]:
         """Return the same for people."""
-        device = self.budget.machine
-        verdict = "does NOT fit" if not self.budget.fits else "fits, but only just" if self.budget.tight else "fits"
-        others = f", {gib(device.others_bytes)} of it in use by others" if device.others_bytes else ""
+        budget, run = self.budget, self.plan.run
+        device = budget.machine
+        verdict = "does NOT fit" if not budget.fits else "fits, but only just" if budget.tight else "fits"
         lines = [
-            f"model   {one_line(self.spec.name)}, {billions(self.spec.params)} weights, {self.run.method} r{self.run.lora_r}",
-            f"device  {one_line(device.name)}, {gib(device.total_bytes)}{others}",
-            f"memory  {_bar(self.budget)} {gib(self.budget.total_bytes)} (± {gib(self.budget.margin_bytes)}, an estimate): {verdict}",
+            f"model   {one_line(self.spec.name)}, {billions(self.spec.params)} weights, {run.method} r{run.lora_r}",
+            f"device  {one_line(device.name)}, {gib(device.total_bytes)}{_others(device)}",
+            f"memory  {_bar(budget)} {gib(budget.total_bytes)} (± {gib(budget.margin_bytes)}, an estimate): {verdict}",
         ]
-        lines += [f"        {gib(item.bytes):>9}  {item.name:<12} {one_line(item.how)}" for item in self.budget.items]
+        lines += [f"        {gib(item.bytes):>9}  {item.name:<12} {one_line(item.how)}" for item in budget.items]
+        lines.append("phases  " + ", ".join(f"{phase.name} {gib(phase.bytes)}" for phase in budget.phases))
+        lines.append(f"plan    {one_line(self.plan.why)}")
+        lines += [f"        {line}" for line in _chosen(self.plan)]
         if self.time is not None:
             low, middle, high = self.time.total_seconds
             lines.append(f"time    {words(middle)} ({words(low)} - {words(high)}), {words(self.time.step_seconds[1])} a step; {self.basis}")
-        shown = self.fixes[:_FIXES_SHOWN] if not self.budget.fits or self.budget.tight else ()
-        lines += [f"{'try' if not index else '':<7} {fix.options}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
-        return lines
+            lines.append(f"        {one_line(self.time.basis)}")
+        lines += [f"note    {one_line(remark)}" for remark in self.remarks]
+        shown, label = (self.tips, "faster") if budget.fits and not budget.tight else (self.fixes, "try")
+        return lines + [f"{label if not index else '':<7} {fix.options}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
 
 
-def plan(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] | None = None) -> Needs:
-    """Estimate memory and, where data are named, time."""
-    budget = estimate(spec, run, device)
-    found = tuple(fixes(spec, run, device))
+def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] | None = None) -> Needs:
+    """Plan `run` on `device`, and estimate memory and, where data are named, time."""
     if rows is None and run.data:
         rows = data.load(run, lenient=True).rows
+    lengths = lengths_of(run, rows) if rows else Lengths()
+    longest, mean = lengths.longest_trained(run.max_length), lengths.mean(run.max_length) or None
+    plan = planner.choose(spec, run, device, longest=longest, mean=mean)
+    found = tuple(fixes(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
+    room = tuple(tips(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     if not rows:
-        return Needs(run, spec, budget, found, None)
-    time, basis = _time(run, spec, device, rows)
-    return Needs(run, spec, budget, found, time, basis)
+        return Needs(spec, plan, found, room)
+    time, basis = _time(plan.run, spec, device, len(rows), lengths)
+    told = remarks(spec, plan.run, device, time, longest=longest, longest_chat=lengths.longest_chat)
+    return Needs(spec, plan, found, room, time, basis, tuple(told))
+
+
+def lengths_of(run: RunConfig, rows: Sequence[Row]) -> Lengths:
+    """Return how long the rows are: counted where the tokenizer is at hand, else guessed from characters."""
+    return measure(rows, run, _SAMPLE_ROWS) or guess(rows, _SAMPLE_ROWS)
+
+
+def _others(device: Machine) -> str:
+    return f", in use now: {device.holders()}" if device.others_bytes else ""
+
+
+def _chosen(plan: Plan) -> list[str]:
+    """Return a line for each thing that was left to the planner: what it took, and why."""
+    return [f"{name}={_typed(value)}  {one_line(plan.reasons.get(name, ''))}".rstrip() for name, value in plan.choices.items()]
 
 
 def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
@@ -91,12 +129,13 @@ def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
     return load_tokenizer(hub.small_files(name, run.revision).folder) if ask_hub and not name.startswith(BUILTIN) else None
 
 
-def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row]) -> tuple[Before | None, str]:
-    """Estimate the time from a sample of the rows, spread evenly over them."""
-    used = min(len(rows), run.max_samples or len(rows))
+def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: int, lengths: Lengths) -> tuple[Before | None, str]:
+    """Estimate the time from the rows looked at, spread evenly over all of them."""
+    used = min(rows, run.max_samples or rows)
+    used = max(1, round(used * (1 - lengths.over(run.max_length))))
     held = 0 if run.eval_data else int(run.val_set_size) if run.val_set_size >= 1 else round(used * run.val_set_size)
     trained = max(1, used - held)
-    each, basis = _tokens_a_row(run, rows)
+    each = lengths.mean(run.max_length) or run.max_length
     an_epoch = math.ceil(trained / rows_per_step(run))
     steps = run.max_steps or max(1, math.ceil(run.num_train_epochs * an_epoch))
     time = before(
@@ -107,29 +146,10 @@ def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row])
         steps=steps,
         steps_per_epoch=an_epoch,
         holdout_tokens=round(each * held),
+        lengths=lengths.tokens,
     )
-    return time, f"{count(steps)} steps, about {each:.0f} tokens a row {basis}"
-
-
-def _tokens_a_row(run: RunConfig, rows: Sequence[Row]) -> tuple[float, str]:
-    sample = [rows[index] for index in range(0, len(rows), max(1, len(rows) // _SAMPLE_ROWS))]
-    try:
-        tokenizer = tokenizer_of(run)
-    except EngineError:  # the run itself will say so; an estimate can do without
-        tokenizer = None
-    if tokenizer is not None:
-        lengths = [length for row in sample if (length := _length(data.Renderer(tokenizer), row)) <= run.max_length]
-        if any(lengths):
-            return sum(lengths) / len(lengths), f"(of {count(len(lengths))} looked at)"
-    characters = sum(len(turn.content) for row in sample for turn in row.chat.turns) / len(sample)
-    return min(characters / _CHARACTERS_A_TOKEN + 8, run.max_length), "(guessed from characters)"
-
-
-def _length(renderer: data.Renderer, row: Row) -> int:
-    try:
-        return len(renderer.tokens(row).input_ids)
-    except BadRow:
-        return 0
+    how = f"of {count(len(lengths.tokens))} looked at" if lengths.measured else "guessed from characters"
+    return time, f"{count(steps)} steps, about {each:.0f} tokens a row ({how})"
 
 
 def _bar(budget: Budget) -> str:

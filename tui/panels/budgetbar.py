@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from qlora_tui.engine.budget import Budget, Fix
+from qlora_tui.engine.budget import Budget
+from qlora_tui.engine.fixes import Fix
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
@@ -13,10 +14,10 @@ from qlora_tui.tui.screens.desk import Outlook
 
 _LABEL = 9
 _GROUPS = (
-    ("weights", ("weights",), "█", "#56b4e9"),
+    ("weights", ("weights", "embeddings"), "█", "#56b4e9"),
     ("adapter", ("adapter", "gradients"), "▓", "#2fb992"),
     ("optimizer", ("optimizer",), "█", "#e6a23c"),
-    ("activations", ("activations", "workspace"), "▓", "#cc79a7"),
+    ("activations", ("activations", "workspace", "kernels"), "▓", "#cc79a7"),
     ("loss", ("loss",), "█", "#f0e442"),
 )
 _SMALL = int(0.05 * (1 << 30))
@@ -33,7 +34,7 @@ def badge(budget: Budget) -> Part:
 def draw_outlook(
     outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "", no_time: str = "", key: str = "f"
 ) -> Content:
-    """Return the four lines of the bar; an estimate says that it is one.
+    """Return the five lines of the bar; an estimate says that it is one.
 
     Args:
         outlook: what the run would need, or None while the model is not known.
@@ -46,7 +47,7 @@ def draw_outlook(
     """
     if outlook is None:
         hint = waiting or "pick a model to see what it needs"
-        return cells.stack([cells.assemble([_label("memory"), (hint, cells.DIM)]), *[Content(" ")] * 3])
+        return cells.stack([cells.assemble([_label("memory"), (hint, cells.DIM)]), *[Content(" ")] * 4])
     budget = outlook.budget
     used = budget.total_bytes + budget.machine.others_bytes
     total = max(budget.machine.total_bytes, 1)
@@ -56,6 +57,7 @@ def draw_outlook(
     length = max(10, width - _LABEL - len(figure) - len(mark[0]) - 3)
     parts = [_label("memory"), *cells.bar(_pieces(budget), max(total, used), length), (figure, "bold")]
     lines = [cells.row(parts, [mark], width), cells.assemble([_label(""), *cells.fit(_legend(budget), width - _LABEL)])]
+    lines.append(cells.assemble([_label("plan"), (one_line(outlook.plan.why, limit=200), "")]).truncate(width, ellipsis=True))
     lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now, no_time)]))
     lines.append(_advice(outlook, advice, width, f"{key} " if key else ""))
     return cells.stack(lines)
@@ -94,7 +96,7 @@ def _time(outlook: Outlook, width: int, now: float, no_time: str) -> list[Part]:
         return [("no estimate for this device" if outlook.steps else no_time, cells.DIM)]
     low, mid, high = outlook.time.total_seconds
     groups: list[list[Part]] = [[(f"{words.duration(mid)}", "bold"), (f" ({words.span(low, high)})", cells.DIM)]]
-    groups.append([(f"· {outlook.steps:,} steps", cells.DIM)])
+    groups.append([(f"· {outlook.steps:,} steps of {words.duration(outlook.time.step_seconds[1])}", cells.DIM)])
     groups.append([(f"· done about {words.clock(now + mid)}", cells.DIM)])
     groups.append([("· an estimate", cells.DIM)])
     return cells.fit(groups, width, " ")

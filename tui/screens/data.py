@@ -16,10 +16,10 @@ from textual.widgets import Input, Static
 
 from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, RunConfig
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui.lengths import share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import DataLook
-from qlora_tui.tui.screens.lengths import share
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tui.engine import budget, forecast, hub, machine, models, preset
-from qlora_tui.engine.budget import Budget, Fix
+from qlora_tui.engine import forecast, hub, machine, models, planner, preset
+from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.errors import ConfigError, EngineError
+from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place, replace_file
+from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
-from qlora_tui.tui.screens.lengths import Lengths, guess, hub_cache, measure, tokenizer_folder
+from qlora_tui.tui.lengths import Lengths, guess, hub_cache, measure, tokenizer_folder
+from qlora_tui.tui.probe import Probed, probe
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Row
@@ -71,12 +74,18 @@ class DataLook:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run would need: memory, and time where the data are known."""
+    """What a run would need: memory with the planner's choices made, and time where the data are known."""
 
-    budget: Budget
+    plan: Plan
     time: Before | None = None
     steps: int = 0
     steps_per_epoch: int = 0
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def budget(self) -> Budget:
+        """Return the memory of the planned run."""
+        return self.plan.budget
 
 
 @dataclass(slots=True)
@@ -187,11 +196,11 @@ class Desk:
         if spec is None:
             return None
         try:
-            needed = budget.estimate(spec, run, self.machine())
+            plan = self._plan(spec, run, look)
         except EngineError:
             return None
         if look is None or not look.rows or look.problem:
-            return Outlook(needed)
+            return Outlook(plan)
         over, each = look.lengths.over(run.max_length), look.lengths.mean(run.max_length)
         rows, held = split_rows(run, max(1, round(look.rows * (1 - over))))
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
@@ -199,27 +208,46 @@ class Desk:
         each = each or min(look.tokens / look.rows, run.max_length)
         time = forecast.before(
             spec,
-            run,
+            plan.run,
             self.machine(),
             tokens_per_epoch=int(each * rows),
             steps=steps,
             steps_per_epoch=per_epoch,
             holdout_tokens=int(each * held),
+            lengths=look.lengths.tokens,
         )
-        return Outlook(needed, time, steps, per_epoch)
+        longest, chat = look.lengths.longest_trained(run.max_length), look.lengths.longest_chat
+        told = forecast.remarks(spec, plan.run, self.machine(), time, longest=longest, longest_chat=chat)
+        return Outlook(plan, time, steps, per_epoch, tuple(told))
 
-    def remedies(self, run: RunConfig) -> list[Fix]:
+    def remedies(self, run: RunConfig, look: DataLook | None = None) -> list[Fix]:
         """Return what makes the run fit, cheapest first, or faster where it fits already."""
         spec = self.model(run)
         if spec is None:
             return []
+        lengths = look.lengths if look else Lengths()
+        longest = lengths.longest_trained(run.max_length)
         try:
-            needed = budget.estimate(spec, run, self.machine())
-            if needed.fits and not needed.tight:
-                return budget.tips(spec, run, self.machine())
-            return sorted(budget.fixes(spec, run, self.machine()), key=lambda fix: not fix.enough)
+            plan = self._plan(spec, run, look)
+            if plan.budget.fits and not plan.budget.tight:
+                return tips(spec, plan.run, self.machine(), longest=longest, lengths=lengths.tokens)
+            return fixes(spec, plan.run, self.machine(), longest=longest, lengths=lengths.tokens)
         except EngineError:
             return []
+
+    def probe(self, run: RunConfig, rows: int, say: Callable[[str, int, int], object], stopping: Callable[[], bool]) -> Probed:
+        """Make the test run with the planner's choices; slow.
+
+        Raises:
+            EngineError: it could not be made, or it was stopped.
+        """
+        outlook = self.outlook(run)
+        return probe(outlook.plan.run if outlook else run, rows, say=say, stopping=stopping)
+
+    def _plan(self, spec: ModelSpec, run: RunConfig, look: DataLook | None) -> Plan:
+        lengths = look.lengths if look else Lengths()
+        longest, mean = lengths.longest_trained(run.max_length), lengths.mean(run.max_length) or None
+        return planner.choose(spec, run, self.machine(), longest=longest, mean=mean)
 
     def save_draft(self, run: RunConfig) -> None:
         """Keep an unfinished run for the next time; a disk that is full or read-only only loses the draft."""

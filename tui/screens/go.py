@@ -9,14 +9,14 @@ from textual.widgets import Static
 
 from qlora_tui.engine import units
 from qlora_tui.engine.errors import Problem
-from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.command import on_lines
 from qlora_tui.tui.screens.desk import DataLook, Outlook, split_rows
 from qlora_tui.tui.screens.pages import Page
-from qlora_tui.tui.screens.settings import show
+from qlora_tui.tui.screens.settings import MAIN, MORE, show
 
 _LABEL = 12
 
@@ -62,7 +62,8 @@ class GoPage(Page):
 
 def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, command: str, width: int = 74) -> list[Content]:
     """Return the lines of the summary."""
-    base = "16-bit base" if run.method == "lora" else f"4-bit {run.bnb_4bit_quant_type} base"
+    planned = outlook.plan.run if outlook else run
+    base = "16-bit base" if planned.method == "lora" else f"4-bit {planned.bnb_4bit_quant_type} base"
     trained, kept = split_rows(run, look.rows) if look and look.rows and look.names == run.data else (0, 0)
     rows = f"{trained:,} rows · " if trained else ""
     held = f"{units.percent(run.val_set_size)} held out" if run.val_set_size < 1 else f"{run.val_set_size:.0f} held out"
@@ -71,7 +72,7 @@ def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, comm
         held = f"measured on {one_line(run.eval_data, limit=80)}"
     steps = f"{outlook.steps:,} steps" if outlook and outlook.steps else f"{run.max_steps:,} steps" if run.max_steps else ""
     passes = f"{run.num_train_epochs:g} epochs" if not run.max_steps else ""
-    size = f"{rows_per_step(run):,} rows a step ({run.per_device_train_batch_size} at once x {run.gradient_accumulation_steps})"
+    size = f"{rows_per_step(run):,} rows a step ({rows_at_once(planned)} at once x {planned.gradient_accumulation_steps})"
     length = " · ".join(part for part in (steps, passes, size) if part)
     rate = f"learning rate {show('learning_rate', run.learning_rate)}, {run.lr_scheduler_type}"
     return [
@@ -80,6 +81,11 @@ def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, comm
         _line("adapter", [(f"rank {run.lora_r}, alpha {run.lora_alpha}, on {', '.join(run.lora_target_modules)}", "")]),
         _line("training", [(length, "")]),
         _line("", [(f"up to {run.max_length:,} tokens a row · {rate}", "")]),
+        *([_line("plan", [(_choices(outlook), "")])] if outlook and outlook.plan.choices else []),
+        *[
+            _line("note" if not index else "", [(one_line(told, limit=400), cells.WARN)])
+            for index, told in enumerate(outlook.remarks if outlook else ())
+        ],
         _line("saved in", [(one_line(run.runs_dir, limit=120) + "/", "")]),
         Content(" "),
         Content.styled(" The same without screens:", cells.DIM),
@@ -87,6 +93,12 @@ def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, comm
         Content(" "),
         Content.assemble((" enter ", "bold reverse"), (" starts the run", "bold")),
     ]
+
+
+def _choices(outlook: Outlook) -> str:
+    """Return what the planner decided, each in a word or two; "auto" stays in the config, this is what runs."""
+    labels = {setting.name: setting.label for setting in (*MAIN, *MORE) if setting.name != "gradient_accumulation_steps"}
+    return " · ".join(f"{labels[name]} {show(name, value)}" for name, value in outlook.plan.choices.items() if name in labels)
 
 
 def _line(label: str, parts: list[Part]) -> Content:

@@ -13,9 +13,9 @@ from textual.widgets import Static
 from qlora_tui.engine.spec import RunConfig, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
+from qlora_tui.tui.lengths import Lengths, share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.screens.fields import FieldRow
-from qlora_tui.tui.screens.lengths import Lengths, share
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
 
@@ -86,7 +86,7 @@ class NumbersPage(Page):
         """Say what one value more would do to memory, by asking the budget."""
         run = self.wizard.run
         after = setting.stepped(run, 1)
-        now, then = self.wizard.desk.outlook(run), self.wizard.desk.outlook(after)
+        now, then = self.wizard.outlook, self.wizard.desk.outlook(after, self.wizard.data_of_run())
         if now is None or then is None or after == run:
             return ""
         change = then.budget.total_bytes - now.budget.total_bytes

@@ -43,6 +43,9 @@ class Setting:
         key, now = KEYS[self.name], values_of(run)[self.name]
         if key.kind == "flag":
             return _with(run, self.name, not now)
+        if key.kind == "layers":
+            ladder = ("auto", "true", "false")
+            return _with(run, self.name, ladder[((ladder.index(str(now)) if now in ladder else 0) + direction) % len(ladder)])
         if key.choices:
             at = key.choices.index(str(now)) if str(now) in key.choices else 0
             return _with(run, self.name, key.choices[(at + direction) % len(key.choices)])
@@ -93,7 +96,7 @@ class Base(Setting):
 MAIN: tuple[Setting, ...] = (
     Setting("lora_r", "rank", "what the adapter can learn", (2, 4, 8, 16, 32, 64, 128, 256)),
     Setting("max_length", "max length", "tokens; longer rows are dropped", (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)),
-    Setting("per_device_train_batch_size", "rows at once", "more is faster, costs memory", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)),
+    Setting("per_device_train_batch_size", "rows at once", "more is faster, costs memory", (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)),
     Setting("gradient_accumulation_steps", "batches a step", "rows a step, costs no memory", (1, 2, 4, 8, 16, 32, 64)),
     Setting("num_train_epochs", "epochs", "most tasks peak after 1-2", (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 8, 10)),
     Setting("learning_rate", "learning rate", "1e-4 to 3e-4 is usual", (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)),
@@ -119,11 +122,15 @@ MORE: tuple[Setting, ...] = (
 def show(name: str, value: Value) -> str:
     """Return a value of the key `name` as a person reads it.
 
-    >>> show("learning_rate", 2e-4), show("gradient_checkpointing", True), show("max_time", 5400.0)
-    ('2e-4', 'on', '1 h 30 min')
+    >>> show("learning_rate", 2e-4), show("gradient_checkpointing", "true"), show("max_time", 5400.0)
+    ('2e-4', 'all layers', '1 h 30 min')
     """
     if isinstance(value, bool):
         return "on" if value else "off"
+    if KEYS[name].kind == "layers":
+        return {"true": "all layers", "false": "off"}.get(str(value), str(value))
+    if name == "per_device_train_batch_size" and not value:
+        return "auto"
     if isinstance(value, tuple):
         return ", ".join(value)
     if KEYS[name].kind == "duration" and isinstance(value, (int, float)):

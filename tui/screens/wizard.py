@@ -6,6 +6,7 @@ offered the next time (never for a demo).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,15 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer, Static
 
-from qlora_tui.engine.budget import Fix
-from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem
+from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem, Stopped
+from qlora_tui.engine.fixes import Fix
 from qlora_tui.engine.spec import RunConfig, from_values, problems, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import draw_outlook
 from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.probe import probe_lines
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import DataPage
 from qlora_tui.tui.screens.desk import DataLook, Desk, Outlook
@@ -38,6 +40,8 @@ from qlora_tui.tui.screens.pages import GoalPage, Page
 if TYPE_CHECKING:
     from qlora_tui.tui.app import TunerApp
 
+PROBE_ROWS = 50
+"""Rows of a test run: enough for a figure within a few percent, few enough to wait for."""
 STEPS = ("goal", "model", "data", "numbers", "go")
 
 
@@ -52,6 +56,7 @@ class WizardScreen(Screen[None]):
         Binding("enter", "next", "go on", priority=True, tooltip="go on; on the last page: start the run"),
         Binding("escape", "previous", "back", key_display="esc", tooltip="one page back; nothing is lost"),
         Binding("f", "fix", "tip", tooltip="apply what stands under the memory bar"),
+        Binding("t", "probe", "test run", tooltip="train on 50 rows, keep nothing, and measure the speed; again: stop it"),
         Binding("c", "copy", "copy command", tooltip="copy the command, where the terminal allows it"),
         Binding("question_mark", "help", "help", key_display="?"),
         Binding("f1", "text_help", "help", key_display="F1", tooltip="help, also while you type"),
@@ -85,6 +90,8 @@ class WizardScreen(Screen[None]):
         self._told_ready = False
         self._keys: tuple[int, bool] = (-1, True)
         self.starting = False
+        self.probing = False
+        self._stop_probe = threading.Event()
         self.stop_at_start = False
 
     def compose(self) -> ComposeResult:
@@ -145,7 +152,7 @@ class WizardScreen(Screen[None]):
 
     def action_next(self) -> None:
         """Go on, or start the run on the last page."""
-        if self.starting or not self.page.commit():
+        if self.starting or self.probing or not self.page.commit():
             return
         self._keep_draft()
         if self._page == len(STEPS) - 1:
@@ -164,6 +171,48 @@ class WizardScreen(Screen[None]):
             return
         self.change(from_values(values_of(self.run) | dict(self._advice.values)))
         self._refresh_page()
+
+    def action_probe(self) -> None:
+        """Make the test run, or end the one under way."""
+        if self.starting:
+            return
+        if self.probing:
+            self._stop_probe.set()
+            self._say("ending the test run …")
+        elif self.outlook is None or not self.run.data:
+            self._say("the test run needs a model and data")
+        else:
+            self.probing = True
+            self._stop_probe.clear()
+            self._say("test run: loading the libraries …")
+            self._probe(self.run)
+
+    @work(thread=True, group="probe", exit_on_error=False)
+    def _probe(self, run: RunConfig) -> None:
+        def say(phase: str, done: int, total: int) -> None:
+            if not self._stop_probe.is_set():
+                text = f"test run: {phase}" + (f" {done} of {total}" if total else "")
+                self.app.call_from_thread(self._say, text)
+
+        try:
+            told = "\n".join(probe_lines(self.desk.probe(run, PROBE_ROWS, say, self._stop_probe.is_set)))
+        except Stopped:
+            told = "the test run was ended; nothing of it is kept"
+        except EngineError as error:
+            told = one_line(error, limit=600)
+        except Exception as error:  # noqa: BLE001  whatever the test run raises is shown; what was chosen stays
+            told = f"{type(error).__name__}: {redact(one_line(error))}"
+        self.app.call_from_thread(self._probed, told)
+
+    def _probed(self, told: str) -> None:
+        self.probing = False
+        self._say(told)
+        self.redraw()
+        self._refresh_page()
+
+    def on_unmount(self) -> None:
+        """End a test run with the screen that asked for it."""
+        self._stop_probe.set()
 
     def action_copy(self) -> None:
         """Send the command to the terminal's clipboard; whether it took it cannot be known."""
@@ -193,7 +242,7 @@ class WizardScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer only the keys that do something on this page."""
-        if action == "copy":
+        if action in ("copy", "probe"):
             return self._page == len(STEPS) - 1
         if action == "fix":
             return self._advice is not None
@@ -208,7 +257,7 @@ class WizardScreen(Screen[None]):
         if not self.is_mounted:
             return
         self.outlook = self.desk.outlook(self.run, self.data_of_run())
-        remedies = self.desk.remedies(self.run) if self.outlook else []
+        remedies = self.desk.remedies(self.run, self.data_of_run()) if self.outlook else []
         self._advice = remedies[0] if remedies else None
         width = max(20, self.size.width - 2)
         waiting = ""

@@ -27,10 +27,15 @@ MOST_ROWS = 4000
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of the rows looked at, shortest first; `measured` says that a tokenizer counted them."""
+    """Tokens of the rows looked at, shortest first. `measured`: a tokenizer counted them; `whole`: of every row there is.
+
+    `longest_chat` is the longest row with more than one answer.
+    """
 
     tokens: tuple[int, ...] = ()
     measured: bool = False
+    whole: bool = False
+    longest_chat: int = 0
 
     @property
     def longest(self) -> int:
@@ -50,14 +55,19 @@ class Lengths:
         kept = self.tokens[: bisect_right(self.tokens, limit)]
         return sum(kept) / len(kept) if kept else 0.0
 
+    def longest_trained(self, limit: int) -> int | None:
+        """Return the tokens of the longest row that is kept at `limit`; None unless every row was counted."""
+        kept = bisect_right(self.tokens, limit)
+        return self.tokens[kept - 1] if kept and self.measured and self.whole else None
 
-def guess(rows: Sequence[Row]) -> Lengths:
-    """Return lengths guessed from the number of characters."""
-    return Lengths(tuple(sorted(_guessed(row) for row in _spread(rows))))
+
+def guess(rows: Sequence[Row], most: int = MOST_ROWS) -> Lengths:
+    """Return lengths of at most `most` rows, guessed from the number of characters."""
+    return _lengths([(row, _guessed(row)) for row in _spread(rows, most)])
 
 
-def measure(rows: Sequence[Row], run: RunConfig) -> Lengths | None:
-    """Return lengths counted by the model's tokenizer; None where it is not on this disk or cannot be read."""
+def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS) -> Lengths | None:
+    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it cannot be read on this disk."""
     from qlora_tui.engine import data
 
     folder = tokenizer_folder(run)
@@ -67,8 +77,13 @@ def measure(rows: Sequence[Row], run: RunConfig) -> Lengths | None:
         renderer = data.Renderer(data.load_tokenizer(folder))
     except EngineError:  # the run itself will say so; an estimate can do without
         return None
-    found = [length for row in _spread(rows) if (length := _measured(renderer, row))]
-    return Lengths(tuple(sorted(found)), measured=True) if found else None
+    found = [(row, length) for row in _spread(rows, most) if (length := _measured(renderer, row))]
+    return _lengths(found, measured=True, whole=len(rows) <= most) if found else None
+
+
+def _lengths(found: list[tuple[Row, int]], *, measured: bool = False, whole: bool = False) -> Lengths:
+    chats = [length for row, length in found if sum(turn.role == "assistant" for turn in row.chat.turns) > 1]
+    return Lengths(tuple(sorted(length for _, length in found)), measured, whole, max(chats, default=0))
 
 
 def tokenizer_folder(run: RunConfig) -> Path | None:
@@ -92,9 +107,9 @@ def hub_cache() -> Path:
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
 
 
-def _spread(rows: Sequence[Row]) -> list[Row]:
-    """Return at most `MOST_ROWS` rows, spread evenly: large data must not take minutes."""
-    return [rows[index * len(rows) // min(len(rows), MOST_ROWS)] for index in range(min(len(rows), MOST_ROWS))]
+def _spread(rows: Sequence[Row], most: int) -> list[Row]:
+    """Return at most `most` rows, spread evenly: large data must not take minutes."""
+    return [rows[index * len(rows) // min(len(rows), most)] for index in range(min(len(rows), most))]
 
 
 def _guessed(row: Row) -> int:

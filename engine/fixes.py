@@ -1,0 +1,203 @@
+"""What to change so that a run fits, and what to change where there is room: one setting at a time, ranked.
+
+Every change is weighed by estimating the run with it, so what it saves is what it saves, and told with what it
+costs: time, and quality in a few words. Lower accumulation is never among them. It saves next to nothing and
+changes what a step learns; where rows at once fall, accumulation rises, so that a step sees the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tui.engine.changes import Asked, Change, roomier, smaller
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.measured import Correction
+from qlora_tui.engine.models import ModelSpec, entries, find_entry
+from qlora_tui.engine.spec import RunConfig, Value
+from qlora_tui.engine.units import billions, gib
+
+MOST = 5
+"""More advice than this nobody reads."""
+
+_MUCH_FASTER = 0.97  # a change that saves less time than this is not told as faster
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """A change of settings: what it saves, and what it costs in time and in quality. `enough`: with it alone the run fits.
+
+    As a tip for a run that has room, `saves_bytes` is negative and `quality` may be a gain.
+    """
+
+    values: Mapping[str, Value]
+    saves_bytes: int
+    time_factor: float
+    text: str
+    enough: bool = False
+    quality: str = ""
+
+    @property
+    def set(self) -> str:
+        """The change as the command line takes it, without `--set`."""
+        return " ".join(f"{name}={_typed(value)}" for name, value in self.values.items())
+
+    @property
+    def options(self) -> str:
+        """The change as options of the command line: each key needs a `--set` of its own."""
+        return " ".join(f"--set {name}={_typed(value)}" for name, value in self.values.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the promised keys of a fix."""
+        return {
+            "set": self.set,
+            "saves_bytes": self.saves_bytes,
+            "time_factor": round(self.time_factor, 2),
+            "quality": self.quality,
+            "text": self.text,
+            "enough": self.enough,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighed:
+    change: Change
+    fix: Fix
+
+
+def fixes(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    *,
+    longest: int | None = None,
+    lengths: Sequence[int] = (),
+    correction: Correction | None = None,
+) -> list[Fix]:
+    """Return at most five changes that save memory: what is enough first, then the least harm, then the least time.
+
+    When no single one is enough, the smallest bundle of them that is, and a smaller model of the same kind, come first.
+
+    Args:
+        model: the base's shape.
+        run: the settings.
+        machine: the device.
+        longest: tokens of the longest row, where every row was counted.
+        lengths: tokens of the rows, where they are known: they say what a shorter `max_length` drops.
+        correction: how measured peaks compared with predicted ones on this device.
+
+    Raises:
+        ConfigError: `lora_target_modules` names a layer that the model does not have.
+    """
+    asked = Asked(model, run, machine, longest, tuple(sorted(lengths)), correction)
+    found = [weighed for change in smaller(asked) if (weighed := _weigh(asked, change)) is not None]
+    ranked = sorted(found, key=lambda one: (asked.short and not one.fix.enough, one.change.harm, one.fix.time_factor, -one.fix.saves_bytes))
+    single = [one.fix for one in ranked]
+    if asked.short and not any(fix.enough for fix in single):
+        single = [*_stronger(asked, ranked), *single]
+    return single[:MOST]
+
+
+def tips(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    *,
+    longest: int | None = None,
+    lengths: Sequence[int] = (),
+    correction: Correction | None = None,
+) -> list[Fix]:
+    """Return at most five changes that spend the memory left over and still fit with the margin: faster ones first.
+
+    Then what makes the result better: a base in 16 bits, and longer rows where some are too long now.
+
+    Raises:
+        ConfigError: `lora_target_modules` names a layer that the model does not have.
+    """
+    asked = Asked(model, run, machine, longest, tuple(sorted(lengths)), correction)
+    if asked.short:
+        return []
+    found = [tip for changes in roomier(asked) if (tip := _spend(asked, changes)) is not None]
+    useful = [tip for tip in found if tip.time_factor < _MUCH_FASTER or tip.quality]
+    return sorted(useful, key=lambda tip: (tip.time_factor >= _MUCH_FASTER, tip.time_factor))[:MOST]
+
+
+def _weigh(asked: Asked, change: Change) -> _Weighed | None:
+    """Return what a change saves and costs, or None if it saves nothing."""
+    after = asked.after(change.values)
+    saved = asked.now.total_bytes - after.total_bytes
+    if saved <= 0:
+        return None
+    factor = asked.factor(change.values)
+    costs = [f"{factor:.1f}x the time"] if factor > 1.05 else []
+    costs += [change.quality] if change.quality else []
+    text = ", ".join([f"{change.text}: saves {gib(saved)}", *costs])
+    return _Weighed(change, Fix(change.values, saved, factor, text, after.fits, change.quality))
+
+
+def _spend(asked: Asked, changes: Iterable[Change]) -> Fix | None:
+    """Return the first of `changes` that fits with the margin, as a tip."""
+    for change in changes:
+        if asked.enough(change.values):
+            after, factor = asked.after(change.values), asked.factor(change.values)
+            gains = [f"{1 / factor:.1f}x faster"] if factor < _MUCH_FASTER else []
+            gains += [change.quality] if change.quality else []
+            gains += [f"{factor:.1f}x the time"] if factor > 1.05 else []
+            text = ", ".join([f"{change.text}: {gib(after.total_bytes)}", *gains])
+            return Fix(change.values, asked.now.total_bytes - after.total_bytes, factor, text, True, change.quality)
+    return None
+
+
+def _stronger(asked: Asked, ranked: Sequence[_Weighed]) -> list[Fix]:
+    """Return the smallest bundle of single changes that is enough, mildest first, and the largest sister model that then fits."""
+    found: list[Fix] = []
+    harmless: dict[str, Value] = {}
+    bundle: dict[str, Value] = {}
+    for one in sorted(ranked, key=lambda one: (one.change.harm, one.fix.time_factor, -one.fix.saves_bytes)):
+        bundle |= one.change.values
+        harmless = dict(bundle) if one.change.harm == 0 else harmless
+        if len(bundle) > len(one.change.values) and asked.after(bundle).fits:
+            quality = ", ".join(other.change.quality for other in ranked if other.change.quality and _inside(other.change.values, bundle))
+            words = "these together" if quality else "these together leave the result alone"
+            weighed = _weigh(asked, Change(bundle, words, quality=quality))
+            found += [weighed.fix] if weighed else []
+            break
+    return found + _smaller_model(asked, harmless)
+
+
+def _smaller_model(asked: Asked, leaner: dict[str, Value]) -> list[Fix]:
+    """Return the largest sister model that fits, as the run is or with what leaves the result alone; a list of one or none."""
+    for sister in _sisters(asked.model):
+        for extra in ({}, leaner):
+            after = asked.after(extra, sister)
+            if after.fits:
+                text = f"a smaller model, {billions(sister.params)} weights: {gib(after.total_bytes)}, knows less"
+                saved, factor = asked.now.total_bytes - after.total_bytes, asked.factor(extra, sister)
+                return [Fix({"model_name_or_path": sister.name, **extra}, saved, factor, text, True, "knows less")]
+    return []
+
+
+def _sisters(model: ModelSpec) -> list[ModelSpec]:
+    """Return smaller models of the same maker, family and vocabulary that need no other licence click, the largest first.
+
+    The vocabulary tells generations apart: an older model of the same family is not what somebody wants who chose a new one.
+    """
+    known = find_entry(model.name)
+    if known is None:
+        return []
+    maker = model.name.split("/")[0]
+    near = [entry.spec for entry in entries() if entry.spec.name.split("/")[0] == maker and (known.gated or not entry.gated)]
+    alike = [spec for spec in near if spec.family == model.family and abs(spec.vocab_size / model.vocab_size - 1) < 0.01]
+    smaller = [spec for spec in alike if spec.params < model.params]
+    return sorted(smaller, key=lambda spec: -spec.params)
+
+
+def _inside(values: Mapping[str, Value], bundle: Mapping[str, Value]) -> bool:
+    return all(bundle.get(name) == value for name, value in values.items())
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else f"{value}"

@@ -1,0 +1,196 @@
+"""What to choose for all that was left open, so that the memory that is free buys time.
+
+A run leaves a setting open with `auto` or 0. Recomputing fewer layers and taking more rows at once cost memory
+and save seconds; neither changes what a step learns, since the rows of a step stay the same. The choice is the
+fastest that fits with the estimate's whole margin. What was fixed by hand is never changed. On a processor nothing
+that could move the last bit of a result follows free memory, so that one seed gives one adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_tui.engine import forecast, measured
+from qlora_tui.engine.budget import Budget
+from qlora_tui.engine.forecast import step_key
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.search import FEW_LAYERS, Asked, Choice, Search
+from qlora_tui.engine.spec import RunConfig, Value, rows_per_step, values_of
+from qlora_tui.engine.units import count, gib
+
+__all__ = ["Plan", "choose", "open_keys", "settled", "step_key"]
+
+_OPEN: Mapping[str, Value] = {
+    "method": "auto",
+    "dtype": "auto",
+    "optim": "auto",
+    "gradient_checkpointing": "auto",
+    "per_device_train_batch_size": 0,
+    "loss_chunk_size": 0,
+}
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run with nothing left open, what it needs, and why it was chosen.
+
+    `choices` are the values of the keys that were open, `reasons` a few words for each. `fallbacks` are leaner runs
+    in their order, the last the leanest: they differ in open keys alone, and are what to try when memory runs out.
+    """
+
+    run: RunConfig
+    budget: Budget
+    choices: Mapping[str, Any]
+    why: str
+    seconds_per_token: float | None
+    fallbacks: tuple[RunConfig, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_keys(run: RunConfig) -> tuple[str, ...]:
+    """Return the keys that a run leaves to the planner."""
+    values = values_of(run)
+    return tuple(name for name, value in _OPEN.items() if values[name] == value)
+
+
+def settled(run: RunConfig) -> bool:
+    """Say whether nothing is left to choose."""
+    return not open_keys(run)
+
+
+def choose(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | None = None, mean: float | None = None) -> Plan:
+    """Choose everything that `run` leaves open.
+
+    Args:
+        model: the base's shape.
+        run: the settings.
+        machine: the device; its `memory_limit_gib` is applied here.
+        longest: tokens of the longest row, which decides memory; else rows are taken to be `max_length` long.
+        mean: tokens of the mean row, which decides time; else the longest is taken.
+
+    Raises:
+        ConfigError: `lora_target_modules` names a layer that the model does not have.
+    """
+    long = min(run.max_length, longest or run.max_length)
+    return _choose(model, run, machine, longest, min(mean or long, long), measured.stamp())
+
+
+@functools.lru_cache(maxsize=64)
+def _choose(model: ModelSpec, run: RunConfig, machine: Machine, longest: int | None, mean: float, stamp: tuple[int, int]) -> Plan:
+    """Choose, once for the same question; `stamp` changes with what was measured."""
+    asked = Asked(model, run, machine, longest, mean, forecast.speed_of(machine), measured.correction_now(machine.name))
+    search, found = _best(asked)
+    chosen = search.config(found)
+    names = open_keys(run)
+    if "per_device_train_batch_size" in names:
+        names = (*names, "gradient_accumulation_steps")
+    values = values_of(chosen)
+    return Plan(
+        run=chosen,
+        budget=search.budget(found),
+        choices={name: values[name] for name in names},
+        why=_why(search, found),
+        seconds_per_token=forecast.seconds_per_token(model, chosen, machine, row_tokens=mean),
+        fallbacks=_fallbacks(search, found),
+        reasons={name: reason for name, reason in _reasons(search, found).items() if name in names},
+    )
+
+
+def _best(asked: Asked) -> tuple[Search, Choice]:
+    """Return the best choice and the search it is from: the first base that fits, and paging only where it saves time."""
+    search: Search | None = None
+    for method in _methods(asked.model, asked.run, asked.machine):
+        found: tuple[Search, Choice] | None = None
+        for optim in _optimizers(asked.run, asked.machine):
+            search = Search(asked, method, optim)
+            if found is not None and search.need(found[1]) >= found[0].need(found[1]):
+                continue
+            choice = search.find(math.inf if found is None else found[0].rank(found[1]) - 1)
+            found = (search, choice) if choice is not None else found
+        if found is not None:
+            return found
+    assert search is not None
+    return search, search.leanest()
+
+
+def _methods(model: ModelSpec, run: RunConfig, machine: Machine) -> tuple[str, ...]:
+    """Return the bases to try, the better first: 4 bits cost quality, so 16 are taken where they fit."""
+    if run.method != "auto":
+        return (run.method,)
+    if model.quantized:
+        return ("qlora",)
+    if run.init_lora_weights == "pissa":  # it needs the weights' main directions, which 4 bits no longer hold
+        return ("lora",)
+    return ("lora", "qlora") if machine.kind == "cuda" else ("qlora",)
+
+
+def _optimizers(run: RunConfig, machine: Machine) -> tuple[str, ...]:
+    if run.optim != "auto":
+        return (run.optim,)
+    return ("adamw_8bit", "paged_adamw_8bit") if machine.kind == "cuda" else ("adamw_torch",)
+
+
+def _fallbacks(search: Search, found: Choice) -> tuple[RunConfig, ...]:
+    """Return ever leaner choices: more layers recomputed, then fewer rows at once, then the leanest there is.
+
+    Their order needs no estimate, which was too low if one of them is ever taken.
+    """
+    leanest = search.leanest()
+    most = leanest.recomputed
+    halfway = (found.recomputed + most + 1) // 2
+    ladder = [found._replace(recomputed=halfway)] if most > halfway > FEW_LAYERS else []
+    ladder += [found._replace(rows=rows, recomputed=most) for rows in reversed(search.rows) if rows <= found.rows]
+    return tuple(search.config(choice) for choice in dict.fromkeys([*ladder, leanest]) if choice != found)
+
+
+def _why(search: Search, found: Choice) -> str:
+    """Return one sentence with the plan's arithmetic; it promises a speed only where the device is known."""
+    budget, leanest = search.budget(found), Choice(search.rows[0], search.ends()[0], found.chunk)
+    free = f"{gib(budget.machine.free_bytes)}{' free' if budget.machine.others_bytes else ''}"
+    used = f"{budget.total_bytes / _GIB:.1f} of {free}"
+    limits = _at_most(search)
+    if not budget.fits:
+        return f"needs {used}{', even with ' + limits if limits else ''}"
+    if budget.tight:
+        return f"uses {used}, which is within the estimate's margin{', even with ' + limits if limits else ''}"
+    faster = search.seconds(leanest) / search.seconds(found)
+    if search.asked.speed is None or faster < 1.05 or not limits:
+        return f"uses {used}"
+    return f"uses {used}, {faster:.1f}x faster than {limits}"
+
+
+def _at_most(search: Search) -> str:
+    """Return what the leanest choice does, of that which is open."""
+    one_row = len(search.rows) > 1
+    if search.layers_open:
+        return "recomputing all layers at 1 row" if one_row else "recomputing all layers"
+    return "1 row at once" if one_row else ""
+
+
+def _reasons(search: Search, found: Choice) -> dict[str, str]:
+    """Return a few words for each thing that can be chosen."""
+    run, processor = search.base, search.asked.machine.kind == "cpu"
+    kept = search.layers - found.recomputed
+    layers = f"{kept} of {search.layers} layers keep their activations" if kept else "memory is short, so every layer is recomputed"
+    smaller = found.chunk != search.chunks[0]
+    return {
+        "method": "the 16-bit base fits, and 4 bits cost quality" if run.method == "lora" else _why_4bit(search),
+        "dtype": "what this device computes in",
+        "optim": "plain AdamW on a processor" if processor else "pages its state when memory is short" if "paged" in run.optim else "fits",
+        "gradient_checkpointing": "all activations fit" if kept == search.layers else layers,
+        "per_device_train_batch_size": "by length alone on a processor" if processor else "the fastest that fits",
+        "gradient_accumulation_steps": f"{count(rows_per_step(search.asked.run))} rows a step, as asked",
+        "loss_chunk_size": "smaller than usual, for memory" if smaller else "by the vocabulary",
+    }
+
+
+def _why_4bit(search: Search) -> str:
+    if search.asked.model.quantized:
+        return "its weights are stored in 4 bits"
+    return "the usual choice on a processor" if search.asked.machine.kind == "cpu" else "the 16-bit base does not fit"

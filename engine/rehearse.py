@@ -1,0 +1,279 @@
+"""The worst batch first: the longest rows go through a whole step and an evaluation before step 1, and are measured.
+
+What will not fit ends here and not after an hour, and what a step takes is measured before anybody waits for it.
+A rehearsal leaves no trace: weights, optimizer, gradients and random numbers are put back to the last bit, so a run
+with it and one without it give the same adapter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+
+from qlora_tui.engine import evaluate
+from qlora_tui.engine.batches import longest, supervised_tokens
+from qlora_tui.engine.data import TokenRow
+from qlora_tui.engine.events import Phase
+from qlora_tui.engine.fast.recompute import recomputed
+from qlora_tui.engine.load import Loaded, trainable
+from qlora_tui.engine.measured import Speed
+from qlora_tui.engine.meter import Meter, RandomState, empty_cache, out_of_memory
+from qlora_tui.engine.models import ModelSpec
+
+_LAST_MADE = ("exp_avg_sq", "absmax2", "state2")  # of an optimizer's state, the tensor that is made last, by kind
+_PARTS = 4
+_PIECE_TOKENS = 4096
+_COPIED_BYTES = 1 << 28  # larger than any cache of a card
+_NF4_BYTES = 2.5  # read and written for each weight that is dequantized to 16 bits
+_FEW_TOKENS = 8
+_REPEATS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """Who takes part in a rehearsal.
+
+    Attributes:
+        loaded: the model with its adapter.
+        optimizer: fresh; it is fresh again afterwards.
+        train_rows, eval_rows: all of them; the longest are chosen here.
+        add: adds the gradient of rows, as a step does, divided by a number of supervised tokens.
+        rows_at_once: of training and of evaluation, at the moment they are asked for.
+        repeats: micro-batches of one step; a second one meets the gradients of the first, which is where a step peaks.
+        chunk: tokens of the loss at once.
+        excursion: lends the model to an evaluation.
+        poll: called between parts; may raise.
+    """
+
+    loaded: Loaded
+    optimizer: torch.optim.Optimizer
+    train_rows: Sequence[TokenRow]
+    eval_rows: Sequence[TokenRow]
+    add: Callable[[Sequence[TokenRow], int], object]
+    rows_at_once: int
+    repeats: int
+    chunk: int
+    excursion: Callable[[], AbstractContextManager[None]]
+    poll: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What was measured: `peaks` in bytes of "train" and "eval", `seconds` of "train" (one micro-batch), "optimizer" and "eval".
+
+    `tokens` are the real ones of that micro-batch of `rows` rows.
+    """
+
+    peaks: Mapping[str, int]
+    seconds: Mapping[str, float]
+    rows: int
+    tokens: int
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Return the seconds of one real token of a long step; the optimizer's part is small there and left out."""
+        return self.seconds["train"] / self.tokens
+
+
+def rehearse(cast: Cast, meter: Meter) -> Generator[Phase, None, Rehearsed]:
+    """Run the longest micro-batch through forward, backward and optimizer, then the longest evaluation batch.
+
+    A step and its state are made once unmeasured by the clock (kernels are chosen, the optimizer's state is made),
+    then timed. The peaks land in `meter` as phases "probe" and "probe eval".
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit; everything is put back all the same.
+        Stopped: somebody asked to stop.
+    """
+    began = time.monotonic()
+    rows = longest(cast.train_rows, cast.rows_at_once)
+    held_out = longest(cast.eval_rows, cast.rows_at_once)
+    tokens = sum(len(row.input_ids) for row in rows)
+    yield Phase("probe", "begin", done=0, total=_PARTS, note=f"the longest batch first: {len(rows)} rows, {len(rows[0].input_ids)} tokens")
+    seconds: dict[str, float] = {}
+    with _untouched(cast):
+        with meter.phase("probe", fresh=True):
+            _step(cast, rows, 1)
+            yield _progress(cast, 1)
+            seconds["train"] = _timed(cast, lambda: _gradients(cast, rows, min(2, cast.repeats))) / min(2, cast.repeats)
+            yield _progress(cast, 2)
+            seconds["optimizer"] = _timed(cast, cast.optimizer.step)
+            cast.optimizer.zero_grad(set_to_none=True)
+        yield _progress(cast, 3)
+        with meter.phase("probe eval", fresh=True):
+            seconds["eval"] = _timed(cast, lambda: _evaluate(cast, held_out))
+    peaks = {"train": meter.peaks["probe"], "eval": meter.peaks["probe eval"]}
+    told = meter.told("probe", predicted="train")
+    yield Phase("probe", "end", done=_PARTS, total=_PARTS, seconds=time.monotonic() - began, **told)
+    return Rehearsed(peaks, seconds, len(rows), tokens)
+
+
+def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Put the state of `optimizer` back to what its first step would make, in place.
+
+    It is emptied and not dropped: bitsandbytes never frees a paged buffer, so a second one would stay beside the
+    first. Its quantization maps are shared constants and stay. State that was only half made, because memory ran
+    out on the way, is dropped.
+    """
+    for parameter, state in list(optimizer.state.items()):
+        eight_bit = "state1" in state and state["state1"].dtype == torch.uint8
+        last = [name for name in _LAST_MADE if name != "state2" or not eight_bit]
+        if not any(name in state for name in last):
+            del optimizer.state[parameter]
+            continue
+        for name, value in state.items():
+            state[name] = _emptied(name, value)
+
+
+def pieces(loaded: Loaded, spec: ModelSpec) -> Speed | None:
+    """Measure what a step is made of on this card, in under two seconds; None where not even that fits.
+
+    A product of the model's shape, a copy, a layer's weights from 4 bits to 16, and how long Python and the driver
+    take for one layer. From these the planner predicts settings that nobody has tried. Like a rehearsal it leaves
+    no trace, and it belongs before step 1: gradients are dropped.
+    """
+    random_state = RandomState.now()
+    try:
+        with torch.no_grad():
+            return Speed(
+                matmul_flops=_matmul_flops(loaded, spec),
+                bandwidth_bytes=_bandwidth(loaded.device),
+                dequant_bytes=_dequantization(loaded, spec),
+                layer_seconds=_layer_seconds(loaded),
+            )
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    finally:
+        random_state.restore()
+        empty_cache(loaded.device)
+
+
+def _step(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
+    _gradients(cast, rows, times)
+    cast.optimizer.step()
+    cast.optimizer.zero_grad(set_to_none=True)
+
+
+def _gradients(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
+    supervised = times * sum(supervised_tokens(row) for row in rows)
+    for _ in range(times):
+        cast.poll()
+        cast.add(rows, supervised)
+    grads = [parameter.grad for parameter in trainable(cast.loaded.model).values() if parameter.grad is not None]
+    torch.nn.utils.get_total_norm(grads)  # a step looks at it, and it takes memory of its own
+
+
+def _evaluate(cast: Cast, rows: Sequence[TokenRow]) -> None:
+    if not rows:
+        return
+    with cast.excursion():
+        for _ in evaluate.measure(cast.loaded, rows, len(rows), cast.poll, chunk=cast.chunk):
+            pass
+
+
+@contextmanager
+def _untouched(cast: Cast) -> Iterator[None]:
+    """Put weights, optimizer, gradients and random numbers back whatever happens inside.
+
+    The weights wait in RAM: a copy on the card would be measured as if the run needed it. Putting back allocates nothing.
+    """
+    parameters = list(trainable(cast.loaded.model).values())
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    random_state = RandomState.now()
+    try:
+        yield
+    finally:
+        cast.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+        _wait(cast.loaded.device)  # paged state is emptied where it lies, and its last step must be over
+        reset_optimizer(cast.optimizer)
+        _wait(cast.loaded.device)
+        random_state.restore()
+
+
+def _emptied(name: str, value: Any) -> Any:
+    if name.startswith("qmap"):
+        return value
+    if not isinstance(value, torch.Tensor):
+        return 0 if name == "step" else value
+    if getattr(value, "is_paged", False):  # bitsandbytes marks its managed buffers; filled on the card, they need not travel
+        bnb.fill(value, 0)
+        return value
+    return value.zero_()
+
+
+def _progress(cast: Cast, done: int) -> Phase:
+    cast.poll()
+    return Phase("probe", "progress", done=done, total=_PARTS)
+
+
+def _timed(cast: Cast, work: Callable[[], object]) -> float:
+    return _seconds(cast.loaded.device, work)
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Return how long `work` takes until the device has done it."""
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _best(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the shortest of a few times: anything longer had something else in it."""
+    return min(_seconds(device, work) for _ in range(_REPEATS))
+
+
+def _matmul_flops(loaded: Loaded, spec: ModelSpec) -> float:
+    """Return operations a second of a product of the MLP's shape over a few thousand tokens."""
+    x_TH = torch.randn(_PIECE_TOKENS, spec.hidden_size, device=loaded.device, dtype=loaded.dtype)
+    w_FH = torch.randn(spec.intermediate_size, spec.hidden_size, device=loaded.device, dtype=loaded.dtype)
+    return 2 * x_TH.numel() * w_FH.shape[0] / _best(loaded.device, lambda: torch.nn.functional.linear(x_TH, w_FH))
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Return bytes a second of an element-wise kernel, read and written."""
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPIED_BYTES / _best(device, lambda: target.copy_(source))
+
+
+def _dequantization(loaded: Loaded, spec: ModelSpec) -> float:
+    """Return bytes a second of bringing 4-bit weights of the MLP's shape to the type of computation, read and written."""
+    weight = torch.randn(spec.intermediate_size, spec.hidden_size, device=loaded.device, dtype=loaded.dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return _NF4_BYTES * weight.numel() / _best(loaded.device, lambda: bnb.dequantize_4bit(packed, state))
+
+
+def _layer_seconds(loaded: Loaded) -> float:
+    """Return the seconds of Python and launches for one layer and pass: a whole forward and backward over a few tokens.
+
+    With so few tokens the device is done long before its host, so the time is the host's. A recomputed layer runs
+    forward twice. Gradients are dropped.
+    """
+    layers = loaded.decoder.layers
+    assert isinstance(layers, torch.nn.ModuleList)
+    passes = 2 * len(layers) + recomputed(layers)
+    ids_BT = torch.zeros(1, _FEW_TOKENS, dtype=torch.long, device=loaded.device)
+    try:
+        with torch.enable_grad():
+            return _best(loaded.device, lambda: loaded.hidden(ids_BT).sum().backward()) / passes
+    finally:
+        for parameter in trainable(loaded.model).values():
+            parameter.grad = None

@@ -1,0 +1,156 @@
+"""The time of one step as arithmetic: what the device computes and moves, and what its host does meanwhile.
+
+A micro-batch costs products, attention, element-wise traffic, dequantization and the loss on the device, and
+Python and launches on the host. The two overlap in part: together they take the hypotenuse of both, which is
+the larger one where they differ much, and was within 5 % of the steps measured on an H100 (tests/bench/results).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from qlora_tui.engine.cards import Card
+from qlora_tui.engine.machine import Machine, card_of
+from qlora_tui.engine.measured import Speed
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, adapter_params, adapter_tensors, choose_optimizer, element_bytes, four_bit
+from qlora_tui.engine.spec import RunConfig, rows_per_step
+
+_MATMUL_SHARE = 0.75  # of the data sheet's products that large ones reach: 765-780 of 989 TFLOP/s on an H100, 2026-11-25
+_MEMORY_SHARE = 0.88  # of the bandwidth that a large copy reaches
+_MOVE_SHARE = 0.68  # of a large copy's rate that a layer's many element-wise kernels reach: 492 ms of kernels measured there
+_DEQUANT_SHARE = 0.21  # of the bandwidth that bitsandbytes' 4-bit kernels reach: 17.5 GB in 25 ms, same card and day
+_LAYER_SECONDS = 3.2e-3  # the host's part of one layer and pass: fitted to five measured runs of 8 B on that card
+_FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
+_ATTENTION_SHARE = 0.5  # of large products' rate that fused attention reaches
+_CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
+_TENSOR_SHARE = 0.03  # of a layer's host seconds that 8-bit AdamW spends on each of its tensors: it has no fused loop
+_CHUNK_SHARE = 0.06  # of a layer's host seconds that one chunk of the loss takes
+_LOGIT_PASSES = 19  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
+_DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
+_OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
+
+
+def card_speed(card: Card) -> Speed:
+    """Return what `card` should reach, from its data sheet and the shares that an H100 reached."""
+    return Speed(card.flops * _MATMUL_SHARE, card.bandwidth_bytes * _MEMORY_SHARE, card.bandwidth_bytes * _DEQUANT_SHARE, _LAYER_SECONDS)
+
+
+def table_speed(machine: Machine) -> Speed | None:
+    """Return what a device should reach before anything was measured on it; None for a card that is not in the table.
+
+    On a processor products decide, and what it reaches in them already counts the rest.
+    """
+    if machine.kind == "cpu":
+        return Speed(_CORE_FLOPS * max(machine.cores, 1), math.inf, math.inf, 0.0)
+    card = card_of(machine)
+    return None if card is None else card_speed(card)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Seconds of a forward and a backward pass over some rows, and what each recomputed layer adds to them."""
+
+    device_seconds: float
+    host_seconds: float
+    again_device_seconds: float
+    again_host_seconds: float
+
+    def seconds(self, recomputed: int) -> float:
+        """Return the seconds of one micro-batch in which so many layers run forward once more."""
+        return math.hypot(
+            self.device_seconds + recomputed * self.again_device_seconds, self.host_seconds + recomputed * self.again_host_seconds
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, rows: int, tokens: float) -> MicroBatch:
+    """Return the time of one micro-batch.
+
+    Args:
+        model: the base's shape.
+        run: the settings; how many layers are recomputed and the rows at once are taken from the arguments.
+        machine: the device; decides the width of a number.
+        speed: what the device reaches.
+        rows: rows at once.
+        tokens: tokens of each row; long ones cost more a token, since attention reads all before.
+
+    Raises:
+        ConfigError: `lora_target_modules` names a layer that the model does not have.
+    """
+    width = element_bytes(run, machine)
+    flops = speed.matmul_flops * (_FLOAT32_SHARE if width == 4 and machine.kind == "cuda" and machine.bf16 else 1.0)
+    weights = sum(part.weights for part in model.linears())
+    batch = rows * tokens
+    # a few tokens wait for the weights to be read, many for the products
+    products = max(2.0 * weights * batch / flops, weights * width / speed.bandwidth_bytes)
+    products += 2.0 * _low_rank(model, run) * batch / flops
+    moved = batch * _moved_per_token(model, run, width, tokens) / (speed.bandwidth_bytes * _MOVE_SHARE)
+    moved += _full_weights(model, run, width, speed)
+    attention = batch * _attention(model, tokens) / (flops * _ATTENTION_SHARE)
+    forward = products + attention + moved
+    backward = products + 2.0 * _low_rank(model, run) * batch / flops + 2.5 * attention + moved
+    layers = model.num_hidden_layers
+    chunk = run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // model.vocab_size)
+    chunks = math.ceil(batch / chunk)
+    head = 2 * model.vocab_size * model.hidden_size
+    loss = max(2.0 * head * batch / flops, chunks * head * width / speed.bandwidth_bytes)
+    loss += batch * model.vocab_size * _LOGIT_PASSES * width / (speed.bandwidth_bytes * _MOVE_SHARE)
+    host = speed.layer_seconds
+    return MicroBatch(layers * (forward + backward) + loss, layers * 2 * host + chunks * _CHUNK_SHARE * host, forward, host)
+
+
+def optimizer_seconds(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed) -> float:
+    """Return the time of one update of the adapter: 8-bit AdamW goes tensor by tensor, the plain one does all at once."""
+    moved = adapter_params(model, run) * _OPTIMIZER_BYTES / speed.bandwidth_bytes
+    tensors = model.num_hidden_layers * len(adapter_tensors(model, run))
+    one_by_one = tensors if choose_optimizer(run, machine) != "adamw_torch" else 1
+    return moved + one_by_one * _TENSOR_SHARE * speed.layer_seconds
+
+
+def attention_share(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float) -> float:
+    """Return the share of a long row's time that goes to attention, the only part that grows with its square."""
+    flops = speed.matmul_flops * _ATTENTION_SHARE
+    attention = 4.5 * model.num_hidden_layers * tokens * _attention(model, tokens) / flops
+    return min(1.0, attention / micro_batch(model, run, machine, speed, 1, tokens).seconds(model.num_hidden_layers))
+
+
+def micro_batches(run: RunConfig, rows: int) -> int:
+    """Return how many micro-batches of `rows` rows an optimizer step has."""
+    return math.ceil(rows_per_step(run) / rows)
+
+
+def _attention(model: ModelSpec, tokens: float) -> float:
+    """Return the operations of one token in one layer's attention: two products with half the row."""
+    window = tokens if model.sliding_window is None else min(tokens, 2.0 * model.sliding_window)
+    return 2.0 * model.query_size * window
+
+
+def _low_rank(model: ModelSpec, run: RunConfig) -> int:
+    return sum(run.lora_r * (part.inputs + part.outputs) for part in model.targeted(run.lora_target_modules))
+
+
+def _moved_per_token(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> float:
+    """Return the bytes that element-wise work moves for one token, one layer and one pass.
+
+    Counted from the operations, each reading and writing once: norms are made of six in 32 bits, an adapter
+    adds to every output, the gated MLP multiplies twice, positions turn queries and keys.
+    """
+    targeted = model.targeted(run.lora_target_modules)
+    norms = model.norms_per_layer * 15 * model.hidden_size
+    adapter = sum(part.inputs * (3 if run.lora_dropout else 1) + part.outputs * (4 if run.use_dora else 2) for part in targeted)
+    rest = 5 * model.intermediate_size + 6 * model.hidden_size + 6 * (model.query_size + model.key_value_size)
+    scores = 10 * model.num_attention_heads * tokens if run.attn_implementation == "eager" or not model.sdpa else 0.0
+    return width * (norms + adapter + rest + scores)
+
+
+def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed) -> float:
+    """Return the seconds that one layer's weights take as a whole, whatever the batch: made from 4 bits, measured for DoRA."""
+    small = model.quantized_params / model.num_hidden_layers if four_bit(model, run) else 0.0
+    seconds = small * _DEQUANT_BYTES / speed.dequant_bytes
+    if run.use_dora:  # the base is made whole once more, for the length of every row of it with its adapter
+        targeted = sum(part.weights for part in model.targeted(run.lora_target_modules))
+        seconds += seconds + targeted * 4 * width / (speed.bandwidth_bytes * _MOVE_SHARE)
+    return seconds

@@ -1,0 +1,148 @@
+"""One optimizer step's gradient, in as many parts as memory asks for.
+
+The loss is summed over supervised tokens and divided once by those of the whole step, so any split of the rows gives
+the same step. That is what makes running out of memory survivable: the same rows go through again in halves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qlora_tui.engine.batches import collate, micro_batches
+from qlora_tui.engine.data import TokenRow
+from qlora_tui.engine.errors import WontFit
+from qlora_tui.engine.events import Finding
+from qlora_tui.engine.fast.loss import token_losses
+from qlora_tui.engine.load import Loaded
+from qlora_tui.engine.meter import RandomState, empty_cache, in_use, out_of_memory, said
+
+MOST_HALVINGS = 3
+"""Beyond this the estimate was wrong by a factor of eight: the run ends rather than crawl."""
+_THRASHING_STEPS = 3
+
+
+@dataclass(slots=True)
+class Halving:
+    """How many rows go through at once; halved when memory runs out, and never raised again in this run."""
+
+    what: str
+    rows: int
+    device: torch.device
+    refuse: Callable[[str], WontFit]
+    times: int = 0
+
+    def halve(self, step: int, words: str) -> Finding:
+        """Halve the rows at once and say so. Call it outside the `except` block: its exception holds every tensor of the attempt.
+
+        Raises:
+            WontFit: one row does not fit, or it was halved too often already.
+        """
+        empty_cache(self.device)
+        if self.rows == 1 or self.times == MOST_HALVINGS:
+            often = f" after {self.times} halvings" if self.times else ""
+            raise self.refuse(f"out of memory in {self.what} with {_rows(self.rows)} at once{often}")
+        before, self.rows = self.rows, -(-self.rows // 2)
+        self.times += 1
+        message = f"out of memory in {self.what} with {_rows(before)} at once: the same rows again, {self.rows} at once from here on"
+        advice = (f"per_device_train_batch_size={self.rows} with as many rows a step, next time", "close other programs on this device")
+        numbers = {"rows_before": before, "rows_at_once": self.rows, "halvings": self.times, "said": words}
+        return Finding("memory", "warn", step, f"{message}; the result stays the same", advice, numbers | in_use(self.device))
+
+
+@dataclass(slots=True)
+class Thrash:
+    """Looks for an allocator that has to empty its cache again and again: near the limit a step takes ten times as long."""
+
+    device: torch.device
+    retries: int = -1
+    steps: int = 0
+
+    def see(self, step: int) -> list[Finding]:
+        """Return one warning, once, after a few steps that each made the allocator start over."""
+        if self.device.type != "cuda":
+            return []
+        now = allocator_retries()
+        self.steps += 0 <= self.retries < now  # what happened before the first step is not counted
+        self.retries = now
+        if self.steps != _THRASHING_STEPS:
+            return []
+        self.steps += 1  # said once
+        message = f"memory is nearly full: the allocator had to empty its cache {now} times, and each time costs a good part of a step"
+        advice = ("recompute more layers or take fewer rows at once, next time", "close other programs on this device")
+        return [Finding("memory", "warn", step, message, advice, {"retries": now} | in_use(self.device))]
+
+
+@dataclass(slots=True)
+class Gradient:
+    """Computes the gradient of a step, and remembers what a person should know of it until the loop says it."""
+
+    loaded: Loaded
+    parameters: list[torch.nn.Parameter]
+    halving: Halving
+    chunk: int
+    thrash: Thrash
+    _found: list[Finding] = field(default_factory=list)
+
+    def of_step(self, rows: Sequence[TokenRow], supervised: int, step: int) -> tuple[float, float]:
+        """Add up the gradient of a step; returns its loss in nats a token and the seconds spent on batches.
+
+        When memory runs out the same rows go through again in halves, on the random numbers of the first attempt.
+
+        Raises:
+            WontFit: halving did not help; gradients are gone and random numbers are those of the step's start.
+        """
+        start = RandomState.now()
+        while True:
+            done, words = self._attempt(rows, supervised)
+            if done is not None:
+                return done
+            for parameter in self.parameters:
+                parameter.grad = None
+            start.restore()
+            self._found.append(self.halving.halve(step, words))
+
+    def tell(self, step: int) -> list[Finding]:
+        """Return what memory made of `step`, once."""
+        found, self._found = self._found, []
+        return found + self.thrash.see(step)
+
+    def add(self, rows: Sequence[TokenRow], supervised: int) -> tuple[float, float]:
+        """Add the gradient of `rows` to what is there, `halving.rows` at a time; an out-of-memory error is the caller's.
+
+        Returns:
+            The summed loss over `supervised`, and the seconds spent on making batches.
+        """
+        total = torch.zeros((), device=self.loaded.device)
+        data_seconds = 0.0
+        for part in micro_batches(rows, self.halving.rows):
+            began = time.monotonic()
+            batch = collate(part, self.loaded.device)
+            data_seconds += time.monotonic() - began
+            hidden_BTH = self.loaded.hidden(batch.input_ids_BT)
+            hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, batch.positions_N)
+            loss = token_losses(hidden_NH, self.loaded.head, batch.labels_N, self.chunk).sum() / supervised
+            loss.backward()
+            total += loss.detach()
+        return float(total), data_seconds
+
+    def _attempt(self, rows: Sequence[TokenRow], supervised: int) -> tuple[tuple[float, float] | None, str]:
+        """Return what `add` returns, or None and the error's words; the error itself, with its frames, ends here."""
+        try:
+            return self.add(rows, supervised), ""
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None, said(error)
+
+
+def allocator_retries() -> int:
+    """Return how often torch's allocator gave its cache back to satisfy a request."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"

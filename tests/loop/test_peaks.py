@@ -1,0 +1,189 @@
+"""The memory arithmetic against every tensor that the engine's own code makes: load, step and evaluation, on a processor.
+
+The count is exact to the byte, so what the formulas miss is a fault of theirs and not of an allocator. What only
+a card has (cuBLAS, kernels' own sums, cached blocks, the context) is left out on both sides.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+
+from qlora_tui.engine import models, moments
+from qlora_tui.engine.data import TokenRow
+from qlora_tui.engine.evaluate import measure
+from qlora_tui.engine.load import Loaded, load, trainable
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.train.optim import build_optimizer
+from qlora_tui.engine.train.step import Gradient, Halving, Thrash
+
+CPU = Machine("cpu", "cpu", 1 << 34, cores=1)
+UNSEEN = ("kernels", "allocator", "context")
+WORDS = 512
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ALL, NONE = "true", "false"
+
+
+def settings(kind: str, layers: int, rows: int, length: int, checkpointing: str, **changes: Any) -> Any:
+    name = f"{kind} {rows}x{length} {checkpointing} " + " ".join(f"{key}={value}" for key, value in changes.items())
+    return pytest.param(kind, layers, rows, length, {"gradient_checkpointing": checkpointing, **changes}, id=name.strip())
+
+
+GRID = [
+    *(settings(kind, 5, 2, 128, checkpointing) for kind in ("llama", "qwen3", "phi3", "gemma3_text") for checkpointing in (ALL, "2", NONE)),
+    settings("olmo2", 4, 2, 128, ALL),
+    settings("granite", 4, 2, 128, "3"),
+    settings("gemma2", 4, 2, 128, ALL, attn_implementation="eager"),
+    settings("gemma2", 4, 2, 128, NONE, attn_implementation="eager"),
+    settings("llama", 4, 1, 256, ALL, attn_implementation="eager"),
+    settings("qwen3", 4, 1, 256, NONE, attn_implementation="eager"),
+    settings("mistral", 4, 2, 128, ALL, sliding_window=64),
+    settings("gemma3_text", 7, 2, 128, NONE, sliding_window=64),
+    settings("qwen2", 4, 8, 32, ALL, lora_r=4),
+    settings("qwen2", 4, 1, 384, NONE, lora_r=64),
+    settings("llama", 4, 2, 128, ALL, method="lora"),
+    settings("llama", 4, 2, 128, NONE, method="lora", dtype="float32"),
+    settings("qwen3", 4, 1, 64, ALL, lora_r=64, gradient_accumulation_steps=1),
+    settings("qwen3", 6, 1, 64, "3", lora_r=64, gradient_accumulation_steps=1),
+    settings("llama", 4, 2, 128, ALL, use_dora=True),
+    settings("llama", 4, 2, 128, NONE, use_dora=True),
+    settings("llama", 4, 2, 128, ALL, lora_dropout=0.1),
+    settings("llama", 4, 2, 128, NONE, lora_dropout=0.1),
+    settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
+    settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
+    settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),
+    settings("qwen3", 4, 4, 128, ALL, loss_chunk_size=64),
+    settings("qwen3", 4, 2, 128, NONE, bnb_4bit_use_double_quant=False),
+]
+"""Families, checkpointing none, some and all, rows, lengths, ranks, both bases, every kind of adapter."""
+
+
+def write(folder: Path, kind: str, layers: int, **shape: Any) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    usual = {"sliding_window": None} if kind == "mistral" else {}
+    config = AutoConfig.for_model(kind, num_hidden_layers=layers, **{**SHAPE, **usual, **shape})
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that lives as long as the model: weights, constants of 4-bit ones, what adapters started from."""
+    for module in model.modules():
+        for part in (*module._parameters.values(), *module._buffers.values()):
+            if part is None:
+                continue
+            yield part.data
+            state = part.quant_state if hasattr(part, "quant_state") else None
+            if state is not None:
+                yield from (state.absmax, state.code)
+                yield from (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+        forward = vars(module).get("forward")
+        if forward is not None and hasattr(forward, "start"):
+            yield from forward.start or ()
+            yield from () if forward._squares is None else (forward._squares,)
+
+
+def rows_of(number: int, length: int) -> list[TokenRow]:
+    ids = torch.randint(3, WORDS, (number, length)).tolist()
+    return [TokenRow(row, array.array("i", part), bytes([1] * length)) for row, part in enumerate(ids)]
+
+
+def seen(items: tuple[moments.Item, ...], *without: str) -> int:
+    return sum(item.bytes for item in items if item.name not in (*UNSEEN, *without))
+
+
+def make(folder: Path, kind: str, layers: int, rows: int, length: int, changes: dict[str, Any]) -> tuple[RunConfig, moments.Moments]:
+    window = {"sliding_window": changes.pop("sliding_window")} if "sliding_window" in changes else {}
+    write(folder, kind, layers, **window)
+    usual = {"dtype": "bfloat16", "optim": "adamw_torch", "gradient_accumulation_steps": 2, "lora_r": 16}
+    run = RunConfig(model_name_or_path=str(folder), max_length=length, per_device_train_batch_size=rows, **(usual | changes))
+    return run, moments.Moments(models.from_folder(folder), run, CPU, None)
+
+
+def train_peak(run: RunConfig, loaded: Loaded, rows: int, length: int) -> int:
+    """The peak of a second optimizer step, through the engine's own gradient and optimizer."""
+    loaded.model.train()
+    parameters = trainable(loaded.model)
+    optimizer = build_optimizer(run, parameters, loaded.device)
+
+    def refuse(said: str) -> Any:
+        raise AssertionError(said)
+
+    gradient = Gradient(
+        loaded, list(parameters.values()), Halving("a test", rows, loaded.device, refuse), run.loss_chunk_size, Thrash(loaded.device)
+    )
+    with LiveBytes(held(loaded.model)) as live:
+        for _ in range(2):
+            live.reset()
+            step = rows_of(rows * run.gradient_accumulation_steps, length)
+            gradient.add(step, length * len(step))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.peak
+
+
+@pytest.mark.parametrize(("kind", "layers", "rows", "length", "changes"), GRID)
+def test_a_step_takes_what_the_formulas_say(
+    tmp_path: Path, kind: str, layers: int, rows: int, length: int, changes: dict[str, Any]
+) -> None:
+    run, parts = make(tmp_path, kind, layers, rows, length, dict(changes))
+    measured = train_peak(run, load(run, tmp_path, CPU), rows, length)
+    predicted = max(seen(items) for items in parts.training())
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("phi3", {"method": "lora"}),
+        ("gemma3_text", {}),
+        ("gemma2", {"attn_implementation": "eager"}),
+        ("llama", {"dtype": "float32", "loss_chunk_size": 64}),
+    ],
+    ids=["llama", "phi3 in 16 bits", "gemma3", "gemma2", "llama in 32 bits, small chunks"],
+)
+def test_loading_and_measuring_take_what_the_formulas_say(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    run, parts = make(tmp_path, kind, 4, 2, 256, dict(changes))
+    gc.collect()
+    with LiveBytes() as arriving:
+        loaded = load(run, tmp_path, CPU)
+    assert seen(parts.loading()) == pytest.approx(arriving.peak, rel=0.05)
+    loaded.model.eval()
+    with LiveBytes(held(loaded.model)) as live:
+        list(measure(loaded, rows_of(2, 256), 2, lambda: None))
+    predicted = max(seen(items, "optimizer") for items in parts.evaluating())
+    assert predicted == pytest.approx(live.peak, rel=0.03)
+
+
+def test_the_tracker_counts_each_storage_once_and_until_it_is_freed() -> None:
+    with LiveBytes() as live:
+        first = torch.zeros(1000)
+        view = first.view(10, 100)[3]
+        second = first + 1
+        del first, second
+        assert live.now == 4000
+        del view
+        assert live.now == 0
+    assert live.peak == 8000
