@@ -84,6 +84,8 @@ class Budget:
                 "kind": self.machine.kind,
                 "total_bytes": self.machine.total_bytes,
                 "others_bytes": self.machine.others_bytes,
+                "others": [{"name": name, "bytes": size} for name, size in self.machine.others],
+                "note": self.machine.note,
             },
             "items": [{"name": item.name, "bytes": item.bytes, "how": item.how} for item in self.items],
             "phases": [_phase(phase) for phase in self.phases],

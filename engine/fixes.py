@@ -7,20 +7,27 @@ changes what a step learns; where rows at once fall, accumulation rises, so that
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_tui.engine import measured
+from qlora_tui.engine.budget import estimate
 from qlora_tui.engine.changes import Asked, Change, roomier, smaller
-from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.errors import WontFit
+from qlora_tui.engine.machine import Machine, limited
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec, entries, find_entry
 from qlora_tui.engine.spec import RunConfig, Value
+from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import billions, gib
 
 MOST = 5
 """More advice than this nobody reads."""
 
+_SHOWN = 3
+_TOO_LOW = 0.05  # of the device: what an estimate is taken to be short by where memory ran out and nothing was measured
 _MUCH_FASTER = 0.97  # a change that saves less time than this is not told as faster
 
 
@@ -121,6 +128,38 @@ def tips(
     found = [tip for changes in roomier(asked) if (tip := _spend(asked, changes)) is not None]
     useful = [tip for tip in found if tip.time_factor < _MUCH_FASTER or tip.quality]
     return sorted(useful, key=lambda tip: (tip.time_factor >= _MUCH_FASTER, tip.time_factor))[:MOST]
+
+
+def refusal(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    said: str,
+    *,
+    longest: int | None = None,
+    lengths: Sequence[int] = (),
+    lacking: int = 0,
+) -> WontFit:
+    """Return the error for a run that the device proved too small for, with the changes that should help, cheapest first.
+
+    The fixes are weighed against a device that is smaller by what the estimate was too low, else the estimate that
+    let the run begin would call each of them enough. Where nothing was measured it is taken to lie 5 % beyond what is
+    free, unless it said so itself.
+    """
+    correction = measured.correction_now(machine.name)
+    device = limited(machine, run)
+    needed = estimate(model, run, machine, longest=longest, correction=correction)
+    spare = device.free_bytes - needed.total_bytes
+    lack = lacking or (spare + int(_TOO_LOW * device.free_bytes) if spare >= 0 else 0)
+    short = dataclasses.replace(device, others_bytes=min(device.others_bytes + lack, device.total_bytes))
+    known = fixes(model, run, short, longest=longest, lengths=lengths, correction=correction)
+    enough = [fix for fix in known if fix.enough]
+    shown = "; or ".join(f"{fix.options} ({fix.text})" for fix in (enough or known)[:_SHOWN])
+    told = f"{said}; {gib(device.free_bytes)} of {one_line(machine.name)} may be used"
+    if enough:
+        return WontFit(told, hint=f"try {shown}", where="memory")
+    alone = "no single change is enough: close other programs, lower max_length, or take a smaller model"
+    return WontFit(told, hint=f"{alone}; these save most: {shown}" if shown else alone, where="memory")
 
 
 def _weigh(asked: Asked, change: Change) -> _Weighed | None:

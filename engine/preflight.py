@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tui.engine import builtin, data, hub, machine, models, planner
+from qlora_tui.engine import builtin, data, fixes, hub, machine, models, planner
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
-from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError, WontFit
-from qlora_tui.engine.fixes import fixes
+from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
@@ -33,7 +32,6 @@ from qlora_tui.engine.units import gib
 _Found = TypeVar("_Found")
 _FLOOR_BYTES = 64 * 2**20
 _STATE_BYTES = 12  # a trained weight on disk: itself and two moments, all in 32 bit
-_FIXES_SHOWN = 3
 _MOST_CHARACTERS_A_TOKEN = 8
 
 
@@ -84,7 +82,8 @@ def check(run: RunConfig, *, fit: bool = True) -> Checked:
     shortest = _least_tokens(run, dataset)
     plan = planner.choose(spec, run, device, longest=shortest)
     if fit and not plan.budget.fits:
-        raise wont_fit(plan.budget, spec, plan.run, device, shortest)
+        needed = f"this run needs about {gib(plan.budget.total_bytes)} (an estimate, ± {gib(plan.budget.margin_bytes)})"
+        raise fixes.refusal(spec, plan.run, device, needed, longest=shortest)
     return Checked(run, files, spec, dataset, eval_dataset, device, plan.budget)
 
 
@@ -311,17 +310,6 @@ def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
     """
     characters = max((sum(len(turn.content) for turn in row.chat.turns) for row in dataset.rows), default=0)
     return min(run.max_length, max(16, characters // _MOST_CHARACTERS_A_TOKEN))
-
-
-def wont_fit(estimate: Budget, spec: ModelSpec, run: RunConfig, device: Machine, longest: int) -> WontFit:
-    """Return the refusal of a run that is too large, with the cheapest changes that would make it fit."""
-    free, card = gib(estimate.machine.free_bytes), one_line(device.name)
-    told = f"this run needs about {gib(estimate.total_bytes)} (an estimate, ± {gib(estimate.margin_bytes)}) and {free} of {card} are free"
-    known = fixes(spec, run, device, longest=longest)
-    enough = [fix for fix in known if fix.enough]
-    hint = "; or ".join(f"{fix.options} ({fix.text})" for fix in (enough or known)[:_FIXES_SHOWN])
-    alone = f"no change of the settings is enough; these save most: {hint}" if hint else "a smaller model is the only way"
-    return WontFit(told, hint=f"try {hint}" if enough else alone, where="memory")
 
 
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:

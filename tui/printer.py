@@ -300,6 +300,8 @@ def _planned(event: Planned) -> Sequence[str]:
     if isinstance(total, (int, float)):
         of = f" of {gib(device['total_bytes'])}" if device.get("total_bytes") else ""
         lines.append(f"memory: about {gib(total)}{of} predicted (an estimate)")
+    if event.why:
+        lines.append(f"plan: {one_line(event.why)}")
     return [*lines, *(f"chosen: {one_line(name)} = {one_line(value)}" for name, value in event.choices.items())]
 
 

@@ -72,6 +72,7 @@ class RunState:
     phases: tuple[tuple[str, float], ...] = ()
     prepared: ev.Prepared | None = None
     predicted_bytes: int | None = None
+    predicted_margin: int = 0
     predicted_parts: tuple[tuple[str, int], ...] = ()
     machine_bytes: int | None = None
 
@@ -213,11 +214,18 @@ def _planned(state: RunState, event: ev.Planned, t: float) -> Changes:
     items = [item for item in budget.get("items", ()) if isinstance(item, Mapping) and isinstance(item.get("bytes"), (int, float))]
     parts = tuple((one_line(item.get("name", ""), limit=20), int(item["bytes"])) for item in items[:20])
     if predicted is not None:
-        log = _say(state, t, f"memory predicted: {words.gib(predicted)}")
+        log = _say(state, t, f"memory predicted: {words.gib(predicted)}{f'; {event.why}' if event.why else ''}")
     for name, choice in event.choices.items():
         log = (*log[-(LOG_LINES - 1) :], Line(t, one_line(f"chosen: {name} = {choice}")))
+    margin = budget.get("margin_bytes")
     machine = int(room) if isinstance(room, (int, float)) else None
-    return {"predicted_bytes": predicted, "predicted_parts": parts, "machine_bytes": machine, "log": log}
+    return {
+        "predicted_bytes": predicted,
+        "predicted_margin": int(margin) if isinstance(margin, (int, float)) else 0,
+        "predicted_parts": parts,
+        "machine_bytes": machine,
+        "log": log,
+    }
 
 
 def _stepped(state: RunState, event: ev.Stepped, t: float) -> Changes:

@@ -22,12 +22,8 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.rehearse import Rehearsed
 from qlora_tui.engine.spec import KEYS, RunConfig, read_value, rows_at_once, rows_per_step, values_of
-from qlora_tui.engine.text import one_line
-from qlora_tui.engine.units import gib
 
 _ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_FIXES_SHOWN = 3
-_TOO_LOW = 0.05
 _WARM_STEPS = 2
 _LENGTHS = 4  # groups of steps by length of which a time is remembered
 
@@ -89,7 +85,7 @@ class Choices:
             said: what happened, without its end.
             lacking: bytes that it was measured to need beyond the budget's figure; 0 where it just ran out.
         """
-        return wont_fit(self.model, self.run, self.machine, said, lengths=self.lengths, lacking=lacking)
+        return fixes.refusal(self.model, self.run, self.machine, said, longest=max(self.lengths), lengths=self.lengths, lacking=lacking)
 
     def remember(self, meter: Meter, timed: Sequence[tuple[int, int, float]], rehearsed: Rehearsed | None, *, halved: bool) -> None:
         """Keep what this run measured, so that the next estimate on this machine is closer.
@@ -143,29 +139,6 @@ def as_before(asked: RunConfig, past: Iterable[Record]) -> RunConfig:
     if set(_ROWS) & set(kept) and rows_per_step(run) != rows_per_step(asked):
         return dataclasses.replace(asked, **{name: value for name, value in kept.items() if name not in _ROWS})
     return run
-
-
-def wont_fit(model: ModelSpec, run: RunConfig, machine: Machine, said: str, *, lengths: Sequence[int] = (), lacking: int = 0) -> WontFit:
-    """Return the error for a run that the device proved too small for, with the changes that should help, cheapest first.
-
-    The fixes are weighed against a device that is smaller by what the estimate was too low, else the estimate that
-    let the run begin would call each of them enough. Where nothing was measured it is taken to lie 5 % beyond what is
-    free, unless it said so itself.
-    """
-    longest, correction = max(lengths, default=None), measured.correction_now(machine.name)
-    device = limited(machine, run)
-    estimate = budget.estimate(model, run, machine, longest=longest, correction=correction)
-    spare = device.free_bytes - estimate.total_bytes
-    lack = lacking or (spare + int(_TOO_LOW * device.free_bytes) if spare >= 0 else 0)
-    smaller = dataclasses.replace(device, others_bytes=min(device.others_bytes + lack, device.total_bytes))
-    known = fixes.fixes(model, run, smaller, longest=longest, lengths=lengths, correction=correction)
-    enough = [fix for fix in known if fix.enough]
-    shown = "; or ".join(f"{fix.options} ({fix.text})" for fix in (enough or known)[:_FIXES_SHOWN])
-    told = f"{said}; {gib(device.free_bytes)} of {one_line(machine.name)} may be used"
-    if enough:
-        return WontFit(told, hint=f"try {shown}", where="memory")
-    alone = "no single change is enough: close other programs, lower max_length, or take a smaller model"
-    return WontFit(told, hint=f"{alone}; these save most: {shown}" if shown else alone, where="memory")
 
 
 def points(timed: Sequence[tuple[int, int, float]]) -> list[tuple[int, float]]:

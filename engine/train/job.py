@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from qlora_tui.engine import builtin, checkpoint, hub, measured
+from qlora_tui.engine import builtin, checkpoint, fixes, hub, measured
 from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
 from qlora_tui.engine.errors import CheckpointError, DataError, ModelError, Stopped
@@ -29,7 +29,7 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.rehearse import Cast, Rehearsed, pieces, rehearse
 from qlora_tui.engine.spec import BUILTIN, RunConfig, checkpointed_of, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
-from qlora_tui.engine.train.choices import Choices, choose, wont_fit
+from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
@@ -85,7 +85,7 @@ def train(job: Job) -> Generator[Event, None, Result]:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        told = wont_fit(job.model_spec, job.run, job.machine, "the device ran out of memory")
+        told = fixes.refusal(job.model_spec, job.run, job.machine, "the device ran out of memory")
         raise told from error.with_traceback(None)  # the frames would keep the tensors alive
 
 

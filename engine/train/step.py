@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qlora_tui.engine.batches import collate, micro_batches
+from qlora_tui.engine.batches import Batch, collate, micro_batches
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Finding
@@ -122,12 +122,20 @@ class Gradient:
             began = time.monotonic()
             batch = collate(part, self.loaded.device)
             data_seconds += time.monotonic() - began
-            hidden_BTH = self.loaded.hidden(batch.input_ids_BT)
-            hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, batch.positions_N)
-            loss = token_losses(hidden_NH, self.loaded.head, batch.labels_N, self.chunk).sum() / supervised
+            loss = self._loss(batch, supervised)
             loss.backward()
             total += loss.detach()
         return float(total), data_seconds
+
+    def _loss(self, batch: Batch, supervised: int) -> torch.Tensor:
+        """Return the summed loss of `batch` over `supervised`; no name holds hidden states when its backward pass begins.
+
+        The backward pass does not read them. The supervised ones are a copy, and the rest is dropped before logits are made.
+        """
+        hidden_BTH = self.loaded.hidden(batch.input_ids_BT)
+        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, batch.positions_N)
+        del hidden_BTH
+        return token_losses(hidden_NH, self.loaded.head, batch.labels_N, self.chunk).sum() / supervised
 
     def _attempt(self, rows: Sequence[TokenRow], supervised: int) -> tuple[tuple[float, float] | None, str]:
         """Return what `add` returns, or None and the error's words; the error itself, with its frames, ends here."""

@@ -67,6 +67,7 @@ class Needs:
         lines = [
             f"model   {one_line(self.spec.name)}, {billions(self.spec.params)} weights, {run.method} r{run.lora_r}",
             f"device  {one_line(device.name)}, {gib(device.total_bytes)}{_others(device)}",
+            *([f"        {one_line(device.note)}"] if device.note else []),
             f"memory  {_bar(budget)} {gib(budget.total_bytes)} (± {gib(budget.margin_bytes)}, an estimate): {verdict}",
         ]
         lines += [f"        {gib(item.bytes):>9}  {item.name:<12} {one_line(item.how)}" for item in budget.items]

@@ -46,7 +46,8 @@ def readings(state: RunState) -> tuple[int | None, int, int | None]:
 def _figures(state: RunState, others: int) -> list[list[Part]]:
     found: list[list[Part]] = []
     if state.predicted_bytes is not None:
-        found.append([("predicted ", cells.DIM), (words.gib(state.predicted_bytes, unit=False), "")])
+        margin = f" ± {words.gib(state.predicted_margin, unit=False)}" if state.predicted_margin else ""
+        found.append([("predicted ", cells.DIM), (f"{words.gib(state.predicted_bytes, unit=False)}{margin}", "")])
     if state.peak_bytes:
         over = state.predicted_bytes is not None and state.peak_bytes > state.predicted_bytes * 1.1
         found.append([("peak ", cells.DIM), (words.gib(state.peak_bytes, unit=False), cells.WARN if over else "")])
