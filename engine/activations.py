@@ -57,10 +57,11 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer: what it keeps, and the most that its backward pass adds to that."""
+    """One decoder layer: what it keeps, and the most that its backward pass adds to that; less where it was computed `again`."""
 
     kept: int
     backward: Peak
+    again: Peak
     shared: int  # of what it keeps, its input, which a checkpointed layer keeps anyway
     first: int  # what the first layer keeps less: the embeddings before it need no gradient
 
@@ -97,7 +98,8 @@ def stack(batch: Batch) -> Stack:
 def _layer(batch: Batch, *, masked: bool) -> Layer:
     parts = _Parts(batch, masked)
     shared = batch.hidden if batch.width == 4 or (_post_norm(batch.model) and parts.source) else 0
-    return Layer(parts.kept, max(parts.stages(), key=lambda stage: stage.bytes), shared, parts.before_gradients())
+    kept, again = (max(stages, key=lambda stage: stage.bytes) for stages in (parts.stages(), parts.stages_again()))
+    return Layer(parts.kept, kept, again, shared, parts.before_gradients())
 
 
 def final_norm(batch: Batch) -> int:
@@ -236,7 +238,24 @@ class _Parts:
     def stages(self) -> tuple[Peak, ...]:
         """Return what each stage of the backward pass holds beyond `kept`, in its order."""
         scaled = (self._scaled_down(), self._scaled_up()) if self.batch.run.use_dora else ()
-        return (self._last_norm(), self._down(), self._gate(), self._second_norm(), self._in_attention(), *scaled)
+        return (self._last_norm(), self._down(), self._gate(), self._up(), self._second_norm(), self._in_attention(), *scaled)
+
+    def stages_again(self) -> tuple[Peak, ...]:
+        """Return the same for a layer that was computed again: a tensor that was kept goes as soon as it was read."""
+        first, down, *rest = self.stages()
+        read = self.inner if self.product else 0
+        return (self._replayed(), first, Peak(down.tensors - read), *rest)
+
+    def _replayed(self) -> Peak:
+        """The layer was computed again up to its last output: that, what it is added to, and the gradient that waits for both."""
+        batch = self.batch
+        part = next(part for part in batch.model.linears() if part.name == "down_proj")
+        beside = 3 * self.hidden + widened_bytes(batch.model, batch.run, part, batch.width)
+        if part.name in self.targets and batch.width < 4:
+            beside += batch.run.lora_r * (part.inputs + part.outputs) * batch.width
+        if batch.run.lora_dropout:  # inputs from before it are named until their module is done
+            beside += (self.inner if self.product else 0) + (self.hidden if self.up_source else 0)
+        return Peak(beside)
 
     def _last_norm(self) -> Peak:
         late = self.batch.model.norms_per_layer > 2 or _post_norm(self.batch.model)
@@ -253,6 +272,17 @@ class _Parts:
 
     def _gate(self) -> Peak:
         return Peak(self.hidden - self.product + 3 * self.inner - self._lengths("down_proj"))
+
+    def _up(self) -> Peak:
+        """The last module that widens; the inner product's parts are free, and gradients of the adapters after it are there."""
+        batch = self.batch
+        part = next(part for part in batch.model.linears() if part.name in ("up_proj", "gate_up_proj"))
+        gone = self.product + 3 * self.inner + self._lengths("down_proj")
+        flowing = 2 * self.hidden + batch.tokens * part.outputs * batch.width
+        done = [self.targets[name] for name in ("down_proj", "gate_proj") if name in self.targets]
+        first = batch.run.gradient_accumulation_steps == 1  # else a batch before has made them
+        gradients = first * 4 * batch.run.lora_r * sum(each.inputs + each.outputs for each in done)
+        return Peak(flowing - gone + widened_bytes(batch.model, batch.run, part, batch.width) + self._gradients(part.name) + gradients)
 
     def _scaled_down(self) -> Peak:
         """DoRA's lengths of the last module are learned: its output, the gradient and their product, in 32 bits."""

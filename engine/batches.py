@@ -9,13 +9,14 @@ Shapes: B rows, T tokens of the longest row, N supervised tokens.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qlora_tui.engine.data import TokenRow
+from qlora_tui.engine.data import TokenRow, lengths_of, numbers_of
 
 STEPS_PER_BUCKET = 8
 """Rows of so many steps are sorted together: little padding, and steps still mix rows of the whole set."""
@@ -70,14 +71,15 @@ class Order:
         """Return the rows of `step`, counted from 1 over all epochs."""
         epoch, index = divmod(step - 1, self.per_epoch)
         if self._epoch != epoch:
-            lengths = [len(row.input_ids) for row in self._rows]
+            lengths = lengths_of(self._rows)
             self._epoch, self._steps = epoch, epoch_order(lengths, self._rows_per_step, self._seed, epoch)
         return [self._rows[row] for row in self._steps[index]]
 
 
 def longest(rows: Sequence[TokenRow], number: int) -> list[TokenRow]:
     """Return the `number` longest of `rows`, longest first: what the largest batch can hold."""
-    return sorted(rows, key=lambda row: (-len(row.input_ids), row.row))[:number]
+    lengths, numbers = lengths_of(rows), numbers_of(rows)
+    return [rows[place] for place in heapq.nsmallest(number, range(len(rows)), key=lambda place: (-lengths[place], numbers[place]))]
 
 
 def micro_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:

@@ -22,6 +22,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from qlora_tui.engine.data import Tokenizer
 from qlora_tui.engine.errors import CheckpointError, SpaceError
 from qlora_tui.engine.fast import pissa
 from qlora_tui.engine.places import sync_folder
@@ -33,16 +34,6 @@ MANIFEST, STATE, OPTIMIZER, RANDOM, ADAPTER_WEIGHTS = (
     "optimizer.safetensors",
     "random.safetensors",
     "adapter_model.safetensors",
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
 )
 
 
@@ -123,8 +114,8 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer_folder: Path) -> Path:
-    """Write `adapter/` in PEFT's layout with tokenizer and chat template, replacing an older one whole.
+def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer: Tokenizer) -> Path:
+    """Write `adapter/` in PEFT's layout with the tokenizer and the chat template that was trained, replacing an older one whole.
 
     Raises:
         SpaceError: it could not be written.
@@ -132,9 +123,7 @@ def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer_fold
     """
     with _published(folder / "adapter", "the adapter") as partial:
         _write_peft(partial, model, base_name)
-        for name in TOKENIZER_FILES:
-            if (tokenizer_folder / name).is_file():
-                shutil.copyfile(tokenizer_folder / name, partial / name)
+        tokenizer.save(partial)
         _prove_adapter(partial)
     return folder / "adapter"
 

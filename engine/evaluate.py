@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from qlora_tui.engine.batches import collate
-from qlora_tui.engine.data import TokenRow
+from qlora_tui.engine.data import TokenRow, lengths_of
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.places import replace_file
@@ -60,7 +60,7 @@ def measure(
     rounding. The caller has put the model into eval mode. `poll` is called between batches and may raise; `chunk` is
     the tokens whose logits are held at once, as in `fast.loss.token_losses`.
     """
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+    order = sorted(range(len(rows)), key=lengths_of(rows).__getitem__)
     losses: dict[int, RowLoss] = {}
     for start in range(0, len(order), batch):
         poll()

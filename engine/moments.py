@@ -97,20 +97,19 @@ class Moments:
         """The gradient passes the norm after the last layer."""
         return self._items(
             activations=(self.kept + final_norm(self.batch), self._kept_how()),
-            loss=(3 * self.batch.hidden, "the last hidden states, and their gradient"),
+            loss=(self.batch.hidden, "the gradient of the last hidden states"),
             workspace=(norm_backward(self.batch), "the gradient of the last norm, in 32 bits"),
             gradients=self._waiting(0),
         )
 
     def at_last_layer(self) -> tuple[Item, ...]:
         """The backward pass is in the last layer: nothing that the others keep is free yet."""
-        last = self.stack.number - 1
-        # Keeping the last layer saves its input, and nothing is lost by it; not counted, so that keeping more never looks smaller.
-        beside = self.batch.hidden if self.recomputed == last else 0
-        if self.run.lora_dropout and self.recomputed:
-            # Where random numbers are replayed, torch's recomputation leaves its last frame to the garbage collector.
-            beside += self.batch.hidden
-        return self._in_layer(self.kept + beside, self.stack.at(last), self.recomputed > last, self._waiting(0))
+        last, beside = self.stack.number - 1, 0
+        layer = self.stack.at(last)
+        if self.recomputed == last:
+            # Keeping the last layer saves its input, and nothing is lost by it; not counted, so that keeping more never looks smaller.
+            beside, layer = self.batch.hidden, replace(layer, backward=max(layer.backward, layer.again, key=lambda peak: peak.bytes))
+        return self._in_layer(self.kept + beside, layer, self.recomputed > last, self._waiting(0))
 
     def at_recomputed_layer(self) -> tuple[Item, ...]:
         """The backward pass has come to the last layer that is recomputed; the layers after it are done."""
@@ -152,11 +151,10 @@ class Moments:
         how = self._kept_how()
         if again:
             kept, how = kept + layer.kept - layer.shared, f"{how}; and all of the layer being recomputed"
-        backward = layer.backward
+        backward = layer.again if again else layer.backward
         flowing = max(backward.tensors, 0)
         return self._items(
             activations=(kept + min(backward.tensors, 0), how),
-            loss=(2 * self.batch.hidden, "the last hidden states"),
             workspace=(flowing, "gradients on their way through one layer, and its widest weight in full width"),
             kernels=backward.kernels,
             gradients=gradients,
@@ -265,10 +263,10 @@ class Moments:
         words, width = self.model.vocab_size, self.width
         rows = min(self.tokens, self.run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // words))
         narrow = width if width < 4 else 0  # logits are made in the type of computation, then widened
-        each = 4 + narrow + (4 if rows < self.tokens else 0)  # the chunk before is dropped when the next one is there
-        if not self.model.sdpa:
-            each = max(each, 12 if trained else 8)  # capped logits: their slope and its square
-        around = 3 * self.batch.hidden + rows * self.model.hidden_size * width if trained else 2 * self.batch.hidden
+        each = 4 + narrow
+        if trained and not self.model.sdpa:
+            each = 8  # capped logits: their slope too
+        around = 2 * self.batch.hidden + (rows * self.model.hidden_size * width if trained else 0)
         how = f"logits of {count(rows)} tokens x {count(words)} words at a time, and hidden states around them"
         return Peak(rows * words * each + around, rows * words * max(0, 8 - each)), how
 

@@ -64,7 +64,7 @@ def check(run: RunConfig, *, fit: bool = True) -> Checked:
     faults = Faults()
     faults.problems += problems(run)
     dataset = faults.attempt(lambda: data.load(run)) if run.data and all(run.data) else None
-    eval_dataset = faults.attempt(lambda: data.load_eval(run)) if run.eval_data else None
+    eval_dataset = faults.attempt(lambda: data.load_eval(run)) if run.eval_data or dataset else None
     faults.attempt(lambda: check_space(Path(run.runs_dir).expanduser(), _FLOOR_BYTES))
     if faults and not _is_here(run.model_name_or_path):
         faults.tell()  # a hub is asked only for a run that is right so far

@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from qlora_tui.engine.columns import DATA_FORMATS, fault
 from qlora_tui.engine.errors import ConfigError, Problem
+from qlora_tui.engine.units import seconds
 
 Kind = Literal["text", "integer", "number", "flag", "list", "duration", "layers"]
 Value = str | int | float | bool | tuple[str, ...]
 
 BUILTIN = "builtin:"
-DATA_FORMATS = ("auto", "messages", "alpaca", "prompt-completion")
 DEMO_MODEL = "builtin:smollm2-135m"
 DEMO_DATA = "builtin:python-docs"
 
@@ -94,16 +94,27 @@ class RunConfig:
     )
     use_dora: bool = _key(False, "lora", "DoRA: learn length and direction apart; a little better at low ranks, slower.")
     use_rslora: bool = _key(False, "lora", "rsLoRA: scale by alpha / sqrt(rank), which keeps high ranks learning.")
-    loraplus_lr_ratio: float = _key(
-        1.0, "lora", "LoRA+: learning rate of B over that of A; 16 is usual, 1: off.", low=1.0, high=256.0
-    )
+    loraplus_lr_ratio: float = _key(1.0, "lora", "LoRA+: learning rate of B over that of A; 16 is usual, 1: off.", low=1.0, high=256.0)
 
-    data: tuple[str, ...] = _key((), "data", "Training data: JSONL files, hub datasets, or builtin:python-docs.")
+    data: tuple[str, ...] = _key((), "data", "Training data: files (JSONL, CSV, Parquet ...), folders, hub datasets, builtin:python-docs.")
     data_format: str = _key("auto", "data", "Shape of the rows; auto decides and says why.", choices=DATA_FORMATS)
+    data_columns: tuple[str, ...] = _key((), "data", "Columns whose names do not say what they are: FIELD=COLUMN, such as prompt=query.")
+    data_weights: tuple[str, ...] = _key((), "data", "Share of each source in an epoch, in their order; empty: as large as they are.")
+    chat_template: str = _key("auto", "data", "auto: the model's own. chatml: ChatML, for a model without.", choices=("auto", "chatml"))
+    mask_history: bool = _key(False, "data", "Train on the last answer of each chat only.")
     eval_data: str = _key("", "data", "A file of its own to measure on; empty: rows are held out of data.")
     val_set_size: float = _key(0.1, "data", "Held out before training: a share below 1, or a number of rows.", low=0.0)
     max_samples: int = _key(0, "data", "Use only so many rows, chosen by seed (training and held-out together); 0: all.", low=0)
-    max_length: int = _key(2048, "data", "Longest row in tokens; longer rows are dropped and counted.", low=16, high=1_048_576)
+    too_long: str = _key(
+        "drop", "data", "Rows over max_length: drop them, cut their end off, or split chats by turns.", choices=("drop", "cut", "split")
+    )
+    filter_duplicates: str = _key(
+        "off",
+        "data",
+        "Leave out copies of earlier rows: exact ones, or also near ones (nine tenths of their words alike).",
+        choices=("off", "exact", "near"),
+    )
+    max_length: int = _key(2048, "data", "Longest row in tokens; too_long says what becomes of longer ones.", low=16, high=1_048_576)
     skip_bad_rows: bool = _key(False, "data", "Go on without broken rows, counted, instead of stopping at the first.")
 
     per_device_train_batch_size: int = _key(
@@ -250,30 +261,6 @@ def changed(run: RunConfig) -> dict[str, Value]:
     return {name: value for name, value in values_of(run).items() if value != KEYS[name].default}
 
 
-_DURATION = re.compile(
-    r"(?:(?P<d>\d+(?:\.\d+)?)\s*d)?\s*(?:(?P<h>\d+(?:\.\d+)?)\s*h)?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)\s*s)?"
-)
-
-
-def seconds(text: str) -> float:
-    """Read a duration such as `2h`, `1h30m`, `90 min` or plain seconds.
-
-    >>> seconds("1h30m"), seconds("90m"), seconds("45")
-    (5400.0, 5400.0, 45.0)
-
-    Raises:
-        ValueError: the text is no duration.
-    """
-    raw = text.strip().lower()
-    if re.fullmatch(r"\d+(?:\.\d+)?", raw):
-        return _finite(float(raw))
-    match = _DURATION.fullmatch(raw)
-    if not raw or match is None:
-        raise ValueError(text)
-    units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
-    return sum(float(match[unit]) * size for unit, size in units.items() if match[unit])
-
-
 def checkpointed_of(run: RunConfig, layers: int) -> int:
     """Return how many of `layers` recompute their inside; all of them where the planner has not chosen yet."""
     if run.gradient_checkpointing in ("auto", "true"):
@@ -300,6 +287,8 @@ def problems(run: RunConfig) -> list[Problem]:
         found.append(Problem("data", "no data named", "say --data FILE.jsonl"))
     if not all(run.data):
         found.append(Problem("data", "one of the names is empty", "say --data FILE.jsonl"))
+    if sentence := fault(run.data_columns):
+        found.append(Problem("data_columns", sentence, "say --set data_columns=prompt=question"))
     found += [Problem(name, "it is empty", f"leave it out for {default}") for name, default in _never_empty(run)]
     if not run.num_train_epochs and not run.max_steps:
         found.append(Problem("num_train_epochs", "0 epochs and no max_steps: nothing would be trained", "set one of them"))

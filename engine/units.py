@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 
 
@@ -70,3 +73,27 @@ def percent(share: float) -> str:
     """
     scaled = share * 100
     return f"{scaled:.1f} %" if 0 < abs(scaled) < 9.95 else f"{scaled:.0f} %"
+
+
+_DURATION = re.compile(
+    r"(?:(?P<d>\d+(?:\.\d+)?)\s*d)?\s*(?:(?P<h>\d+(?:\.\d+)?)\s*h)?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(?P<s>\d+(?:\.\d+)?)\s*s)?"
+)
+
+
+def seconds(text: str) -> float:
+    """Read a duration such as `2h`, `1h30m`, `90 min` or plain seconds.
+
+    >>> seconds("1h30m"), seconds("90m"), seconds("45")
+    (5400.0, 5400.0, 45.0)
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    raw = text.strip().lower()
+    if re.fullmatch(r"\d+(?:\.\d+)?", raw) and math.isfinite(float(raw)):
+        return float(raw)
+    match = _DURATION.fullmatch(raw)
+    if not raw or match is None:
+        raise ValueError(text)
+    units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+    return sum(float(match[unit]) * size for unit, size in units.items() if match[unit])

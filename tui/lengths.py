@@ -74,7 +74,7 @@ def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS) -> Lengt
     if folder is None or not rows:
         return None
     try:
-        renderer = data.Renderer(data.load_tokenizer(folder))
+        renderer = data.Renderer(data.load_tokenizer(folder, run.chat_template), mask_history=run.mask_history)
     except EngineError:  # the run itself will say so; an estimate can do without
         return None
     found = [(row, length) for row in _spread(rows, most) if (length := _measured(renderer, row))]

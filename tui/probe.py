@@ -64,6 +64,8 @@ def probe(
         WontFit: the longest batch does not fit.
         EngineError: the run itself said why it could not be.
     """
+    from qlora_tui.engine.data import train_alone
+
     small = dataclasses.replace(
         run,
         gradient_accumulation_steps=1,
@@ -72,6 +74,7 @@ def probe(
         max_time=0.0,
         max_samples=0,
         val_set_size=_HELD_OUT,
+        data=tuple(map(train_alone, run.data)),
         eval_data="",
         eval_steps=1 << 30,
         save_steps=1 << 30,

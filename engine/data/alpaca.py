@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_text, read_words, share
+from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_optional, read_words, share
+from qlora_tui.engine.data.messages import SYSTEM
+from qlora_tui.engine.data.turns import read_history, with_system
 from qlora_tui.engine.errors import BadRow
 
 
@@ -14,6 +16,7 @@ class Alpaca:
 
     name: ClassVar[str] = "alpaca"
     shape: ClassVar[str] = '{"instruction": "...", "input": "...", "output": "..."}'
+    reads: ClassVar[tuple[str, ...]] = ("instruction", "input", "output", "history", *SYSTEM)
 
     def score(self, rows: Sequence[Mapping[str, object]]) -> float:
         """Count rows that have both `instruction` and `output`; `instruction` alone counts a little, to name what is missing."""
@@ -27,28 +30,8 @@ class Alpaca:
             BadRow: with the field at fault.
         """
         plain = fields(row)
-        turns = [Turn("system", system)] if (system := _optional(plain, "system")).strip() else []
-        turns += _history(plain.get("history"))
-        question = "\n\n".join(text for name in ("instruction", "input") if (text := _optional(plain, name)).strip())
+        question = "\n\n".join(text for name in ("instruction", "input") if (text := read_optional(plain, (name,))))
         if not question:
             raise BadRow("the text is empty", field="instruction")
-        return checked([*turns, Turn("user", question), Turn("assistant", read_words(plain.get("output"), "output"))], "output")
-
-
-def _optional(row: Mapping[str, object], name: str) -> str:
-    value = row.get(name)
-    return "" if value is None else read_text(value, name)
-
-
-def _history(value: object) -> list[Turn]:
-    if not value:
-        return []
-    if not isinstance(value, (list, tuple)):
-        raise BadRow("a list of [question, answer] pairs was expected", field="history")
-    turns = []
-    for index, pair in enumerate(value):
-        field = f"history[{index}]"
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BadRow("a pair of question and answer was expected", field=field)
-        turns += [Turn("user", read_words(pair[0], f"{field}[0]")), Turn("assistant", read_words(pair[1], f"{field}[1]"))]
-    return turns
+        turns = [*read_history(plain.get("history")), Turn("user", question), Turn("assistant", read_words(plain.get("output"), "output"))]
+        return checked(with_system(read_optional(plain, SYSTEM), turns, "system"), "output")

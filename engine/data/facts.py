@@ -1,19 +1,27 @@
-"""What a dataset holds and what would be trained: the numbers of `qlora-tui data`."""
+"""What a dataset holds and what would be trained: the numbers of `qlora-tui data`.
+
+What would be trained comes from `prepare` itself, so a report cannot differ from the run.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from qlora_tui.engine.data.boilerplate import boilerplate
 from qlora_tui.engine.data.chat import ROLES, Row
+from qlora_tui.engine.data.duplicates import first_of_equal, groups
+from qlora_tui.engine.data.holdout import hold_out, leaks
 from qlora_tui.engine.data.load import Dataset
-from qlora_tui.engine.data.prepare import exact_key, hold_out, near_key, without_leaks
+from qlora_tui.engine.data.prepare import Tokenized, prepare
+from qlora_tui.engine.data.prints import Prints
 from qlora_tui.engine.data.render import Renderer, TokenRow
+from qlora_tui.engine.data.survey import Survey, survey
 from qlora_tui.engine.data.tokenizer import Tokenizer
-from qlora_tui.engine.errors import BadRow
-from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.errors import DataError
+from qlora_tui.engine.spec import RunConfig, rows_per_step
 
 
 def describe(
@@ -21,91 +29,130 @@ def describe(
 ) -> dict[str, Any]:
     """Return the facts of `qlora-tui data` as JSON-ready values; what needs a tokenizer is null without one.
 
-    `duplicates.near` counts rows that equal an earlier row but for case and spaces, exact copies not included.
-    Texts in it are the dataset's own: whoever shows them escapes them.
+    `prepared` equals the event of that name of a run. `tokens`, `histogram`, `limits` and `too_long` measure every row that can be
+    rendered, whatever becomes of it. `duplicates.near` counts rows that share at least seven tenths of their word pairs with an
+    earlier one, exact copies not included. Texts in it are the dataset's own: whoever shows them escapes them.
     """
-    rendered, refused = _render_all(dataset.rows, tokenizer)
-    usable = [row for row in dataset.rows if tokenizer is None or row.number in rendered]
-    kept = [row for row in usable if tokenizer is None or len(rendered[row.number].input_ids) <= run.max_length]
     notes: list[str] = []
-    faults = [asdict(refusal) for refusal in dataset.refused] + refused
+    prepared = _prepare(run, dataset, tokenizer, eval_dataset, notes) if tokenizer else None
+    renderer = Renderer(tokenizer, mask_history=run.mask_history) if tokenizer else None
+    measured = _survey(dataset, prepared, renderer) if renderer else Survey()
+    faults = [asdict(refusal) for refusal in (*dataset.refused, *measured.refused)]
+    unusable = {refusal.row for refusal in measured.refused}
+    counts = _Counts(dataset.rows, unusable)
+    tokens = measured.tokens() if tokenizer else None
     return {
         "format": dataset.format,
         "why": dataset.why,
         "rows": len(dataset.rows) + len(dataset.refused),
-        "usable": len(usable),
+        "usable": counts.usable,
         "refused": sorted(faults, key=lambda fault: int(fault["row"])),
-        "turns_in": _by_role(dataset.rows),
-        "turns_out": _by_role(usable) if tokenizer else None,
-        "trained_turns": sum(turn.role == "assistant" and turn.trained for row in usable for turn in row.chat.turns) if tokenizer else None,
-        "tokens": _tokens(list(rendered.values())) if tokenizer else None,
-        "too_long": _too_long(list(rendered.values()), run.max_length) if tokenizer else None,
-        "duplicates": _duplicates(dataset.rows),
-        "holdout": _holdout(run, kept, eval_dataset, notes),
+        "turns_in": counts.roles(counts.read),
+        "turns_out": counts.roles(counts.written) if tokenizer else None,
+        "trained_turns": counts.trained if tokenizer else None,
+        "tokens": tokens,
+        "supervised_share": tokens["supervised"] / tokens["total"] if tokens and tokens["total"] else None,
+        "histogram": measured.histogram() if tokenizer else None,
+        "limits": measured.limits(run.max_length) if tokenizer else None,
+        "too_long": measured.too_long(run.max_length) if tokenizer else None,
+        "duplicates": _duplicates(counts.prints),
+        "boilerplate": boilerplate(dataset.rows),
+        "holdout": _holdout(run, counts, prepared, eval_dataset, notes),
+        "steps_per_epoch": steps_per_epoch(run, prepared.facts.train_rows) if prepared else None,
+        "prepared": _prepared(run, prepared) if prepared else None,
         "sources": [asdict(source) for source in dataset.sources],
-        "notes": notes + ([tokenizer.note] if tokenizer and tokenizer.note else []),
-        "examples": _examples(usable, rendered, tokenizer, examples) if tokenizer else [],
+        "notes": [*(prepared.facts.notes if prepared else (*dataset.notes, *(renderer.notes() if renderer else ()))), *notes],
+        "examples": _examples(dataset.rows, unusable, renderer, examples) if renderer else [],
     }
 
 
-def _render_all(rows: Sequence[Row], tokenizer: Tokenizer | None) -> tuple[dict[int, TokenRow], list[dict[str, Any]]]:
-    if tokenizer is None:
-        return {}, []
-    renderer = Renderer(tokenizer)
-    rendered: dict[int, TokenRow] = {}
-    refused: list[dict[str, Any]] = []
-    for row in rows:
-        try:
-            rendered[row.number] = renderer.tokens(row)
-        except BadRow as error:
-            refused.append({"row": row.number, "line": row.line, "field": error.field, "reason": str(error), "source": ""})
-    return rendered, refused
+def steps_per_epoch(run: RunConfig, rows: int) -> int:
+    """Return how many optimizer steps see `rows` once."""
+    return -(-rows // rows_per_step(run))
 
 
-def _by_role(rows: Sequence[Row]) -> dict[str, int]:
-    counted = Counter(turn.role for row in rows for turn in row.chat.turns)
-    return {role: counted[role] for role in ROLES}
+def _prepare(run: RunConfig, dataset: Dataset, tokenizer: Tokenizer, eval_dataset: Dataset | None, notes: list[str]) -> Tokenized | None:
+    try:
+        return prepare(run, dataset, tokenizer, eval_dataset=eval_dataset)
+    except DataError as error:
+        notes.append(error.problem.message)
+        return None
 
 
-def _tokens(rows: Sequence[TokenRow]) -> dict[str, int]:
-    lengths = sorted(len(row.input_ids) for row in rows)
-    return {
-        "p50": _percentile(lengths, 50),
-        "p95": _percentile(lengths, 95),
-        "p99": _percentile(lengths, 99),
-        "max": lengths[-1] if lengths else 0,
-        "total": sum(lengths),
-        "supervised": sum(sum(row.trained) for row in rows),
-    }
+def _survey(dataset: Dataset, prepared: Tokenized | None, renderer: Renderer) -> Survey:
+    """Return the measures of every row: those that were kept while preparing, unless that left rows out."""
+    if prepared is not None and prepared.survey.rows == len(dataset.rows):
+        return prepared.survey
+    return survey(dataset.rows, renderer)
 
 
-def _percentile(ordered: Sequence[int], share: int) -> int:
-    """Return the smallest length that `share` percent of the rows do not exceed."""
-    return ordered[max(0, -(-len(ordered) * share // 100) - 1)] if ordered else 0
+class _Counts:
+    """Turns and fingerprints, counted in one pass over the rows."""
+
+    def __init__(self, rows: Sequence[Row], unusable: set[int]) -> None:
+        self.prints = Prints(sketches=True)
+        self.read: Counter[str] = Counter()
+        self.written: Counter[str] = Counter()
+        self.trained = self.usable = 0
+        self.characters: list[int] = []
+        for row in rows:
+            self.prints.add(row.chat)
+            self.characters.append(sum(len(turn.content) for turn in row.chat.turns))
+            said = Counter(turn.role for turn in row.chat.turns)
+            self.read += said
+            if row.number in unusable:
+                continue
+            self.usable += 1
+            self.written += said
+            self.trained += sum(turn.role == "assistant" and turn.trained for turn in row.chat.turns)
+
+    def roles(self, counted: Counter[str]) -> dict[str, int]:
+        return {role: counted[role] for role in ROLES if role != "tool" or self.read["tool"]}
 
 
-def _too_long(rows: Sequence[TokenRow], longest: int) -> dict[str, int]:
-    longer = [row for row in rows if len(row.input_ids) > longest]
-    return {"rows": len(longer), "answer_lost": sum(not any(row.trained[:longest]) for row in longer)}
+def _duplicates(prints: Prints) -> dict[str, int]:
+    exact = len(prints) - len({*first_of_equal(prints)})
+    return {"exact": exact, "near": len(prints) - len({*groups(prints, sources=False)}) - exact}
 
 
-def _duplicates(rows: Sequence[Row]) -> dict[str, int]:
-    exact = len(rows) - len({exact_key(row.chat) for row in rows})
-    near = len(rows) - len({near_key(row.chat) for row in rows})
-    return {"exact": exact, "near": near - exact}
-
-
-def _holdout(run: RunConfig, rows: Sequence[Row], eval_dataset: Dataset | None, notes: list[str]) -> dict[str, int]:
+def _holdout(run: RunConfig, counts: _Counts, prepared: Tokenized | None, eval_dataset: Dataset | None, notes: list[str]) -> dict[str, int]:
+    """Return the rows held out, and of `eval_data` those that are trained on too, else the groups on both sides, which are none."""
+    if prepared is not None:
+        return {"rows": prepared.facts.holdout_rows, "leaks": prepared.facts.leaks + prepared.facts.overlap}
     if eval_dataset is not None:
-        fresh, leaks = without_leaks(eval_dataset.rows, rows)
-        return {"rows": len(fresh), "leaks": leaks}
-    held = hold_out(rows, run, notes)
-    trained = {near_key(row.chat) for row in rows if row.number not in held}
-    return {"rows": len(held), "leaks": sum(near_key(row.chat) in trained for row in rows if row.number in held)}
+        trained = len(counts.prints)
+        for row in eval_dataset.rows:
+            counts.prints.add(row.chat)
+        leaked = len(leaks(counts.prints, trained))
+        return {"rows": len(eval_dataset.rows) - leaked, "leaks": leaked}
+    held = hold_out(counts.prints, counts.characters, run, notes)
+    return {"rows": len(held.places), "leaks": held.overlap}
 
 
-def _examples(rows: Sequence[Row], rendered: dict[int, TokenRow], tokenizer: Tokenizer, wanted: int) -> list[dict[str, Any]]:
-    return [_example(rendered[row.number], tokenizer) for row in rows[:wanted]]
+def _prepared(run: RunConfig, prepared: Tokenized) -> Mapping[str, Any]:
+    facts = prepared.facts
+    return {
+        "rows": facts.rows,
+        "train_rows": facts.train_rows,
+        "holdout_rows": facts.holdout_rows,
+        "tokens": facts.tokens,
+        "supervised_tokens": facts.supervised_tokens,
+        "steps_per_epoch": steps_per_epoch(run, facts.train_rows),
+        "refused": dict(facts.refused),
+        "dropped": dict(facts.dropped),
+        "max_row_tokens": facts.max_row_tokens,
+        "notes": list(facts.notes),
+    }
+
+
+def _examples(rows: Sequence[Row], unusable: set[int], renderer: Renderer, wanted: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for row in rows if wanted else ():
+        if row.number not in unusable:
+            found.append(_example(renderer.tokens(row), renderer.tokenizer))
+        if len(found) >= wanted:
+            break
+    return found
 
 
 def _example(row: TokenRow, tokenizer: Tokenizer) -> dict[str, Any]:

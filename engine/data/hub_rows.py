@@ -10,7 +10,7 @@ from qlora_tui.engine.errors import DataError, EngineError, FetchError
 from qlora_tui.engine.text import one_line
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%-]+)?")
-_FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".parquet", ".tsv", ".gz", ".zst")
+_FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".parquet", ".tsv", ".arrow", ".gz", ".zst", ".zstd")
 _PATIENCE_SECONDS = 8.0
 
 
@@ -19,8 +19,8 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
 
 
-def read_hub(name: str) -> Iterator[Mapping[str, object]]:
-    """Yield the rows of a hub dataset's split; `train` unless the name ends in `:split`.
+def read_hub(name: str, *, subset: str = "") -> Iterator[Mapping[str, object]]:
+    """Yield the rows of a hub dataset's split; `train` unless the name ends in `:split`; `subset` is its configuration.
 
     The hub is asked once, briefly, before anything else: an unreachable one costs seconds, not minutes.
 
@@ -34,7 +34,7 @@ def read_hub(name: str) -> Iterator[Mapping[str, object]]:
     repo, _, split = name.partition(":")
     _ask(repo)
     try:
-        yield from load_dataset(repo, split=split or "train")
+        yield from load_dataset(repo, subset or None, split=split or "train")
     except EngineError:
         raise
     except (ValueError, KeyError) as error:

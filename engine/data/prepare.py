@@ -1,35 +1,61 @@
-"""From rows to what a run trains on and what it holds out: chosen, rendered, split and counted.
+"""From rows to what a run trains on and what it holds out: chosen, filtered, rendered, made to fit, split and counted.
 
-Everything random hangs on the seed and on the texts, not on the order of the file. The hold-out is taken by
-groups of equal text, so nothing that is measured was also trained on.
+Everything random hangs on the seed and on the texts, not on the order of the file. The rows are read one after the other
+and their tokens go to files, so that a million rows need no more memory than their fingerprints.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from qlora_tui.engine.data.chat import Chat, Row
+from qlora_tui.engine.data import cache
+from qlora_tui.engine.data.chat import Row
+from qlora_tui.engine.data.duplicates import copies
+from qlora_tui.engine.data.fitting import Fitter
+from qlora_tui.engine.data.holdout import HOLDOUT_CAP, Held, hold_out, leaks
 from qlora_tui.engine.data.load import Dataset
+from qlora_tui.engine.data.prints import Prints, exact_key
 from qlora_tui.engine.data.render import Renderer, TokenRow
+from qlora_tui.engine.data.store import ENDS, NUMBERS, Columns, TokenRows, Writer
+from qlora_tui.engine.data.survey import Survey
 from qlora_tui.engine.data.tokenizer import Tokenizer
 from qlora_tui.engine.errors import BadRow, DataError
+from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.spec import RunConfig
 
-HOLDOUT_CAP = 500
-"""A share holds out no more rows than this: the error of the mean is small by then, and measuring costs time."""
 _LISTED_REASONS = 20
 _LOOK_UP_EVERY = 16
+_DECIDING = (
+    "max_length",
+    "too_long",
+    "mask_history",
+    "chat_template",
+    "filter_duplicates",
+    "max_samples",
+    "val_set_size",
+    "seed",
+)
+"""The settings that decide what is trained, next to the texts."""
 
-Rendered = Callable[[Row], TokenRow]
+Stopping = Callable[[], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedFacts:
-    """What will be trained, in numbers; tokens are those of one pass over the training rows."""
+    """What will be trained, in numbers; tokens are those of one pass over the training rows.
+
+    `leaks` counts rows of `eval_data` that are also trained on and therefore not measured; `overlap` counts groups of like rows
+    on both sides of the hold-out, which is 0 unless something is broken.
+    """
 
     rows: int
     train_rows: int
@@ -42,15 +68,33 @@ class PreparedFacts:
     refused: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """Rows to train on and rows to measure on, in the order of the source, and the numbers about them."""
+    """Rows to train on and rows to measure on, in the order of the source, and the numbers about them.
 
-    train: list[TokenRow]
-    holdout: list[TokenRow]
+    `lost` is the list of rows that are neither, as JSON lines of row and reason; `survey` measures every row that was rendered;
+    `highest` is the highest token id of all rows.
+    """
+
+    train: TokenRows
+    holdout: TokenRows
     facts: PreparedFacts
+    lost: bytes = b""
+    survey: Survey = field(default_factory=Survey, compare=False)
+    highest: int = 0
+
+    @property
+    def lengths(self) -> array[int]:
+        """Tokens of every row, trained or held out."""
+        return self.train.lengths + self.holdout.lengths
+
+    def write_lost(self, path: Path) -> None:
+        """Write the list of rows that are not used, so that a person can look at them; no file if there is none."""
+        if self.lost:
+            replace_file(path, self.lost)
 
 
 def prepare(
@@ -59,11 +103,11 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     eval_dataset: Dataset | None = None,
-    stopping: Callable[[], None] = lambda: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    stopping: Stopping = lambda: None,
+    progress: Progress = lambda done, total: None,
     renderer: Renderer | None = None,
 ) -> Tokenized:
-    """Choose, render and split the rows of `dataset` as `run` says.
+    """Choose, render and split the rows of `dataset` as `run` says, or take them from the cache.
 
     `stopping` is called every few rows and raises to interrupt; `progress` gets rows done and rows in all.
     With an `eval_dataset` nothing is held out of `dataset`, and measured rows that are also trained are left out.
@@ -71,152 +115,234 @@ def prepare(
     Raises:
         DataError: no row is left to train on; the commonest reasons are named.
     """
-    render = renderer or Renderer(tokenizer)
-    measured = eval_dataset.rows if eval_dataset else ()
-    total = len(dataset.rows) + len(measured)
-    work = _Work(run.max_length, render.tokens, stopping, lambda done: progress(done, total))
-    usable = work.take(_chosen(dataset.rows, run), run.max_samples)
-    if not usable:
-        raise _nothing_left(work, dataset)
-    notes: list[str] = []
-    leaks = 0
-    if eval_dataset is None:
-        held = hold_out([row for row, _ in usable], run, notes)
-        train = [tokens for row, tokens in usable if row.number not in held]
-        holdout = [tokens for row, tokens in usable if row.number in held]
-    else:
-        train = [tokens for _, tokens in usable]
-        fresh, leaks = without_leaks(measured, [row for row, _ in usable])
-        holdout = [tokens for _, tokens in work.take(_shuffled(fresh, run.seed), HOLDOUT_CAP)]
-        notes += _about_eval(len(fresh), len(holdout), leaks)
-    progress(total, total)
-    refused = Counter(refusal.reason for refusal in dataset.refused) + work.refused
-    return Tokenized(
-        train,
-        holdout,
-        _facts(train, holdout, leaks, len(dataset.rows) + len(dataset.refused), refused, work.dropped, [*render.notes(), *notes]),
+    total = len(dataset.rows) + (len(eval_dataset.rows) if eval_dataset else 0)
+    progress(0, total)
+    render = renderer or Renderer(tokenizer, mask_history=run.mask_history)
+    work = _Work(run, dataset, eval_dataset, render, stopping, lambda done: progress(done, total))
+    key = cache.key_of(
+        [str(getattr(run, name)) for name in _DECIDING],  # every name is a field of the config
+        tokenizer.digest(),
+        [_digest(each, stopping) for each in (dataset, eval_dataset) if each is not None],
     )
-
-
-def hold_out(rows: Sequence[Row], run: RunConfig, notes: list[str]) -> frozenset[int]:
-    """Return the numbers of the rows to measure on: whole groups of equal text, drawn by seed; at least one row stays to train."""
-    wanted = _holdout_size(len(rows), run.val_set_size, notes)
-    groups: dict[bytes, list[int]] = {}
-    for row in rows:
-        groups.setdefault(near_key(row.chat), []).append(row.number)
-    order = sorted(groups)
-    random.Random(run.seed).shuffle(order)
-    held: set[int] = set()
-    for key in order:
-        if len(held) + len(groups[key]) <= wanted:
-            held.update(groups[key])
-    if len(held) < wanted:
-        notes.append(f"{len(held)} rows are held out, not {wanted}: the others have the same text as rows that are trained.")
-    return frozenset(held)
-
-
-def without_leaks(measured: Sequence[Row], trained: Iterable[Row]) -> tuple[list[Row], int]:
-    """Return the rows to measure on that are not also trained on, each text once, and how many were trained on too."""
-    seen = {near_key(row.chat) for row in trained}
-    fresh = [row for row in measured if near_key(row.chat) not in seen]
-    return fresh, len(measured) - len(fresh)
-
-
-def exact_key(chat: Chat) -> bytes:
-    """Return a fingerprint of a chat's roles and texts."""
-    return _digest(f"{turn.role}\0{turn.content}" for turn in chat.turns)
-
-
-def near_key(chat: Chat) -> bytes:
-    """Return a fingerprint that is equal for texts that differ in case or spaces only."""
-    return _digest(f"{turn.role}\0{' '.join(turn.content.casefold().split())}" for turn in chat.turns)
+    columns = cache.kept(key, work.build, stopping)
+    progress(total, total)
+    return _read(columns, dataset.notes)
 
 
 class _Work:
-    """Renders rows until there are enough, counting what falls away."""
+    """One preparation: goes through the rows once or twice and writes what is used of them."""
 
-    def __init__(self, longest: int, render: Rendered, stopping: Callable[[], None], progress: Callable[[int], None]) -> None:
-        self.longest, self.render, self.stopping, self.progress = longest, render, stopping, progress
-        self.refused: Counter[str] = Counter()
+    def __init__(
+        self,
+        run: RunConfig,
+        dataset: Dataset,
+        eval_dataset: Dataset | None,
+        renderer: Renderer,
+        stopping: Stopping,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.run, self.dataset, self.measured, self.renderer = run, dataset, eval_dataset, renderer
+        self.stopping, self.progress = stopping, progress
+
+    def build(self, ids: BinaryIO, mask: BinaryIO) -> dict[str, bytes]:
+        """Write tokens into the files and return the other columns.
+
+        Raises:
+            DataError: no row is left to train on.
+            OSError: the disk is full.
+        """
+        self.writer, self.survey, self.fitter = Writer.into(ids, mask), Survey(), Fitter(self.run, self.renderer.tokens)
+        self.refused: Counter[str] = Counter(refusal.reason for refusal in self.dataset.refused)
         self.dropped: Counter[str] = Counter()
-        self.done = 0
+        self.lost, self.done = bytearray(), 0
+        self.told: Mapping[str, str] = {}
+        for refusal in self.dataset.refused:
+            self._lose(refusal.row, refusal.reason, line=refusal.line, field=refusal.field, source=refusal.source)
+        notes: list[str] = []
+        wanted = self.measured is not None or self.run.val_set_size > 0
+        prints = Prints(sketches=True) if wanted else None
+        weights = self._take(self.dataset.rows, self._chosen(), self.run.max_samples, prints)
+        if not weights:
+            raise self._nothing_left()
+        trained, leaked = len(self.writer), 0
+        held = Held()
+        if self.measured is not None and prints is not None:
+            leaked = self._take_eval(self.measured.rows, prints, notes)
+        elif prints is not None:
+            held = hold_out(prints, self._longest(weights), self.run, notes, weights=weights, stopping=self.stopping)
+        train, holdout = self._sides(weights, held, trained)
+        facts = self._facts(train, holdout, leaked, held.overlap, [*self.renderer.notes(), *self.fitter.notes(), *notes])
+        numbers, ends = self.writer.numbers.tobytes(), self.writer.ends.tobytes()
+        told = json.dumps({**asdict(facts), "highest": self.writer.highest}).encode()
+        columns = {NUMBERS: numbers, ENDS: ends, "train": train.tobytes(), "holdout": holdout.tobytes()}
+        return {**columns, "facts": told, "lost": bytes(self.lost), **self.survey.columns()}
 
-    def take(self, rows: Sequence[Row], enough: int) -> list[tuple[Row, TokenRow]]:
-        """Return usable rows with their tokens, in source order; `enough` 0 means all."""
-        taken: list[tuple[Row, TokenRow]] = []
-        for row in rows:
-            if enough and len(taken) >= enough:
+    def _take(self, rows: Sequence[Row], places: Sequence[int], enough: int, prints: Prints | None) -> array[int]:
+        """Write usable rows until there are enough (0: all); return, by usable row, into how many it was split."""
+        weights = array("i")
+        for row in self._looked_up(rows, places):
+            if enough and len(weights) >= enough:
                 break
+            parts = self._usable(row)
+            for part in parts:
+                self.writer.add(part)
+            if parts:
+                weights.append(len(parts))
+            if parts and prints is not None:
+                prints.add(row.chat)
+        return weights
+
+    def _looked_up(self, rows: Sequence[Row], places: Sequence[int]) -> Iterator[Row]:
+        """Yield the rows at `places`, hearing a wish to stop and telling progress every few rows."""
+        inorder = isinstance(places, range) and len(places) == len(rows)
+        for row in rows if inorder else map(rows.__getitem__, places):
             if self.done % _LOOK_UP_EVERY == 0:
                 self.stopping()
                 self.progress(self.done)
             self.done += 1
-            tokens = self._usable(row)
-            if tokens:
-                taken.append((row, tokens))
-        return sorted(taken, key=lambda pair: pair[0].number)
+            yield row
 
-    def _usable(self, row: Row) -> TokenRow | None:
+    def _usable(self, row: Row) -> list[TokenRow]:
         try:
-            tokens = self.render(row)
+            tokens = self.renderer.tokens(row)
         except BadRow as error:
+            self.survey.refuse(row, error)
             self.refused[str(error)] += 1
-            return None
-        if len(tokens.input_ids) > self.longest:
-            self.dropped[f"longer than max_length {self.longest}"] += 1
-            return None
-        return tokens
+            self._lose(row.number, str(error), line=row.line)
+            return []
+        self.survey.add(tokens)
+        parts, reason = self.fitter.fit(row, tokens)
+        if not parts:
+            self.dropped[reason] += 1
+            self._lose(row.number, reason, tokens=len(tokens.input_ids))
+        return parts
+
+    def _lose(self, row: int, reason: str, **more: Any) -> None:
+        self.lost += json.dumps({"row": row, "reason": reason, **more, **self.told}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    def _chosen(self) -> Sequence[int]:
+        """Return the positions of the rows to take, in the order to take them: without copies, shuffled if not all are wanted."""
+        rows, mode = self.dataset.rows, self.run.filter_duplicates
+        places: Sequence[int] = range(len(rows))
+        if mode != "off":
+            removed = self._copies(near=mode == "near")
+            places = [place for place in places if place not in removed]
+        return _shuffled(rows, places, self.run.seed, self.stopping) if self.run.max_samples else places
+
+    def _copies(self, *, near: bool) -> Mapping[int, int]:
+        rows = self.dataset.rows
+        prints = Prints(sketches=near)
+        for place, row in enumerate(rows):
+            if place % _LOOK_UP_EVERY == 0:
+                self.stopping()
+            prints.add(row.chat)
+        found = copies(prints, rows, near=near, stopping=self.stopping)
+        first = {place: rows[place].number for place in {*found.values()}}
+        for place, other in sorted(found.items()):
+            self.dropped[f"{'near or exact' if near else 'exact'} copy of an earlier row"] += 1
+            self._lose(rows[place].number, f"copy of row {first[other]}")
+        return found
+
+    def _take_eval(self, rows: Sequence[Row], prints: Prints, notes: list[str]) -> int:
+        """Write the rows of `eval_data` that are not trained on, at most the cap; return how many were."""
+        trained = len(prints)
+        for place, row in enumerate(rows):
+            if place % _LOOK_UP_EVERY == 0:
+                self.stopping()
+            prints.add(row.chat)
+        leaked = {place - trained for place in leaks(prints, trained, self.stopping)}
+        fresh = [place for place in range(len(rows)) if place not in leaked]
+        self.told = {"of": "eval_data"}
+        for place in sorted(leaked):
+            self._lose(rows[place].number, "also trained on, or nearly")
+        before = len(self.writer)
+        self._take(rows, _shuffled(rows, fresh, self.run.seed, self.stopping), HOLDOUT_CAP, None)
+        used = len(self.writer) - before
+        if leaked:
+            notes.append(f"{len(leaked)} rows of eval_data are also trained on, or nearly: they are not measured.")
+        if len(fresh) > used >= HOLDOUT_CAP:
+            notes.append(f"{used} of {len(fresh)} rows of eval_data are measured, drawn by seed.")
+        return len(leaked)
+
+    def _longest(self, weights: Sequence[int]) -> list[int]:
+        """Return the tokens of each usable row, of a split one those of its last part."""
+        found, place = [], -1
+        ends = self.writer.ends
+        for weight in weights:
+            place += weight
+            found.append(ends[place] - (ends[place - 1] if place else 0))
+        return found
+
+    def _sides(self, weights: Sequence[int], held: Held, trained: int) -> tuple[array[int], array[int]]:
+        """Return the places of the token rows to train and to measure, each in the order of the source."""
+        sides = (array("q"), array("q"))
+        place = 0
+        for row, weight in enumerate(weights):
+            sides[row in held.places].extend(range(place, place + weight))
+            place += weight
+        sides[1].extend(range(trained, len(self.writer)))
+        numbers = self.writer.numbers
+        train, holdout = (array("q", sorted(side, key=lambda each: (numbers[each], each))) for side in sides)
+        return train, holdout
+
+    def _facts(self, train: array[int], holdout: array[int], leaked: int, overlap: int, notes: list[str]) -> PreparedFacts:
+        ends, mask = self.writer.ends, self.writer.supervised
+        lengths = [[ends[place] - (ends[place - 1] if place else 0) for place in side] for side in (train, holdout)]
+        return PreparedFacts(
+            rows=len(self.dataset.rows) + len(self.dataset.refused),
+            train_rows=len(train),
+            holdout_rows=len(holdout),
+            tokens=sum(lengths[0]),
+            supervised_tokens=sum(mask[place] for place in train),
+            holdout_tokens=sum(lengths[1]),
+            max_row_tokens=max(map(max, filter(None, lengths))),
+            leaks=leaked,
+            refused=_listed(self.refused),
+            dropped=_listed(self.dropped),
+            notes=tuple(notes),
+            overlap=overlap,
+        )
+
+    def _nothing_left(self) -> DataError:
+        reasons = (self.refused + self.dropped).most_common(3)
+        told = "; ".join(f"{count} rows: {reason}" for reason, count in reasons) or "there is no usable row"
+        names = ", ".join(source.name for source in self.dataset.sources)
+        hint = "raise max_length, or take shorter rows" if self.dropped else ""
+        return DataError(f"no row is left to train on ({told})", hint=hint, where=names)
 
 
-def _chosen(rows: Sequence[Row], run: RunConfig) -> Sequence[Row]:
-    return _shuffled(rows, run.seed) if run.max_samples else rows
+def _read(columns: Columns, notes: Sequence[str]) -> Tokenized:
+    told = json.loads(bytes(columns["facts"]))
+    highest = told.pop("highest")
+    facts = PreparedFacts(**{**told, "notes": (*notes, *told["notes"])})
+    train, holdout = (TokenRows(columns, array("q", bytes(columns[side]))) for side in ("train", "holdout"))
+    return Tokenized(train, holdout, facts, bytes(columns["lost"]), Survey.read(columns), highest)
 
 
-def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
-    order = sorted(rows, key=lambda row: (exact_key(row.chat), row.number))
+def _digest(dataset: Dataset, stopping: Stopping) -> str:
+    """Return a digest of all rows and refusals: their texts, numbers, and what the data says not to train."""
+    state = blake2b(digest_size=16)
+    for place, row in enumerate(dataset.rows):
+        if place % _LOOK_UP_EVERY == 0:
+            stopping()
+        chat = row.chat
+        about = (row.number, chat.plain, chat.source_id, [(turn.trained, turn.tool_call_id) for turn in chat.turns])
+        state.update(exact_key(chat) + repr(about).encode("utf-8", "replace"))
+    state.update(repr([(refusal.row, refusal.reason) for refusal in dataset.refused]).encode("utf-8", "replace"))
+    return state.hexdigest()
+
+
+def _shuffled(rows: Sequence[Row], places: Sequence[int], seed: int, stopping: Stopping) -> list[int]:
+    """Return the positions in an order that the texts and the seed decide."""
+    keys: list[tuple[bytes, int, int]] = []
+    for place in places:
+        if len(keys) % _LOOK_UP_EVERY == 0:
+            stopping()
+        row = rows[place]
+        keys.append((exact_key(row.chat), row.number, place))
+    order = [place for _, _, place in sorted(keys)]
     random.Random(seed).shuffle(order)
     return order
-
-
-def _holdout_size(rows: int, wanted: float, notes: list[str]) -> int:
-    size = int(wanted) if wanted >= 1 else round(rows * wanted)
-    if wanted < 1:
-        size = max(size, 1) if wanted and rows >= 10 else size
-        if size > HOLDOUT_CAP:
-            notes.append(
-                f"{HOLDOUT_CAP} rows are held out, not {size}: more would cost time and tell no more. A number in val_set_size is obeyed."
-            )
-            size = HOLDOUT_CAP
-    if size > rows - 1 and wanted and rows:
-        notes.append(f"There are {rows} rows: {rows - 1} are held out, so that one is left to train.")
-    return max(0, min(size, rows - 1))
-
-
-def _about_eval(fresh: int, used: int, leaks: int) -> list[str]:
-    notes = []
-    if leaks:
-        notes.append(f"{leaks} rows of eval_data are also trained on: they are not measured.")
-    if fresh > used >= HOLDOUT_CAP:
-        notes.append(f"{used} of {fresh} rows of eval_data are measured, drawn by seed.")
-    return notes
-
-
-def _facts(
-    train: list[TokenRow], holdout: list[TokenRow], leaks: int, rows: int, refused: Counter[str], dropped: Counter[str], notes: list[str]
-) -> PreparedFacts:
-    return PreparedFacts(
-        rows=rows,
-        train_rows=len(train),
-        holdout_rows=len(holdout),
-        tokens=sum(len(row.input_ids) for row in train),
-        supervised_tokens=sum(sum(row.trained) for row in train),
-        holdout_tokens=sum(len(row.input_ids) for row in holdout),
-        max_row_tokens=max(len(row.input_ids) for row in (*train, *holdout)),
-        leaks=leaks,
-        refused=_listed(refused),
-        dropped=_listed(dropped),
-        notes=tuple(notes),
-    )
 
 
 def _listed(reasons: Counter[str]) -> dict[str, int]:
@@ -224,18 +350,3 @@ def _listed(reasons: Counter[str]) -> dict[str, int]:
     common = dict(reasons.most_common(_LISTED_REASONS))
     rest = sum(reasons.values()) - sum(common.values())
     return common | {"other reasons": rest} if rest else common
-
-
-def _nothing_left(work: _Work, dataset: Dataset) -> DataError:
-    reasons = (work.refused + work.dropped).most_common(3)
-    told = "; ".join(f"{count} rows: {reason}" for reason, count in reasons) or "there is no usable row"
-    names = ", ".join(source.name for source in dataset.sources)
-    hint = "raise max_length, or take shorter rows" if work.dropped else ""
-    return DataError(f"no row is left to train on ({told})", hint=hint, where=names)
-
-
-def _digest(parts: Iterable[str]) -> bytes:
-    state = blake2b(digest_size=16)
-    for part in parts:
-        state.update(part.encode("utf-8", "surrogatepass") + b"\1")
-    return state.digest()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_words, share
-from qlora_tui.engine.data.messages import looks_like_turns, read_turns
+from qlora_tui.engine.data.chat import PARTLY, Chat, Turn, checked, fields, read_optional, read_words, share
+from qlora_tui.engine.data.messages import SYSTEM
+from qlora_tui.engine.data.tools import read_tools
+from qlora_tui.engine.data.turns import looks_like_turns, read_turns, with_system
 from qlora_tui.engine.errors import BadRow
 
 
@@ -15,6 +18,7 @@ class PromptCompletion:
 
     name: ClassVar[str] = "prompt-completion"
     shape: ClassVar[str] = '{"prompt": "...", "completion": "..."}'
+    reads: ClassVar[tuple[str, ...]] = ("prompt", "completion", *SYSTEM, "tools", "functions")
 
     def score(self, rows: Sequence[Mapping[str, object]]) -> float:
         """Count rows that have both `prompt` and `completion`; `prompt` alone counts a little, so that what is missing can be told."""
@@ -29,12 +33,16 @@ class PromptCompletion:
         """
         plain = fields(row)
         prompt, completion = plain.get("prompt"), plain.get("completion")
+        system, tools = read_optional(plain, SYSTEM), read_tools(plain)
         lists = looks_like_turns(prompt), looks_like_turns(completion)
         if lists == (False, False):
             turns = [Turn("user", read_words(prompt, "prompt")), Turn("assistant", read_words(completion, "completion"))]
-            return checked(turns, "completion", plain=True)
+            raw = not system and not tools
+            return replace(checked(with_system(system, turns, "system"), "completion", plain=raw), tools=tools)
         before = read_turns(prompt, "prompt") if lists[0] else [Turn("user", read_words(prompt, "prompt"))]
         after = read_turns(completion, "completion") if lists[1] else [Turn("assistant", read_words(completion, "completion"))]
         if after[0].role != "assistant":
             raise BadRow("the completion must begin with an assistant turn", field="completion[0].role")
-        return checked([Turn(turn.role, turn.content, turn.role != "assistant") for turn in before] + after, "completion")
+        checked(after, "completion")
+        given = [replace(turn, trained=turn.role != "assistant") for turn in with_system(system, before, "prompt")]
+        return replace(checked([*given, *after], "completion"), tools=tools)

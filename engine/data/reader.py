@@ -1,145 +1,117 @@
-"""Files of rows, read line by line, so that one broken line costs one line and is named.
+"""Files of rows, whatever their kind, read as a stream: one row is held, and every fault has its line.
 
-The usual readers drop a whole file for one broken line, or guess at its types. This one streams, holds one
-line in memory, limits how long a line may be, and hands every fault on with its line number.
+What a file is, its first bytes say; only CSV and TSV have to be told by their names.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from qlora_tui.engine.errors import BadRow, DataError
+from qlora_tui.engine.data.arrow_rows import read_arrow, read_parquet
+from qlora_tui.engine.data.csv_rows import read_csv
+from qlora_tui.engine.data.json_rows import read_lines, read_list
+from qlora_tui.engine.data.raw import BOM, Raw
+from qlora_tui.engine.data.tape import Tape, open_bytes
+from qlora_tui.engine.errors import DataError
 from qlora_tui.engine.text import one_line
 
-MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is refused unread: no row of text to train on is that long, and a hostile one must not fill the memory."""
-MAX_LIST_BYTES = 512 * 2**20
-"""A JSON list has to be read whole, unlike JSONL."""
+ROW_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED_ENDINGS = (".gz", ".zst", ".zstd")
 
-_BOM = b"\xef\xbb\xbf"
-_MARKS = {
-    b"PAR1": "a Parquet file",
-    b"ARRO": "an Arrow file",
-    b"\x1f\x8b": "a compressed file",
-    b"\x28\xb5\x2f\xfd": "a compressed file",
-    b"BZh": "a compressed file",
-    b"\xfd7zX": "a compressed file",
+_PARQUET = b"PAR1"
+_ARROW = (b"ARROW1", b"\xff\xff\xff\xff")
+_UNREAD = {
+    b"BZh": "a bzip2 file",
+    b"\xfd7zX": "an xz file",
     b"PK\x03\x04": "a ZIP archive or spreadsheet",
+    b"\xff\xfe": "a UTF-16 file",
+    b"\xfe\xff": "a UTF-16 file",
+    b"FEA1": "an old Feather file",
+    b"\x1f\x8b": "a file compressed twice",
+    b"\x28\xb5\x2f\xfd": "a file compressed twice",
+    _PARQUET: "a Parquet file inside a compressed one",
+    _ARROW[0]: "an Arrow file inside a compressed one",
+    _ARROW[1]: "an Arrow file inside a compressed one",
 }
-_ENDINGS = {".csv": "a CSV file", ".tsv": "a TSV file"}
+_WHAT_IS_READ = "write it as JSONL, one JSON object a line, or as CSV or Parquet"
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """One row as found: its line (None where there are no lines) and its fields, or what is wrong with it."""
+def read_file(path: Path, tape: Tape | None = None, note: Callable[[str], None] = lambda text: None) -> Iterator[Raw]:
+    """Yield the rows of a file: JSONL, a JSON list, CSV, TSV, Parquet or Arrow; the text kinds also as gzip or zstd.
 
-    line: int | None
-    fields: Mapping[str, object] | BadRow
-
-
-def read_file(path: Path) -> Iterator[Raw]:
-    """Yield the rows of a JSONL file, or of a JSON file that holds one list.
+    Args:
+        path: the file.
+        tape: told how far the reading is; what it raises to stop goes through.
+        note: gets a sentence about what had to be assumed.
 
     Raises:
         DataError: there is no such file, it cannot be read, or it is of a kind that is not read here.
     """
     shown = one_line(path)
     if path.is_dir():
-        raise DataError("this is a folder", hint="name a JSONL file in it", where=shown)
+        raise DataError("this is a folder", hint="name a file in it", where=shown)
     if not path.exists():
         raise DataError("no such file", where=shown)
+    if not path.is_file():
+        raise DataError("this is no file", where=shown)
+    tape = tape or Tape()
     try:
-        with path.open("rb") as file:
-            _refuse_kind(path, file)
-            yield from _read_list(file) if _is_list(file) else _read_lines(file)
+        yield from _read(path, tape, note)
     except OSError as error:
         raise DataError(f"the file cannot be read ({error.strerror or error})", where=shown) from None
 
 
-def _refuse_kind(path: Path, file: IO[bytes]) -> None:
+def file_ending(name: str) -> str:
+    """Return the ending that says what kind of rows a file of that name holds, `.csv` of `a.CSV.gz`; empty if none does."""
+    plain = name.lower()
+    plain = next((plain.removesuffix(ending) for ending in PACKED_ENDINGS if plain.endswith(ending)), plain)
+    return next((ending for ending in ROW_ENDINGS if plain.endswith(ending)), "")
+
+
+def _read(path: Path, tape: Tape, note: Callable[[str], None]) -> Iterator[Raw]:
+    with path.open("rb", buffering=0) as plain:
+        start = plain.read(8)
+    ending = path.suffix.lower()  # a table file with a broken start must not be read as lines
+    if start.startswith(_PARQUET) or ending == ".parquet":
+        return (yield from read_parquet(path, tape))
+    if start.startswith(_ARROW) or ending == ".arrow":
+        return (yield from read_arrow(path, tape))
+    with open_bytes(path, tape) as file:
+        yield from _read_text(path, file, tape, note)
+    return None
+
+
+def _read_text(path: Path, file: IO[bytes], tape: Tape, note: Callable[[str], None]) -> Iterator[Raw]:
+    shown = one_line(path)
+    start = file.peek(4096) if hasattr(file, "peek") else b""  # a BufferedReader, which IO does not promise
+    _refuse_kind(start, shown)
+    ending = file_ending(path.name)
+    text = start.removeprefix(BOM).lstrip()
+    if ending in (".csv", ".tsv"):
+        rows = read_csv(file, shown, "\t" if ending == ".tsv" else "", note)
+    elif text.startswith(b"["):
+        rows = read_list(file, shown)
+    else:
+        _refuse_one_object(text, ending, shown)
+        rows = read_lines(file)
+    for row in rows:
+        tape.look()
+        yield row
+
+
+def _refuse_kind(start: bytes, shown: str) -> None:
     """Refuse a whole file in one sentence, where line by line each would be refused without saying why."""
-    start = file.read(4)
-    file.seek(0)
-    kind = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "") or _ENDINGS.get(path.suffix.lower(), "")
+    kind = next((name for mark, name in _UNREAD.items() if start.startswith(mark)), "")
     if kind:
+        hint = "save it as UTF-8" if "UTF-16" in kind else "unpack it first" if "compressed" in kind else _WHAT_IS_READ
+        raise DataError(f"{kind} is not read here", hint=hint, where=shown)
+
+
+def _refuse_one_object(text: bytes, ending: str, shown: str) -> None:
+    """Refuse a .json file that begins an object over many lines: it holds one value and not rows, whatever is inside."""
+    if ending == ".json" and text.split(b"\n", 1)[0].strip() == b"{":
         raise DataError(
-            f"{kind} is not read here", hint="write it as JSONL, one JSON object a line, or as a JSON list", where=one_line(path)
+            "the file holds one JSON object and not rows", hint="write its rows as a JSON list, or one object a line", where=shown
         )
-
-
-def _is_list(file: IO[bytes]) -> bool:
-    start = file.read(4096).removeprefix(_BOM).lstrip()
-    file.seek(0)
-    return start.startswith(b"[")
-
-
-def _read_lines(file: IO[bytes]) -> Iterator[Raw]:
-    number = 0
-    while block := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if number == 1:
-            block = block.removeprefix(_BOM)
-        if len(block) > MAX_LINE_BYTES:
-            _skip_line(file, block)
-            yield Raw(
-                number, BadRow(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", hint="one row a line; is a line break missing?")
-            )
-        elif block.strip():
-            yield Raw(number, _parse_line(block))
-
-
-def _skip_line(file: IO[bytes], block: bytes) -> None:
-    while block and not block.endswith(b"\n"):
-        block = file.readline(2**20)
-
-
-def _parse_line(block: bytes) -> Mapping[str, object] | BadRow:
-    try:
-        return _as_row(_decode(block.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        return BadRow(f"the line is not UTF-8 (byte {error.start + 1})", hint="save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRow(f"the line is not JSON: {error.msg} at character {error.pos + 1}")
-    except (ValueError, RecursionError):
-        return BadRow("the line is JSON that is nested too deeply or holds a value that cannot be read")
-
-
-def _decode(text: str) -> object:
-    """Parse JSON with numbers kept as they are written: 1.10 stays 1.10, and NaN counts as missing."""
-    return json.loads(text, parse_int=str, parse_float=str, parse_constant=_missing)
-
-
-def _missing(_name: str) -> None:
-    """Read NaN and Infinity, which some tools write for an empty cell, as no value."""
-
-
-def _as_row(value: object) -> Mapping[str, object] | BadRow:
-    if isinstance(value, dict):
-        return value
-    return BadRow("a row must be an object such as {...}", hint="one object a line")
-
-
-def _read_list(file: IO[bytes]) -> Iterator[Raw]:
-    block = file.read(MAX_LIST_BYTES + 1).removeprefix(_BOM)
-    if len(block) > MAX_LIST_BYTES:
-        raise DataError(
-            f"a JSON list of more than {MAX_LIST_BYTES // 2**20} MiB",
-            hint="write it as JSONL: one object a line",
-            where=one_line(file.name),
-        )
-    try:
-        text = block.decode("utf-8")
-        items = _decode(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file is not UTF-8 (byte {error.start + 1})", hint="save it as UTF-8", where=one_line(file.name)) from None
-    except json.JSONDecodeError as error:
-        fault = f"the JSON list is broken: {error.msg} at line {error.lineno}, character {error.colno}"
-        raise DataError(fault, hint="write it as JSONL and only the broken row is lost", where=one_line(file.name)) from None
-    except (ValueError, RecursionError):
-        raise DataError("the JSON list is nested too deeply", where=one_line(file.name)) from None
-    for item in items if isinstance(items, list) else [items]:
-        yield Raw(None, _as_row(item))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.engine.data.jinja import compiled, fixed_date
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.text import one_line
 
@@ -29,10 +30,9 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MORE_TEMPLATES = "additional_chat_templates"
 OLDER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
-_DATE = datetime(2024, 7, 26)
-"""Templates that print today's date get this one: the same rows must give the same tokens tomorrow, or a resume is not exact."""
-
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -42,8 +42,15 @@ _CHATML = (
 class Tokenizer:
     """Chat text to token ids and back; `note` tells, in a sentence, what had to be assumed (empty: nothing)."""
 
-    def __init__(self, inner: Any, *, folder: Path | None = None, note: str = "") -> None:
-        """Take over `inner`, a fast tokenizer of transformers, which nobody else may use from now on."""
+    def __init__(self, inner: Any, *, folder: Path | None = None, note: str = "", chat_template: str = "auto") -> None:
+        """Take over `inner`, a fast tokenizer of transformers, which nobody else may use from now on.
+
+        `chat_template` is the run's: auto or chatml. `assumed` says that the template is ChatML only because the vocabulary
+        has its tokens; then a prompt and its completion stay plain text.
+
+        Raises:
+            ModelError: ChatML is asked for and the vocabulary lacks its tokens.
+        """
         from tokenizers.processors import ByteLevel
 
         self._inner = inner
@@ -54,8 +61,11 @@ class Tokenizer:
         self._adds_bos = _adds_bos(inner)
         self._backend.post_processor = ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
         self._folder = folder
-        self.template, assumed = _template(inner)
-        self.note = " ".join(part for part in (note, assumed) if part)
+        self.template, self.assumed, told = _template(inner, chat_template)
+        self._tool_template = _tool_template(inner) if chat_template == "auto" else ""
+        self.note = " ".join(part for part in (note, told) if part)
+        self._special: Mapping[str, Any] = dict(inner.special_tokens_map)
+        self._compiled: dict[str, Callable[..., str]] = {}
         self.eos_id: int | None = inner.eos_token_id
         self.bos_id: int | None = inner.bos_token_id
         pads = (inner.pad_token_id, inner.eos_token_id, 0)
@@ -65,8 +75,10 @@ class Tokenizer:
         self.added: Mapping[str, int] = {token.content: index for index, token in added.items()}
         self.control_ids = frozenset(index for index, token in added.items() if token.special) | ({self.eos_id} - {None})
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, answer_next: bool = False) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = (), answer_next: bool = False) -> str:
         """Return the chat as the text the model sees; with `answer_next` it ends where an answer begins.
+
+        A model with a template of its own for tools has it used when there are `tools`.
 
         Raises:
             ModelError: the model has no chat template.
@@ -74,15 +86,17 @@ class Tokenizer:
         """
         if not self.template:
             raise ModelError("the model has no chat template", hint="choose an instruct model, or give rows with prompt and completion")
-        text = self._inner.apply_chat_template(
-            list(messages),
-            chat_template=self.template,
-            tokenize=False,
+        template = self._tool_template if tools and self._tool_template else self.template
+        if template not in self._compiled:
+            self._compiled[template] = compiled(template)
+        return self._compiled[template](
+            messages=messages,
+            tools=tools or None,
+            documents=None,
             add_generation_prompt=answer_next,
-            date_string=_DATE.strftime("%d %b %Y"),
-            strftime_now=_DATE.strftime,
+            date_string=fixed_date(),
+            **self._special,
         )
-        return str(text)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids and, for each, the characters of `text` it stands for."""
@@ -115,6 +129,13 @@ class Tokenizer:
             found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
         return frozenset(found)
 
+    def digest(self) -> str:
+        """Return a fingerprint of everything that decides what text and tokens a row becomes: vocabulary, rules, templates, stops."""
+        state = blake2b(self._backend.to_str().encode(), digest_size=16)
+        parts = (self.template, self._tool_template, self.assumed, self._adds_bos, self._special, sorted(self.stop_ids()))
+        state.update(repr(parts).encode("utf-8", "replace"))
+        return state.hexdigest()
+
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files as the model has them, and the chat template used, so that serving renders what was trained."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,18 +144,24 @@ class Tokenizer:
                 shutil.copyfile(self._folder / name, folder / name)
         if self.template:
             (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        if self._tool_template:
+            (folder / _MORE_TEMPLATES).mkdir(exist_ok=True)
+            (folder / _MORE_TEMPLATES / "tool_use.jinja").write_text(self._tool_template, encoding="utf-8")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, chat_template: str = "auto") -> Tokenizer:
     """Read the tokenizer of a model folder; nothing is downloaded and no code of the model runs.
 
+    `chat_template` is the run's: `auto`, the model's own, or `chatml`.
+
     Raises:
-        ModelError: there is no tokenizer in it, or one that cannot say which characters a token stands for.
+        ModelError: there is no tokenizer in it, or one that cannot say which characters a token stands for, or one without
+            the tokens of the template asked for.
     """
     folder = Path(folder)
     shown = one_line(folder)
     if (folder / "tokenizer.json").is_file():
-        return Tokenizer(_from_json(folder), folder=folder)
+        return Tokenizer(_from_json(folder), folder=folder, chat_template=chat_template)
     if not any((folder / name).is_file() for name in OLDER_FILES):
         raise ModelError("no tokenizer.json in it", hint="a model folder holds config.json, tokenizer.json and *.safetensors", where=shown)
     inner = _from_older_files(folder)
@@ -142,7 +169,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ModelError(
             "its tokenizer has no fast version, so no mask can be made", hint="a model with tokenizer.json is needed", where=shown
         )
-    return Tokenizer(inner, folder=folder, note="The model has no tokenizer.json: its older files were converted, which takes longer.")
+    note = "The model has no tokenizer.json: its older files were converted, which takes longer."
+    return Tokenizer(inner, folder=folder, note=note, chat_template=chat_template)
 
 
 def _from_json(folder: Path) -> Any:
@@ -179,17 +207,36 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _template(inner: Any) -> tuple[str, str]:
-    """Return the chat template and the sentence about it, if it is not simply the model's own."""
+def _template(inner: Any, wanted: str) -> tuple[str, bool, str]:
+    """Return the chat template, whether it is only assumed, and the sentence about it if it is not simply the model's own."""
     found = inner.chat_template
     if isinstance(found, Mapping):
         found = found.get("default") or next(iter(found.values()), "")
+    known = all(_is_one_token(inner, text) for text in _CHATML_TOKENS)
+    if wanted == "chatml":
+        if not known:
+            raise ModelError(
+                f"chat_template chatml needs the tokens {' and '.join(_CHATML_TOKENS)}, which the model's vocabulary lacks",
+                hint="new tokens would have embeddings that were never trained; choose an instruct model, or give prompt and completion",
+            )
+        return _CHATML, False, "ChatML is used in place of the model's own chat template." if found else "ChatML is used, as asked for."
     if found:
-        return str(found), ""
-    vocabulary = inner.get_vocab()
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
-        return _CHATML, "The model has no chat template but knows the ChatML tokens: ChatML is used."
-    return "", "The model has no chat template: prompt and completion are written one after the other, nothing between them."
+        return str(found), False, ""
+    if known:
+        return _CHATML, True, "The model has no chat template but knows the ChatML tokens: ChatML is used for chats."
+    return "", False, "The model has no chat template: prompt and completion are written one after the other, nothing between them."
+
+
+def _tool_template(inner: Any) -> str:
+    """Return the template a model keeps for chats with tools beside its usual one; empty if there is none."""
+    found = inner.chat_template
+    return str(found.get("tool_use") or "") if isinstance(found, Mapping) else ""
+
+
+def _is_one_token(inner: Any, text: str) -> bool:
+    """Say whether `text` is one token of the vocabulary and not merely made of several."""
+    index = inner.get_vocab().get(text)
+    return index is not None and list(inner.backend_tokenizer.encode(text, add_special_tokens=False).ids) == [index]
 
 
 def _adds_bos(inner: Any) -> bool:

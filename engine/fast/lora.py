@@ -179,14 +179,15 @@ class _LoraLinear(torch.autograd.Function):
         low_NR = low.reshape(-1, low.shape[-1])
         grad_low_NR = (grad_NO @ b).mul_(ctx.scaling)
         trained_NR = grad_low_NR[:, : len(a_RI)]
-        grad_a = (trained_NR.t() @ source.reshape(-1, source.shape[-1])).to(a_RI.dtype)
+        shape, grad_a = source.shape, (trained_NR.t() @ source.reshape(-1, source.shape[-1])).to(a_RI.dtype)
+        del source  # in a recomputed layer this was the last that held it, and a gradient of its size comes next
         grad_b = (grad_NO.t() @ low_NR).mul_(ctx.scaling).to(b_OR.dtype)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_NI = grad_NO @ full_weight(ctx.weight)
             if not ctx.has_dropout:
                 grad_NI.addmm_(grad_low_NR, a)
-            grad_x = grad_NI.view(source.shape)
+            grad_x = grad_NI.view(shape)
         if ctx.has_dropout and ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low_NR @ a).view(source.shape)
+            grad_dropped = (grad_low_NR @ a).view(shape)
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None

@@ -29,7 +29,7 @@ class Head:
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [N, V]."""
         logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V).float()
-        return logits_NV if self.softcap is None else torch.tanh(logits_NV.div_(self.softcap)).mul_(self.softcap)
+        return logits_NV if self.softcap is None else logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 def token_losses(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor, chunk: int = 0) -> torch.Tensor:
@@ -56,27 +56,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = chunk or max(1, LOGITS_PER_CHUNK // head.weight_VH.shape[0])
         for start in range(0, len(labels_N), rows):
             part = slice(start, start + rows)
-            logits_nV = head.logits(hidden_NH[part])
-            lse_n = torch.logsumexp(logits_nV, dim=-1)
-            picked_n = logits_nV.gather(1, labels_N[part, None]).squeeze(1)
-            losses_N[part] = lse_n - picked_n
-            if grad_NH is not None:
-                grad_NH[part] = _hidden_gradient(logits_nV, lse_n, labels_N[part], head).to(hidden_NH.dtype)
+            _chunk(hidden_NH[part], labels_N[part], head, losses_N[part], None if grad_NH is None else grad_NH[part])
         if grad_NH is not None:
             ctx.save_for_backward(grad_NH)
         return losses_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        # In place: a step goes back once. Autograd counts changes of what it saved, so going back twice raises.
         (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grads[0][:, None].to(grad_NH.dtype), None, None, None
+        return grad_NH.mul_(grads[0][:, None].to(grad_NH.dtype)), None, None, None
+
+
+def _chunk(hidden_nH: torch.Tensor, labels_n: torch.Tensor, head: Head, losses_n: torch.Tensor, grad_nH: torch.Tensor | None) -> None:
+    """Write a chunk's losses, and its hidden gradient where one is wanted; its logits are gone before the next chunk's are made."""
+    logits_nV = head.logits(hidden_nH)
+    lse_n = torch.logsumexp(logits_nV, dim=-1)
+    losses_n.copy_(lse_n - logits_nV.gather(1, labels_n[:, None]).squeeze(1))
+    if grad_nH is not None:
+        grad_nH.copy_(_hidden_gradient(logits_nV, lse_n, labels_n, head))
 
 
 def _hidden_gradient(logits_nV: torch.Tensor, lse_n: torch.Tensor, labels_n: torch.Tensor, head: Head) -> torch.Tensor:
     """Return d loss / d hidden of a chunk, overwriting its logits to save a copy of them."""
-    slope_nV = None if head.softcap is None else 1 - (logits_nV / head.softcap) ** 2
+    slope_nV = None if head.softcap is None else logits_nV.div(head.softcap).square_().neg_().add_(1)
     grad_nV = logits_nV.sub_(lse_n[:, None]).exp_()
     grad_nV.scatter_add_(1, labels_n[:, None], torch.full_like(lse_n, -1.0)[:, None])
     if slope_nV is not None:
         grad_nV.mul_(slope_nV)
+    del slope_nV  # as large as the logits, and a narrow copy of those comes next
     return grad_nV.to(head.weight_VH.dtype) @ head.weight_VH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Holdout:
     """The held-out rows of a run, and the losses measured so far."""
 
     folder: Path
-    rows: list[TokenRow]
+    rows: Sequence[TokenRow]
     halving: Halving
     chunk: int
     meter: Meter

@@ -146,11 +146,12 @@ def _data(job: Job, folder: Path) -> Generator[Event, None, Tokenized]:
     tokenized = prepare(
         job.run,
         job.dataset,
-        load_tokenizer(folder),
+        load_tokenizer(folder, job.run.chat_template),
         eval_dataset=job.eval_dataset,
         stopping=lambda: poll_for(job.wishes),
         progress=_teller(job.say, "data", "rows"),
     )
+    tokenized.write_lost(job.folder / "dropped.jsonl")
     yield Phase("data", "end", seconds=time.monotonic() - began)
     if not tokenized.train:
         raise DataError("no row is left to train on", hint="see the reasons above; a larger max_length or other data would help")
@@ -160,7 +161,7 @@ def _data(job: Job, folder: Path) -> Generator[Event, None, Tokenized]:
 
 def _check_ids(job: Job, tokenized: Tokenized) -> None:
     """Refuse tokens that the embedding has no row for: on a GPU they end the process in an assertion nobody understands."""
-    highest = max(max(row.input_ids) for row in (*tokenized.train, *tokenized.holdout))
+    highest = tokenized.highest
     size = job.model_spec.vocab_size
     if highest >= size:
         raise ModelError(
@@ -174,7 +175,7 @@ def _plan(job: Job, tokenized: Tokenized) -> Generator[Event, None, Choices]:
     """Choose what the config leaves open, now that the rows are known, and say what will be trained and what it will take."""
     began = time.monotonic()
     yield Phase("plan", "begin")
-    lengths = [len(row.input_ids) for row in (*tokenized.train, *tokenized.holdout)]
+    lengths = tokenized.lengths
     past = read_records(job.folder / EVENTS) if job.resume else []
     choices = choose(job.model_spec, job.run, job.machine, lengths, past)
     yield Phase("plan", "end", seconds=time.monotonic() - began)
@@ -324,7 +325,7 @@ def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event,
         return Result("aborted", f"aborted at step {loop.step}; checkpoint of step {max(0, loop.saved_step)} is kept")
     if loop.step == 0:
         return Result("stopped", "stopped before the first step: there is nothing to save")
-    path = checkpoint.write_adapter(job.folder, loop.loaded.model, _base_name(job, folder), folder)
+    path = checkpoint.write_adapter(job.folder, loop.loaded.model, _base_name(job, folder), load_tokenizer(folder, job.run.chat_template))
     yield Saved(loop.step, path.name, checkpoint.folder_bytes(path), "adapter")
     if ending == "stop":
         return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}", path.name)

@@ -57,7 +57,8 @@ def table() -> str:
 
 Computed by `tests/bench/article.py` for Llama 2 (7 B: 6.74 billion weights, 13 B: 13.0), rank {QLORA.lora_r} on all linear layers,
 1 x {QLORA.max_length:,} tokens, on an {CARD.name} unless said otherwise. GB are 10^9 bytes; the whole device is counted, with CUDA's
-context. Estimates: the formulas met the peaks measured on an H100 within 1 % (2026-11-25-h100-80gb.md), these cards have not been run.
+context. Estimates: the formulas met the peaks measured on one H100 within 1 % (2026-11-25-h100-80gb.md, before two later
+savings), these cards have not been run.
 
 | claim | tutorial | ours | off by, and why |
 |---|---|---|---|

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
+from torch.utils.checkpoint import checkpoint
 
 from qlora_tui.engine import models, moments
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.evaluate import measure
+from qlora_tui.engine.fast.lora import _product
+from qlora_tui.engine.fast.loss import Head, token_losses
 from qlora_tui.engine.load import Loaded, load, trainable
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig
@@ -68,6 +71,8 @@ GRID = [
     settings("llama", 4, 2, 128, NONE, use_dora=True),
     settings("llama", 4, 2, 128, ALL, lora_dropout=0.1),
     settings("llama", 4, 2, 128, NONE, lora_dropout=0.1),
+    settings("llama", 4, 1, 96, ALL, lora_r=4),
+    settings("llama", 4, 1, 64, ALL, lora_r=4, lora_dropout=0.1),
     settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
     settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
     settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),
@@ -150,7 +155,7 @@ def test_a_step_takes_what_the_formulas_say(
     run, parts = make(tmp_path, kind, layers, rows, length, dict(changes))
     measured = train_peak(run, load(run, tmp_path, CPU), rows, length)
     predicted = max(seen(items) for items in parts.training())
-    assert predicted == pytest.approx(measured, rel=0.02)
+    assert predicted == pytest.approx(measured, rel=0.012)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,31 @@ def test_loading_and_measuring_take_what_the_formulas_say(tmp_path: Path, kind: 
         list(measure(loaded, rows_of(2, 256), 2, lambda: None))
     predicted = max(seen(items, "optimizer") for items in parts.evaluating())
     assert predicted == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize(("softcap", "most"), [(None, 1), (3.0, 2)], ids=["plain", "capped"])
+def test_no_more_than_one_chunk_of_logits_is_alive(softcap: float | None, most: int) -> None:
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(WORDS, 4)
+    with LiveBytes([hidden, weight]) as live:
+        token_losses(hidden, Head(weight, softcap=softcap), torch.arange(64), 16)
+    assert live.peak - live.held < (most + 0.2) * 16 * WORDS * 4
+
+
+def test_a_loss_that_goes_back_twice_raises_and_is_never_wrong() -> None:
+    hidden = torch.randn(8, 4, requires_grad=True)
+    losses = token_losses(hidden, Head(torch.randn(9, 4)), torch.arange(8))
+    (losses.sum() / 8).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (losses.sum() / 8).backward()
+
+
+def test_a_recomputed_input_is_gone_before_its_gradient_is_made() -> None:
+    x, weight = torch.randn(16, 4, requires_grad=True), torch.randn(4, 4000)
+    a, b = torch.randn(2, 4000, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    with LiveBytes([x, weight, a, b]) as live:
+        out = checkpoint(lambda x: _product(x.repeat(1, 1000), None, weight, None, a, b, None, 1.0), x, use_reentrant=False)
+        out.sum().backward()
+    assert live.peak - live.held < 1.4 * 16 * 4000 * 4
 
 
 def test_the_tracker_counts_each_storage_once_and_until_it_is_freed() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from qlora_tui.engine import checkpoint, models, preflight, report
+from qlora_tui.engine.data import load_tokenizer
 from qlora_tui.engine.events import Evaluated
 from qlora_tui.engine.fast import lora, pissa
 from qlora_tui.engine.fast.recompute import recompute
@@ -203,7 +204,7 @@ def test_the_saved_adapter_means_the_same_to_other_tools_on_the_original_base(
 
     loaded = loaded_of(run_of(**values))
     disturb(loaded.model)
-    path = checkpoint.write_adapter(tmp_path, loaded.model, str(tiny_model), tiny_model)
+    path = checkpoint.write_adapter(tmp_path, loaded.model, str(tiny_model), load_tokenizer(tiny_model))
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
         plain = base(input_ids=IDS).logits
@@ -392,7 +393,7 @@ def test_the_text_part_of_a_model_that_sees_is_loaded_alone_and_its_adapter_fits
     assert sum(frozen.values()) == spec.params
     assert len(list(lora.fused(loaded.model))) == 14
     disturb(loaded.model)
-    path = checkpoint.write_adapter(tmp_path, loaded.model, str(folder), folder)
+    path = checkpoint.write_adapter(tmp_path, loaded.model, str(folder), load_tokenizer(folder))
     assert report._sees(path)  # so that the report says how to load it
     whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -19,6 +19,8 @@ DEMO = models.find("builtin:smollm2-135m")
 H100 = machine.find_card("H100")
 CARD = machine.find_card("RTX 4090")
 CPU = machine.Machine("cpu", "cpu", 16 * GIB, 2 * GIB, cores=4)
+HIDDEN = 2 * 2048 * 4096 * 2 / GIB  # one hidden state of 2 x 2048 tokens in 16 bits
+LOGITS = (1 << 26) / GIB  # one byte of each logit in a chunk
 USUAL = RunConfig(per_device_train_batch_size=2, gradient_accumulation_steps=8)
 
 
@@ -37,20 +39,23 @@ def test_the_loaded_base_is_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    ("changes", "peak", "reserved"),
+    ("changes", "peak", "reserved", "freed"),
     [
-        ({"gradient_accumulation_steps": 1}, 7.59, 8.15),
-        ({"gradient_accumulation_steps": 2}, 7.75, 8.15),
-        ({"gradient_accumulation_steps": 1, "method": "lora"}, 17.23, 17.78),
-        ({"gradient_accumulation_steps": 1, "gradient_checkpointing": "false"}, 28.84, 29.48),
+        ({"gradient_accumulation_steps": 1}, 7.59, 8.15, 2 * HIDDEN),
+        ({"gradient_accumulation_steps": 2}, 7.75, 8.15, 2 * HIDDEN),
+        ({"gradient_accumulation_steps": 1, "method": "lora"}, 17.23, 17.78, 2 * HIDDEN),
+        ({"gradient_accumulation_steps": 1, "gradient_checkpointing": "false"}, 28.84, 29.48, HIDDEN + 2 * LOGITS),
     ],
     ids=["nf4", "nf4, two batches a step", "16 bits", "all activations kept"],
 )
-def test_peaks_measured_on_an_h100_are_met(changes, peak, reserved):
-    # an 8 B Llama, 2 x 2048 tokens, rank 16: tests/bench/results/2026-11-25-h100-80gb.md
+def test_peaks_measured_on_an_h100_are_met_less_what_was_freed_since(changes, peak, reserved, freed):
+    # an 8 B Llama, 2 x 2048 tokens, rank 16: tests/bench/results/2026-11-25-h100-80gb.md. None of these rows holds as it
+    # stands: the code of that day held two hidden states through the backward pass, and at the loss the whole hidden state
+    # and the logits of the chunk before. Of those 4 bytes a logit only 2 count: a kernel's copy was beside them, and is now
+    # the largest. What was freed is taken off by these sizes; no card has run the code since.
     found = need(**changes)
-    assert allocated(found) == pytest.approx(peak, rel=0.01)
-    assert allocated(found) + found.bytes_of("allocator") / GIB == pytest.approx(reserved, rel=0.02)
+    assert allocated(found) == pytest.approx(peak - freed, rel=0.01)
+    assert allocated(found) + found.bytes_of("allocator") / GIB == pytest.approx(reserved - freed, rel=0.02)
 
 
 @pytest.mark.parametrize("device", [H100, CPU], ids=["cuda", "cpu"])

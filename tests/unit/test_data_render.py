@@ -309,8 +309,10 @@ def test_thoughts_that_a_template_rearranges_are_followed_in_a_single_answer(mak
     tokenizer = make(QWEN3)
     row = chat("why?", "<think>\nhm\n</think>\n\nso")
     assert trained_texts(Renderer(tokenizer).tokens(row), tokenizer) == ["<think>\nhm\n</think>\n\nso<|im_end|>"]
-    with pytest.raises(BadRow, match="changes the text of a turn"):
-        Renderer(tokenizer).tokens(chat("a?", "<think>x</think>b", "c?", "d"))
+    assert trained_texts(Renderer(tokenizer).tokens(chat("a?", "<think>x</think>b", "c?", "d")), tokenizer) == [
+        "b<|im_end|>",
+        "d<|im_end|>",
+    ]
 
 
 def test_a_template_that_changes_the_words_is_refused(make: Make) -> None:

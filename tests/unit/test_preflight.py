@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_changes(good: RunConfig,
     assert caught.value.exit_code is ExitCode.WILL_NOT_FIT
     assert "try --set " in str(caught.value)
     assert re.search(r"per_device_train_batch_size=\d+ --set gradient_accumulation_steps=\d+ \(", str(caught.value))
-    with pytest.raises(WontFit, match="no single change is enough.*these save most: --set"):
+    with pytest.raises(WontFit, match=r"no single change is enough.*these save most: --set"):
         check(replace(good, memory_limit_gib=0.01))
     assert not check(replace(good, per_device_train_batch_size=1024, gradient_checkpointing="false"), fit=False).budget.fits
 

@@ -21,7 +21,7 @@ from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, RunConfig, changed, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import billions, count, gib, percent, words
-from qlora_tui.tui.lengths import Lengths, guess, measure
+from qlora_tui.tui.lengths import Lengths, guess, measure, share
 from qlora_tui.tui.probe import Probed
 
 _SAMPLE_ROWS = 1000
@@ -124,10 +124,12 @@ def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
         return None
     if name == builtin.NAME:
         files = builtin.small_files()
-        return load_tokenizer(files.folder) if files.complete else None
+        return load_tokenizer(files.folder, run.chat_template) if files.complete else None
     if Path(name).expanduser().is_dir():
-        return load_tokenizer(Path(name).expanduser())
-    return load_tokenizer(hub.small_files(name, run.revision).folder) if ask_hub and not name.startswith(BUILTIN) else None
+        return load_tokenizer(Path(name).expanduser(), run.chat_template)
+    if not ask_hub or name.startswith(BUILTIN):
+        return None
+    return load_tokenizer(hub.small_files(name, run.revision).folder, run.chat_template)
 
 
 def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: int, lengths: Lengths) -> tuple[Before | None, str]:
@@ -169,11 +171,18 @@ def data_lines(found: Mapping[str, Any]) -> list[str]:
     if tokens := found["tokens"]:
         lines.append(f"tokens     {count(tokens['total'])}, {count(tokens['supervised'])} trained ({_share(tokens)})")
         lines.append(f"a row      {tokens['p50']} at the median, {tokens['p95']} at 95 %, {tokens['p99']} at 99 %, {tokens['max']} at most")
+        lines += _histogram_lines(found["histogram"])
         long = found["too_long"]
         lines.append(f"too long   {count(long['rows'])} rows, {count(long['answer_lost'])} of them with no answer inside the limit")
+        lines += _limit_lines(found["limits"])
     copies, held = found["duplicates"], found["holdout"]
     lines.append(f"duplicates {count(copies['exact'])} exact, {count(copies['near'])} near")
     lines.append(f"held out   {count(held['rows'])} rows, {count(held['leaks'])} of them also in the training rows")
+    if found["prepared"]:
+        lines.append(_prepared_line(found["prepared"]))
+    for each in found["boilerplate"]:
+        where = f"in {count(each['rows'])} rows ({share(each['share'])}), {each['role']}"
+        lines.append(f"repeated   {where}: {one_line(each['text'], limit=160)}")
     lines += [f"note       {one_line(note)}" for note in found.get("notes", ())]
     for fault in found["refused"][:_REFUSED_SHOWN]:
         place = f", line {fault['line']}" if fault.get("line") else ""
@@ -183,6 +192,33 @@ def data_lines(found: Mapping[str, Any]) -> list[str]:
     for example in found.get("examples", ()):
         lines += _example_lines(example)
     return lines
+
+
+def _histogram_lines(bins: Sequence[Mapping[str, int]]) -> list[str]:
+    most = max((each["rows"] for each in bins), default=0)
+    lines = []
+    for each in bins:
+        bar = "#" * -(-each["rows"] * _BAR // max(1, most))
+        lines.append(f"           {count(each['low']):>7} - {count(each['high']):<7} {bar:<{_BAR}} {count(each['rows'])}")
+    return lines
+
+
+def _limit_lines(limits: Mapping[str, Any]) -> list[str]:
+    """Say what each limit would do to the rows, where it does anything."""
+    lines = []
+    for each in limits["lengths"]:
+        if each["longer"]:
+            lost = share(each["answer_lost"]) if each["answer_lost"] else "none"
+            lines.append(
+                f"           at {count(each['max_length'])}: {share(each['longer'])} of the rows are longer, {lost} lose their whole answer"
+            )
+    return [*lines, f"           {count(limits['keeps_99'])} would keep 99 % whole"] if lines else lines
+
+
+def _prepared_line(found: Mapping[str, Any]) -> str:
+    rows, tokens, learnt = (count(found[name]) for name in ("train_rows", "tokens", "supervised_tokens"))
+    steps, dropped = count(found["steps_per_epoch"]), count(sum(found["dropped"].values()))
+    return f"trained    {rows} rows, {tokens} tokens, {learnt} of them trained; {steps} steps an epoch; {dropped} rows dropped"
 
 
 def _example_lines(example: Mapping[str, Any]) -> list[str]:

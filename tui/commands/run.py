@@ -171,8 +171,10 @@ def anchored(run: RunConfig) -> RunConfig:
         path = Path(name).expanduser()
         return str(path.resolve()) if name and not name.startswith(BUILTIN) and path.exists() else name
 
-    data = tuple(fixed(name) for name in run.data)
-    return dataclasses.replace(run, model_name_or_path=fixed(run.model_name_or_path), data=data, eval_data=fixed(run.eval_data))
+    from qlora_tui.engine.data import absolute
+
+    data = tuple(map(absolute, run.data))
+    return dataclasses.replace(run, model_name_or_path=fixed(run.model_name_or_path), data=data, eval_data=absolute(run.eval_data))
 
 
 def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:

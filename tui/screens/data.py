@@ -13,6 +13,7 @@ from textual.content import Content
 from textual.suggester import Suggester
 from textual.timer import Timer
 from textual.widgets import Input, Static
+from textual.worker import get_current_worker
 
 from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, RunConfig
 from qlora_tui.engine.text import one_line
@@ -167,7 +168,8 @@ class DataPage(Page):
             look = self.wizard.desk.look_at_data(run)
         except Exception as error:  # noqa: BLE001  a library's error is the person's to read, not the screen's to die of
             look = DataLook(run.data, problem=f"{type(error).__name__}: {error}")
-        self.app.call_from_thread(self._have, look)
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._have, look)
 
     def _have(self, look: DataLook) -> None:
         if look.names != self.wizard.run.data:

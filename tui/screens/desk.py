@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textual.worker import NoActiveWorker, get_current_worker
+
 from qlora_tui.engine import forecast, hub, machine, models, planner, preset
 from qlora_tui.engine.budget import Budget
-from qlora_tui.engine.errors import ConfigError, EngineError
+from qlora_tui.engine.errors import ConfigError, EngineError, Stopped
 from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before
 from qlora_tui.engine.machine import Machine
@@ -161,7 +163,7 @@ class Desk:
         from qlora_tui.engine import data
 
         try:
-            found = data.load(run, lenient=True)
+            found = data.load(run, lenient=True, stopping=_stopping())
         except EngineError as error:
             where = f": {error.problem.where}" if error.problem.where else ""
             return DataLook(run.data, problem=f"{error.problem.message}{where}", hint=error.problem.hint)
@@ -269,6 +271,20 @@ class Desk:
             (place("state") / DRAFT).unlink(missing_ok=True)
         except OSError:
             return
+
+
+def _stopping() -> Callable[[], None]:
+    """Return what ends a long reading once its answer is no longer wanted: other data are named, or the screen is left."""
+    try:
+        worker = get_current_worker()
+    except NoActiveWorker:
+        return lambda: None
+
+    def stopping() -> None:
+        if worker.is_cancelled:
+            raise Stopped("the reading was given up")
+
+    return stopping
 
 
 def split_rows(run: RunConfig, rows: int) -> tuple[int, int]:
