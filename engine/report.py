@@ -35,7 +35,7 @@ from qlora_tui.engine.units import count, gib, words
 
 REPORT = "report.md"
 _SHOWN_FINDINGS = 20
-_PHASES = {"probe": "rehearsal", "eval": "measure held-out rows"}
+_PHASES = {"data": "judge answers", "probe": "rehearsal", "eval": "measure held-out rows"}
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!&~$])")
 
 

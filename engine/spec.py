@@ -114,6 +114,20 @@ class RunConfig:
         "Leave out copies of earlier rows: exact ones, or also near ones (nine tenths of their words alike).",
         choices=("off", "exact", "near"),
     )
+    perplexity_filter: float = _key(
+        0.0,
+        "data",
+        "Leave out answers that the base already knows: those whose perplexity by the base is under this. 3 is usual, 0: off.",
+        low=0.0,
+        high=1000.0,
+    )
+    perplexity_drop_most: float = _key(
+        0.2,
+        "data",
+        "Largest share of the training rows that perplexity_filter may leave out; more has to be confirmed here.",
+        low=0.0,
+        high=1.0,
+    )
     max_length: int = _key(2048, "data", "Longest row in tokens; too_long says what becomes of longer ones.", low=16, high=1_048_576)
     skip_bad_rows: bool = _key(False, "data", "Go on without broken rows, counted, instead of stopping at the first.")
 
@@ -302,7 +316,18 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_combinations(run)]
+    return [*found, *_without_effect(run), *_combinations(run)]
+
+
+def _without_effect(run: RunConfig) -> list[Problem]:
+    """Return filters that could never leave a row out."""
+    if 0 < run.perplexity_filter <= 1:
+        return [Problem("perplexity_filter", f"no perplexity is under {run.perplexity_filter:g}", "3 is usual, 0 turns it off")]
+    if run.perplexity_filter and not run.perplexity_drop_most:
+        return [
+            Problem("perplexity_drop_most", "with 0 no row could be left out", "0.2 is usual; perplexity_filter=0 turns the filter off")
+        ]
+    return []
 
 
 def _combinations(run: RunConfig) -> list[Problem]:

@@ -40,11 +40,12 @@ class TokenRows(Sequence[TokenRow]):
     def __getitem__(self, index: int | slice) -> TokenRow | TokenRows:
         """Return one row, or some of the rows as they are stored."""
         if isinstance(index, slice):
-            part = TokenRows.__new__(TokenRows)
-            part._ids, part._mask, part._numbers, part._ends = self._ids, self._mask, self._numbers, self._ends
-            part._places = self._places[index]
-            return part
+            return self._part(self._places[index])
         return self._row(self._places[index])
+
+    def at(self, indices: Sequence[int]) -> TokenRows:
+        """Return the rows at `indices`, in that order, as they are stored."""
+        return self._part(array("q", (self._places[index] for index in indices)))
 
     def __iter__(self) -> Iterator[TokenRow]:
         """Go through the rows."""
@@ -68,6 +69,12 @@ class TokenRows(Sequence[TokenRow]):
     def numbers(self) -> array[int]:
         """Number of each row in its data."""
         return array("q", (self._numbers[place] for place in self._places))
+
+    def _part(self, places: Sequence[int]) -> TokenRows:
+        part = TokenRows.__new__(TokenRows)
+        part._ids, part._mask, part._numbers, part._ends = self._ids, self._mask, self._numbers, self._ends
+        part._places = places
+        return part
 
     def _row(self, place: int) -> TokenRow:
         start, end = self._ends[place - 1] if place else 0, self._ends[place]

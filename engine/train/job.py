@@ -1,4 +1,4 @@
-"""A run from its first phase to its adapter: fetch, data, plan, load, rehearse, measure, train, measure, save.
+"""A run from its first phase to its adapter: fetch, data, plan, load, sift, rehearse, measure, train, measure, save.
 
 `train` yields everything that happens and does no printing; `session` owns the thread it runs in.
 """
@@ -36,8 +36,12 @@ from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
 from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash
+from qlora_tui.engine.train.triage import Triage
 from qlora_tui.engine.units import gib
 from qlora_tui.engine.watch import Watch
+
+DROPPED = "dropped.jsonl"
+"""In the run folder: the rows that are not used, with the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +105,8 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     with meter.phase("load", fresh=True):
         loaded = load(choices.run, folder, job.machine)
     yield Phase("load", "end", seconds=time.monotonic() - began, **meter.told("load"))
+    if choices.run.perplexity_filter:
+        tokenized = yield from _sift(job, choices, loaded, folder, tokenized, meter)
     loop = _loop(job, choices, loaded, tokenized, meter)
     rehearsed = yield from _rehearse(job, choices, loop, tokenized)
     if job.resume:
@@ -151,7 +157,7 @@ def _data(job: Job, folder: Path) -> Generator[Event, None, Tokenized]:
         stopping=lambda: poll_for(job.wishes),
         progress=_teller(job.say, "data", "rows"),
     )
-    tokenized.write_lost(job.folder / "dropped.jsonl")
+    tokenized.write_lost(job.folder / DROPPED)
     yield Phase("data", "end", seconds=time.monotonic() - began)
     if not tokenized.train:
         raise DataError("no row is left to train on", hint="see the reasons above; a larger max_length or other data would help")
@@ -179,8 +185,16 @@ def _plan(job: Job, tokenized: Tokenized) -> Generator[Event, None, Choices]:
     past = read_records(job.folder / EVENTS) if job.resume else []
     choices = choose(job.model_spec, job.run, job.machine, lengths, past)
     yield Phase("plan", "end", seconds=time.monotonic() - began)
+    yield _prepared(job, choices.run, tokenized)
+    yield _planned(job, choices, _total(choices.run, tokenized))
+    if choices.hopeless:
+        raise choices.refuse(f"this run needs about {gib(choices.plan.budget.total_bytes)}")
+    return choices
+
+
+def _prepared(job: Job, run: RunConfig, tokenized: Tokenized) -> Prepared:
     facts = tokenized.facts
-    yield Prepared(
+    return Prepared(
         format=job.dataset.format,
         why=job.dataset.why,
         rows=len(job.dataset.rows) + len(job.dataset.refused),
@@ -188,17 +202,13 @@ def _plan(job: Job, tokenized: Tokenized) -> Generator[Event, None, Choices]:
         holdout_rows=len(tokenized.holdout),
         tokens=facts.tokens,
         supervised_tokens=facts.supervised_tokens,
-        steps_per_epoch=steps_per_epoch(len(tokenized.train), rows_per_step(job.run)),
-        total_steps=_total(choices.run, tokenized),
+        steps_per_epoch=steps_per_epoch(len(tokenized.train), rows_per_step(run)),
+        total_steps=_total(run, tokenized),
         refused=facts.refused,
         dropped=facts.dropped,
         max_row_tokens=facts.max_row_tokens,
         notes=facts.notes,
     )
-    yield _planned(job, choices, _total(choices.run, tokenized))
-    if choices.hopeless:
-        raise choices.refuse(f"this run needs about {gib(choices.plan.budget.total_bytes)}")
-    return choices
 
 
 def _planned(job: Job, choices: Choices, total: int) -> Planned:
@@ -214,6 +224,33 @@ def _planned(job: Job, choices: Choices, total: int) -> Planned:
 
 def _total(run: RunConfig, tokenized: Tokenized) -> int:
     return total_steps(run, steps_per_epoch(len(tokenized.train), rows_per_step(run)))
+
+
+def _sift(
+    job: Job, choices: Choices, loaded: Loaded, folder: Path, tokenized: Tokenized, meter: Meter
+) -> Generator[Event, None, Tokenized]:
+    """Leave out the answers that the base knows, list them, and say anew what will be trained."""
+    run, began = choices.run, time.monotonic()
+    triage = Triage(
+        run=run,
+        folder=job.folder,
+        weights=folder,
+        device_name=job.machine.name,
+        loaded=loaded,
+        halving=Halving("the triage", rows_at_once(run), loaded.device, choices.refuse),
+        wishes=job.wishes,
+        say=job.say,
+        progress=_teller(job.say, "data", "rows"),
+    )
+    yield Phase("data", "begin", note="how well the base knows each answer")
+    with meter.phase("data", fresh=True):
+        left = triage.sift(tokenized)
+    left.write_lost(job.folder / DROPPED)
+    yield Phase("data", "end", seconds=time.monotonic() - began, **meter.told("data", predicted="eval"))
+    yield _prepared(job, run, left)
+    if (total := _total(run, left)) != _total(run, tokenized):
+        yield _planned(job, choices, total)
+    return left
 
 
 def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, meter: Meter) -> Loop:

@@ -235,6 +235,12 @@ def test_the_report_says_to_the_token_what_a_run_prepares(tokenizer: Tokenizer) 
         assert facts["steps_per_epoch"] == -(-len(found.train) // 16)
 
 
+def test_the_report_says_that_a_run_may_leave_out_more(tokenizer: Tokenizer) -> None:
+    plain, sifted = (describe(run(perplexity_filter=value), dataset(planted(30, 0)[0]), tokenizer) for value in (0.0, 3.0))
+    assert sifted["prepared"] == plain["prepared"]
+    assert [note[:17] for note in sifted["notes"] if note not in plain["notes"]] == ["perplexity_filter"]
+
+
 def test_limits_tell_what_would_be_cut(tokenizer: Tokenizer) -> None:
     chats = [asked(["q"], ["a" * length]) for length in (10, 10, 10, 600)] + [asked(["q" * 600], ["a"])]
     facts = describe(run(max_length=512), dataset(chats), tokenizer)
