@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from qlora_tui.engine import events as ev
@@ -62,7 +63,7 @@ class QuietDesk(Desk):
         names = ("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-70B-Instruct")
         return [ModelChoice(name, spec, "to fetch") for name in names if (spec := models.find(name)) is not None]
 
-    def look_at_data(self, run: RunConfig) -> DataLook:
+    def look_at_data(self, run: RunConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> DataLook:
         if any("missing" in name for name in run.data):
             return DataLook(run.data, problem="there is no such file", hint="check the path")
         if any("broken" in name for name in run.data):

@@ -6,16 +6,22 @@ what is trained on: people should see that before they start. No torch is loaded
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_tui.engine import builtin
+from qlora_tui.engine.budget import estimate
 from qlora_tui.engine.errors import BadRow, EngineError
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.units import gib
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Renderer, Row
@@ -23,19 +29,27 @@ if TYPE_CHECKING:
 _CHARACTERS_A_TOKEN = 3.6
 _ROW_OVERHEAD = 12
 MOST_ROWS = 4000
+_STEP = 128
+_LOADING = threading.Lock()
+"""transformers cannot be imported by two threads at once: one of them finds half of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """Tokens of the rows looked at, shortest first. `measured`: a tokenizer counted them; `whole`: of every row there is.
 
-    `longest_chat` is the longest row with more than one answer.
+    `longest_chat` is the longest row with more than one answer. Of rows that were measured, `first` holds in the same order
+    where the first trained token stands, `trained` is the number of all trained tokens, and `refused` holds the rows that
+    cannot be written out, as (number, reason).
     """
 
     tokens: tuple[int, ...] = ()
     measured: bool = False
     whole: bool = False
     longest_chat: int = 0
+    first: tuple[int, ...] = ()
+    trained: int = 0
+    refused: tuple[tuple[int, str], ...] = ()
 
     @property
     def longest(self) -> int:
@@ -55,6 +69,30 @@ class Lengths:
         kept = self.tokens[: bisect_right(self.tokens, limit)]
         return sum(kept) / len(kept) if kept else 0.0
 
+    def lost(self, limit: int) -> float:
+        """Return the share of rows that would keep no trained token at all, were they cut at `limit`; 0 where that is not known.
+
+        >>> Lengths((5, 8, 13, 21), first=(2, 2, 9, 3)).lost(8)
+        0.25
+        """
+        return sum(first >= limit for first in self.first) / len(self.first) if self.first else 0.0
+
+    def keeps(self, share: float) -> int:
+        """Return a limit over which no more than 1 - `share` of the rows are: the next multiple of 128.
+
+        >>> Lengths((100, 200, 300, 4000)).keeps(0.75)
+        384
+        """
+        return multiple(self.at(share))
+
+    def at(self, share: float) -> int:
+        """Return the smallest length that `share` of the rows do not exceed.
+
+        >>> Lengths((5, 8, 13, 21)).at(0.5)
+        8
+        """
+        return self.tokens[max(0, math.ceil(len(self.tokens) * share) - 1)] if self.tokens else 0
+
     def longest_trained(self, limit: int) -> int | None:
         """Return the tokens of the longest row that is kept at `limit`; None unless every row was counted."""
         kept = bisect_right(self.tokens, limit)
@@ -63,27 +101,62 @@ class Lengths:
 
 def guess(rows: Sequence[Row], most: int = MOST_ROWS) -> Lengths:
     """Return lengths of at most `most` rows, guessed from the number of characters."""
-    return _lengths([(row, _guessed(row)) for row in _spread(rows, most)])
+    found = [(row, _guessed(row)) for row in _spread(rows, most)]
+    chats = [length for row, length in found if _answers(row) > 1]
+    return Lengths(tuple(sorted(length for _, length in found)), longest_chat=max(chats, default=0))
 
 
-def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS) -> Lengths | None:
-    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it cannot be read on this disk."""
+def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping: Callable[[], None] = lambda: None) -> Lengths | None:
+    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it cannot be read on this disk.
+
+    `stopping` is called before every row and raises to interrupt.
+    """
+    from qlora_tui.engine import data
+
+    renderer = renderer_of(run) if rows else None
+    if renderer is None:
+        return None
+    survey, chats = data.Survey(), []
+    for row in _spread(rows, most):
+        stopping()
+        try:
+            tokens = renderer.tokens(row)
+        except BadRow as error:
+            survey.refuse(row, error)
+            continue
+        survey.add(tokens)
+        chats += [len(tokens.input_ids)] if _answers(row) > 1 else []
+    if not survey.lengths:
+        return None
+    counted = sorted(zip(survey.lengths, survey.first, strict=True))
+    return Lengths(
+        tuple(length for length, _ in counted),
+        measured=True,
+        whole=len(rows) <= most,
+        longest_chat=max(chats, default=0),
+        first=tuple(first for _, first in counted),
+        trained=sum(survey.supervised),
+        refused=tuple((refusal.row, refusal.reason) for refusal in survey.refused),
+    )
+
+
+def renderer_of(run: RunConfig) -> Renderer | None:
+    """Return what writes rows out for the run's model; None where its tokenizer cannot be read on this disk."""
     from qlora_tui.engine import data
 
     folder = tokenizer_folder(run)
-    if folder is None or not rows:
+    if folder is None:
         return None
     try:
-        renderer = data.Renderer(data.load_tokenizer(folder, run.chat_template), mask_history=run.mask_history)
+        with _LOADING:
+            tokenizer = data.load_tokenizer(folder, run.chat_template)
+        return data.Renderer(tokenizer, mask_history=run.mask_history)
     except EngineError:  # the run itself will say so; an estimate can do without
         return None
-    found = [(row, length) for row in _spread(rows, most) if (length := _measured(renderer, row))]
-    return _lengths(found, measured=True, whole=len(rows) <= most) if found else None
 
 
-def _lengths(found: list[tuple[Row, int]], *, measured: bool = False, whole: bool = False) -> Lengths:
-    chats = [length for row, length in found if sum(turn.role == "assistant" for turn in row.chat.turns) > 1]
-    return Lengths(tuple(sorted(length for _, length in found)), measured, whole, max(chats, default=0))
+def _answers(row: Row) -> int:
+    return sum(turn.role == "assistant" for turn in row.chat.turns)
 
 
 def tokenizer_folder(run: RunConfig) -> Path | None:
@@ -117,11 +190,57 @@ def _guessed(row: Row) -> int:
     return int(characters / _CHARACTERS_A_TOKEN) + _ROW_OVERHEAD * len(row.chat.turns)
 
 
-def _measured(renderer: Renderer, row: Row) -> int:
+def split_rows(run: RunConfig, rows: int, measured: int | None = None) -> tuple[int, int]:
+    """Return about how many of `rows` usable rows are trained on, and how many are measured.
+
+    `measured` is the number of rows that the data bring to be measured on, as a valid file or as `eval_data`: then nothing is held out.
+    """
+    from qlora_tui.engine import data
+
+    used = min(rows, run.max_samples) if run.max_samples else rows
+    if run.eval_data or measured is not None:
+        return used, min(measured or 0, data.HOLDOUT_CAP)
+    held = data.size_of(used, run.val_set_size, [])
+    return used - held, held
+
+
+def limit_words(limit: int, longer: float, lost: float, keeps: int, more: str = "") -> str:
+    """Return what a limit does to the rows in a sentence; `more` says what the longer limit `keeps` costs.
+
+    >>> limit_words(2048, 0.12, 0.04, 3072, "+1.9 GiB")
+    'at 2,048: 12 % of rows are longer, 4.0 % lose their whole answer; 3,072 would keep 99 %, +1.9 GiB'
+    """
+    if not longer:
+        return f"at {limit:,}: no row is longer"
+    gone = f"{share(lost)} lose their whole answer" if lost else "none loses its whole answer"
+    kept = f"; {keeps:,} would keep 99 %{', ' if more else ''}{more}" if keeps > limit else ""
+    return f"at {limit:,}: {share(longer)} of rows are longer, {gone}{kept}"
+
+
+def multiple(length: int) -> int:
+    """Return the next multiple of 128, which is what limits are set to.
+
+    >>> multiple(3011), multiple(128)
+    (3072, 128)
+    """
+    return -(-length // _STEP) * _STEP
+
+
+def cost_words(spec: ModelSpec, planned: RunConfig, machine: Machine, longest: tuple[int | None, int | None], limit: int) -> str:
+    """Return what `limit` in place of the run's `max_length` costs in memory, all else as `planned`; empty where that is not known.
+
+    `longest` is the longest row trained at the old limit, and at `limit`, where known.
+    """
+    if limit <= planned.max_length:
+        return ""
+    if limit > spec.max_position_embeddings:
+        return f"more than the model's {spec.max_position_embeddings:,}"
     try:
-        return len(renderer.tokens(row).input_ids)
-    except BadRow:
-        return 0
+        now = estimate(spec, planned, machine, longest=longest[0])
+        then = estimate(spec, replace(planned, max_length=limit), machine, longest=longest[1])
+    except EngineError:
+        return ""
+    return f"+{gib(max(0, then.total_bytes - now.total_bytes))}{'' if then.fits or not now.fits else ', which does not fit'}"
 
 
 def share(part: float) -> str:

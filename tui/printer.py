@@ -60,6 +60,11 @@ class Output:
         self.closed = stream is None
         self.terminal = stream is not None and stream.isatty()
 
+    @property
+    def colours(self) -> bool:
+        """Return whether colours are welcome: a terminal that knows them, and nobody said NO_COLOR."""
+        return self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") not in ("", "dumb")
+
     def write(self, text: str) -> None:
         """Write and flush `text`, or drop it once nobody reads."""
         if self.closed or self._stream is None:

@@ -6,7 +6,7 @@ What would be trained comes from `prepare` itself, so a report cannot differ fro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from qlora_tui.engine.data.duplicates import first_of_equal, groups
 from qlora_tui.engine.data.holdout import hold_out, leaks
 from qlora_tui.engine.data.load import Dataset
 from qlora_tui.engine.data.prepare import Tokenized, prepare
+from qlora_tui.engine.data.preview import special
 from qlora_tui.engine.data.prints import Prints
 from qlora_tui.engine.data.render import Renderer, TokenRow
 from qlora_tui.engine.data.survey import Survey, survey
@@ -112,6 +113,15 @@ class _Counts:
         return {role: counted[role] for role in ROLES if role != "tool" or self.read["tool"]}
 
 
+def count_copies(rows: Iterable[Row], stopping: Callable[[], None] = lambda: None) -> dict[str, int]:
+    """Return how many rows are exact copies of earlier ones, and how many are nearly; slow, `stopping` raises to interrupt."""
+    prints = Prints(sketches=True)
+    for row in rows:
+        stopping()
+        prints.add(row.chat)
+    return _duplicates(prints)
+
+
 def _duplicates(prints: Prints) -> dict[str, int]:
     exact = len(prints) - len({*first_of_equal(prints)})
     return {"exact": exact, "near": len(prints) - len({*groups(prints, sources=False)}) - exact}
@@ -171,5 +181,6 @@ def _example(row: TokenRow, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokens": [tokenizer.token(index) for index in row.input_ids],
         "ids": list(row.input_ids),
         "trained": list(row.trained),
+        "special": list(map(int, special(row.input_ids, tokenizer))),
         "trained_text": [tokenizer.decode(ids) for ids in runs],
     }

@@ -81,23 +81,32 @@ class Survey:
         lost = {limit: self.too_long(limit) for limit in tried}
         shares = [{"max_length": limit, **{name: count / rows for name, count in found.items()}} for limit, found in lost.items()]
         return {
+            "max_length": longest,
             "lengths": [{"max_length": each["max_length"], "longer": each["rows"], "answer_lost": each["answer_lost"]} for each in shares],
             "keeps_99": percentile(ordered, _KEPT_PERCENT),
         }
 
     def histogram(self) -> list[dict[str, int]]:
-        """Return the rows by length: bins from `low` to `high` tokens, two to a doubling, from the shortest row to the longest."""
-        ordered = sorted(self.lengths)
-        if not ordered:
-            return []
-        edges = [0, _NARROWEST]
-        while edges[-1] < ordered[-1]:
-            edges.append(edges[-1] * 3 // 2 if edges[-1] & (edges[-1] - 1) == 0 else edges[-1] // 3 * 4)
-        bins = [
-            {"low": low + 1, "high": high, "rows": bisect_right(ordered, high) - bisect_right(ordered, low)}
-            for low, high in itertools.pairwise(edges)
-        ]
-        return bins[bisect_left(edges, ordered[0]) - 1 :]
+        """Return the rows by length, as `histogram` does."""
+        return histogram(sorted(self.lengths))
+
+
+def histogram(ordered: Sequence[int]) -> list[dict[str, int]]:
+    """Return rows by length, shortest first: bins from `low` to `high` tokens, two to a doubling, from the shortest to the longest.
+
+    >>> histogram([10, 12, 20])
+    [{'low': 1, 'high': 16, 'rows': 2}, {'low': 17, 'high': 24, 'rows': 1}]
+    """
+    if not ordered:
+        return []
+    edges = [0, _NARROWEST]
+    while edges[-1] < ordered[-1]:
+        edges.append(edges[-1] * 3 // 2 if edges[-1] & (edges[-1] - 1) == 0 else edges[-1] // 3 * 4)
+    bins = [
+        {"low": low + 1, "high": high, "rows": bisect_right(ordered, high) - bisect_right(ordered, low)}
+        for low, high in itertools.pairwise(edges)
+    ]
+    return bins[bisect_left(edges, ordered[0]) - 1 :]
 
 
 def survey(rows: Iterable[Row], renderer: Renderer) -> Survey:

@@ -141,7 +141,7 @@ async def test_a_file_that_came_meanwhile_is_found_on_enter(make, until, run_con
     there: list[bool] = []
     looked = desk.look_at_data
 
-    def look(self, run: RunConfig):
+    def look(self, run: RunConfig, progress=None):
         found = looked(dataclasses.replace(run, data=("x" if there else "missing",)))
         return dataclasses.replace(found, names=run.data)
 

@@ -71,7 +71,7 @@ def data(options: argparse.Namespace) -> int:
     """Print what a dataset holds and, where a tokenizer is at hand, what would be trained on."""
     from qlora_tui.engine import data as room
     from qlora_tui.engine import preflight
-    from qlora_tui.tui.commands import planning
+    from qlora_tui.tui.commands import datareport, planning
 
     if options.path:
         options.flags["data"] = (*options.flags.get("data", ()), options.path)
@@ -91,8 +91,22 @@ def data(options: argparse.Namespace) -> int:
     if options.json:
         streams.data.document(found)
     else:
-        streams.data.write("".join(f"{line}\n" for line in planning.data_lines(found)))
+        lines = datareport.data_lines(found, cost=_limit_cost(run, found), colour=streams.data.colours)
+        streams.data.write("".join(f"{line}\n" for line in lines))
     return int(ExitCode.DONE if found["usable"] else ExitCode.USAGE)
+
+
+def _limit_cost(run: RunConfig, found: Mapping[str, Any]) -> str:
+    """Say what a longer limit costs, where the model is known without asking a network again."""
+    from qlora_tui.engine import machine, preflight
+    from qlora_tui.tui.commands import datareport
+
+    if not found["tokens"]:
+        return ""
+    try:
+        return datareport.limit_cost(run, preflight.find_spec(run), machine.look(), found)
+    except EngineError:
+        return ""
 
 
 def presets(options: argparse.Namespace) -> int:
@@ -152,7 +166,8 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
     from qlora_tui.tui.commands import planning
 
     checked = preflight.check(run, fit=False)
-    needs = planning.needs(run, checked.model_spec, checked.machine, rows=checked.dataset.rows)
+    measured = len(checked.eval_dataset.rows) if checked.eval_dataset else None
+    needs = planning.needs(run, checked.model_spec, checked.machine, rows=checked.dataset.rows, measured=measured)
     found, usable, refused = checked.dataset, len(checked.dataset.rows), len(checked.dataset.refused)
     command = planning.command_of(run)
     if as_json:

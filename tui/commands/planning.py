@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, RunConfig, changed, rows_per_step
 from qlora_tui.engine.text import one_line
-from qlora_tui.engine.units import billions, count, gib, percent, words
-from qlora_tui.tui.lengths import Lengths, guess, measure, share
+from qlora_tui.engine.units import billions, count, gib, words
+from qlora_tui.tui.lengths import Lengths, guess, measure, split_rows
 from qlora_tui.tui.probe import Probed
 
 _SAMPLE_ROWS = 1000
 _BAR = 30
-_REFUSED_SHOWN = 20
 _SHORT = {"model_name_or_path": "--model", "max_steps": "--max-steps", "runs_dir": "--runs-dir"}
 
 
@@ -83,10 +82,12 @@ class Needs:
         return lines + [f"{label if not index else '':<7} {fix.options}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
 
 
-def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] | None = None) -> Needs:
-    """Plan `run` on `device`, and estimate memory and, where data are named, time."""
+def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] | None = None, measured: int | None = None) -> Needs:
+    """Plan `run` on `device`, and estimate memory and, where data are named, time; `measured` rows come with `rows` to be measured on."""
     if rows is None and run.data:
         rows = data.load(run, lenient=True).rows
+        held_apart = data.load_eval(run, lenient=True)
+        measured = len(held_apart.rows) if held_apart else None
     lengths = lengths_of(run, rows) if rows else Lengths()
     longest, mean = lengths.longest_trained(run.max_length), lengths.mean(run.max_length) or None
     plan = planner.choose(spec, run, device, longest=longest, mean=mean)
@@ -94,7 +95,7 @@ def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] 
     room = tuple(tips(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     if not rows:
         return Needs(spec, plan, found, room)
-    time, basis = _time(plan.run, spec, device, len(rows), lengths)
+    time, basis = _time(plan.run, spec, device, (len(rows), measured), lengths)
     told = remarks(spec, plan.run, device, time, longest=longest, longest_chat=lengths.longest_chat)
     return Needs(spec, plan, found, room, time, basis, tuple(told))
 
@@ -132,12 +133,9 @@ def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
     return load_tokenizer(hub.small_files(name, run.revision).folder, run.chat_template)
 
 
-def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: int, lengths: Lengths) -> tuple[Before | None, str]:
-    """Estimate the time from the rows looked at, spread evenly over all of them."""
-    used = min(rows, run.max_samples or rows)
-    used = max(1, round(used * (1 - lengths.over(run.max_length))))
-    held = 0 if run.eval_data else int(run.val_set_size) if run.val_set_size >= 1 else round(used * run.val_set_size)
-    trained = max(1, used - held)
+def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: tuple[int, int | None], lengths: Lengths) -> tuple[Before | None, str]:
+    """Estimate the time from the rows looked at, spread evenly over all of them; `rows` is how many, and how many to measure on."""
+    trained, held = split_rows(run, max(1, round(rows[0] * (1 - lengths.over(run.max_length)))), rows[1])
     each = lengths.mean(run.max_length) or run.max_length
     an_epoch = math.ceil(trained / rows_per_step(run))
     steps = run.max_steps or max(1, math.ceil(run.num_train_epochs * an_epoch))
@@ -159,87 +157,6 @@ def _bar(budget: Budget) -> str:
     total = max(budget.machine.total_bytes, 1)
     ours, others = (min(_BAR, round(part / total * _BAR)) for part in (budget.total_bytes, budget.machine.others_bytes))
     return f"[{'#' * ours}{'x' * min(others, _BAR - ours)}{'.' * max(0, _BAR - ours - others)}]"
-
-
-def data_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return the facts about a dataset for people; every text of its own is escaped."""
-    lines = [f"format     {one_line(found['format'] or 'none')} ({one_line(found['why'])})"]
-    lines.append(f"rows       {count(found['rows'])}, {count(found['usable'])} usable, {count(len(found['refused']))} refused")
-    lines.append(
-        f"turns      {_roles(found['turns_in'])}" + (f"; {count(found['trained_turns'])} trained" if found["trained_turns"] else "")
-    )
-    if tokens := found["tokens"]:
-        lines.append(f"tokens     {count(tokens['total'])}, {count(tokens['supervised'])} trained ({_share(tokens)})")
-        lines.append(f"a row      {tokens['p50']} at the median, {tokens['p95']} at 95 %, {tokens['p99']} at 99 %, {tokens['max']} at most")
-        lines += _histogram_lines(found["histogram"])
-        long = found["too_long"]
-        lines.append(f"too long   {count(long['rows'])} rows, {count(long['answer_lost'])} of them with no answer inside the limit")
-        lines += _limit_lines(found["limits"])
-    copies, held = found["duplicates"], found["holdout"]
-    lines.append(f"duplicates {count(copies['exact'])} exact, {count(copies['near'])} near")
-    lines.append(f"held out   {count(held['rows'])} rows, {count(held['leaks'])} of them also in the training rows")
-    if found["prepared"]:
-        lines.append(_prepared_line(found["prepared"]))
-    for each in found["boilerplate"]:
-        where = f"in {count(each['rows'])} rows ({share(each['share'])}), {each['role']}"
-        lines.append(f"repeated   {where}: {one_line(each['text'], limit=160)}")
-    lines += [f"note       {one_line(note)}" for note in found.get("notes", ())]
-    for fault in found["refused"][:_REFUSED_SHOWN]:
-        place = f", line {fault['line']}" if fault.get("line") else ""
-        lines.append(f"refused    row {fault['row']}{place}: {one_line(fault['field'])} {one_line(fault['reason'])}")
-    if len(found["refused"]) > _REFUSED_SHOWN:
-        lines.append(f"           and {count(len(found['refused']) - _REFUSED_SHOWN)} more (--json lists all)")
-    for example in found.get("examples", ()):
-        lines += _example_lines(example)
-    return lines
-
-
-def _histogram_lines(bins: Sequence[Mapping[str, int]]) -> list[str]:
-    most = max((each["rows"] for each in bins), default=0)
-    lines = []
-    for each in bins:
-        bar = "#" * -(-each["rows"] * _BAR // max(1, most))
-        lines.append(f"           {count(each['low']):>7} - {count(each['high']):<7} {bar:<{_BAR}} {count(each['rows'])}")
-    return lines
-
-
-def _limit_lines(limits: Mapping[str, Any]) -> list[str]:
-    """Say what each limit would do to the rows, where it does anything."""
-    lines = []
-    for each in limits["lengths"]:
-        if each["longer"]:
-            lost = share(each["answer_lost"]) if each["answer_lost"] else "none"
-            lines.append(
-                f"           at {count(each['max_length'])}: {share(each['longer'])} of the rows are longer, {lost} lose their whole answer"
-            )
-    return [*lines, f"           {count(limits['keeps_99'])} would keep 99 % whole"] if lines else lines
-
-
-def _prepared_line(found: Mapping[str, Any]) -> str:
-    rows, tokens, learnt = (count(found[name]) for name in ("train_rows", "tokens", "supervised_tokens"))
-    steps, dropped = count(found["steps_per_epoch"]), count(sum(found["dropped"].values()))
-    return f"trained    {rows} rows, {tokens} tokens, {learnt} of them trained; {steps} steps an epoch; {dropped} rows dropped"
-
-
-def _example_lines(example: Mapping[str, Any]) -> list[str]:
-    """Show one row as runs of tokens; trained ones are marked at the margin, since colour may be missing."""
-    lines = ["", f"row {example['row']}: {len(example['tokens'])} tokens, {sum(example['trained'])} trained (marked >)"]
-    start = 0
-    flags = example["trained"]
-    for end in range(1, len(flags) + 1):
-        if end == len(flags) or flags[end] != flags[start]:
-            text = "".join(example["tokens"][start:end])
-            lines.append(f"  {'>' if flags[start] else ' '} {one_line(text, limit=2000)}")
-            start = end
-    return lines
-
-
-def _roles(turns: Mapping[str, int]) -> str:
-    return ", ".join(f"{count(number)} {one_line(role)}" for role, number in turns.items() if number) or "none"
-
-
-def _share(tokens: Mapping[str, int]) -> str:
-    return percent(tokens["supervised"] / tokens["total"]) if tokens["total"] else "0 %"
 
 
 def command_of(run: RunConfig) -> str:

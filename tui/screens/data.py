@@ -15,14 +15,16 @@ from textual.timer import Timer
 from textual.widgets import Input, Static
 from textual.worker import get_current_worker
 
+from qlora_tui.engine.errors import Stopped
 from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, RunConfig
 from qlora_tui.engine.text import one_line
-from qlora_tui.tui.lengths import share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import DataLook
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
+from qlora_tui.tui.screens.rows import RowsScreen
+from qlora_tui.tui.screens.xray import found_lines, reading_line
 
 if TYPE_CHECKING:
     from qlora_tui.tui.screens.wizard import WizardScreen
@@ -63,13 +65,14 @@ def _on_disk(value: str) -> str | None:
 
 
 class DataPage(Page):
-    """One line for the data; beneath it the format, the first rows, and the faults by row."""
+    """One line for the data; beneath it what is in them: format, faults by row, lengths, what is trained, copies."""
 
     title = "data"
     types = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+o", "skip_bad", "go on without broken rows", show=False),
         Binding("tab", "complete", "complete", tooltip="complete the path"),
+        Binding("f2", "rows", "rows", key_display="F2", tooltip="see the rows as they will be trained"),
     ]
 
     def __init__(self, wizard: WizardScreen) -> None:
@@ -78,6 +81,15 @@ class DataPage(Page):
         self._timer: Timer | None = None
         self._busy: tuple[str, ...] = ()
         self._going_on = False
+        self._read_bytes = (0, 0)
+
+    def on_mount(self) -> None:
+        """Tell four times a second how far the reading is: the reading itself never waits for the screen."""
+        self.set_interval(0.25, self._tell_progress)
+
+    def _tell_progress(self) -> None:
+        if self._busy and self._look is None and self.wizard.page is self:
+            self.show()
 
     def compose(self) -> ComposeResult:
         """Lay out the line and what is found behind it."""
@@ -128,6 +140,15 @@ class DataPage(Page):
             box.value = found
             box.cursor_position = len(found)
 
+    def action_rows(self) -> None:
+        """Show the rows as they will be trained."""
+        look = self._look
+        if look is None or look.problem:
+            told = "there is no row to show" if look or not self.wizard.run.data else "rows are shown once the data have been read"
+            self.app.notify(told, timeout=3, markup=False)
+            return
+        self.app.push_screen(RowsScreen(self.wizard.desk, self.wizard.run, ascii_only=self.wizard.ascii_only))
+
     @property
     def _look(self) -> DataLook | None:
         return self.wizard.data_of_run()
@@ -139,6 +160,8 @@ class DataPage(Page):
         if names == self.wizard.run.data:
             return
         self._going_on = False
+        self._busy = ()
+        self.workers.cancel_group(self, "data")  # nobody waits for the data named before
         self.wizard.change(dataclasses.replace(self.wizard.run, data=names))
         self.show()
         self._look_soon()
@@ -159,16 +182,25 @@ class DataPage(Page):
         run = self.wizard.run
         if self._busy != run.data:
             self._busy = run.data
+            self._read_bytes = (0, 0)
             self.show()
             self._read(run)
 
     @work(thread=True, group="data", exclusive=True, exit_on_error=False)
     def _read(self, run: RunConfig) -> None:
+        worker = get_current_worker()
+
+        def progress(done: int, total: int) -> None:
+            if not worker.is_cancelled:
+                self._read_bytes = (done, total)
+
         try:
-            look = self.wizard.desk.look_at_data(run)
+            look = self.wizard.desk.look_at_data(run, progress)
+        except Stopped:
+            return
         except Exception as error:  # noqa: BLE001  a library's error is the person's to read, not the screen's to die of
             look = DataLook(run.data, problem=f"{type(error).__name__}: {error}")
-        if not get_current_worker().is_cancelled:
+        if not worker.is_cancelled:
             self.app.call_from_thread(self._have, look)
 
     def _have(self, look: DataLook) -> None:
@@ -183,67 +215,24 @@ class DataPage(Page):
 
     def show(self) -> None:
         """Draw what was found, or that it is being looked for."""
-        look = self._look
+        look, width = self._look, max(20, self.wizard.size.width - 4)
         if look is None:
             reading = self._busy and self._busy == self.wizard.run.data
-            self._tell([("reading …", cells.DIM)] if reading else [])
+            self._put([reading_line(*self._read_bytes, width)] if reading else [])
             return
-        lines = found_lines(look, self.wizard.run, max(20, self.wizard.size.width - 4))
+        cost = self.wizard.desk.limit_cost(self.wizard.run, self.wizard.outlook, look.lengths)
+        self._put(found_lines(look, self.wizard.run, width, self._room(), cost))
+
+    def on_resize(self) -> None:
+        """Draw again: how much is told depends on the room."""
+        self.show()
+
+    def _room(self) -> int:
+        """Return the lines beneath the line to type in."""
+        return max(1, self.size.height - self.query_one("#data-found").virtual_region_with_margin.y - 1)
+
+    def _put(self, lines: list[Content]) -> None:
         self.query_one("#data-found", Static).update(self.text(cells.stack(lines)))
 
     def _tell(self, parts: list[Part]) -> None:
-        self.query_one("#data-found", Static).update(self.text(cells.assemble(parts)))
-
-
-def found_lines(look: DataLook, run: RunConfig, width: int) -> list[Content]:
-    """Return what was found in the data, as lines; every text of theirs is made safe here."""
-    lines: list[Content] = []
-    if look.problem:
-        lines.append(cells.assemble([(f"✖ {one_line(look.problem, limit=400)}", cells.BAD)]))
-        if look.hint:
-            lines.append(cells.assemble([("  " + one_line(look.hint, limit=400), cells.DIM)]))
-    else:
-        lines.append(cells.assemble([("✔ ", cells.GOOD), (f"{look.rows:,} rows", "bold"), (f"  {look.format}{_tokens(look)}", "")]))
-        if look.why:
-            lines.append(cells.assemble([("  " + one_line(look.why, limit=200), cells.DIM)]).truncate(width, ellipsis=True))
-    lines += _fault_lines(look, run, width)
-    over = look.lengths.over(run.max_length)
-    if over:
-        guessed = "" if look.lengths.measured else "by a guess, "
-        told = f"▲ {guessed}{share(over)} of the rows are longer than {run.max_length:,} tokens and would be dropped"
-        lines.append(cells.assemble([(told, cells.WARN)]).truncate(width, ellipsis=True))
-    lines.append(Content(" "))
-    for role, text in look.samples:
-        style = cells.MAIN if role == "assistant" else cells.DIM
-        parts: list[Part] = [(f"  {one_line(role, limit=12):<10}", style), (one_line(text, limit=400), "")]
-        lines.append(cells.assemble(parts).truncate(width, ellipsis=True))
-    return lines
-
-
-def _tokens(look: DataLook) -> str:
-    """Return how many tokens there are and how long the longest row is; what is guessed says so."""
-    if not look.tokens:
-        return ""
-    if look.lengths.measured:
-        return f"  {look.tokens:,} tokens  longest row {look.lengths.longest:,}"
-    return f"  about {look.tokens:,} tokens, guessed from characters"
-
-
-def _fault_lines(look: DataLook, run: RunConfig, width: int) -> list[Content]:
-    if not look.refused:
-        return []
-    if run.skip_bad_rows:
-        head: list[Part] = [
-            (f"▲ {look.refused:,} rows cannot be used and will be left out", cells.WARN),
-            ("   ctrl+o takes that back", cells.DIM),
-        ]
-    else:
-        head = [
-            (f"✖ {look.refused:,} rows cannot be used", cells.BAD),
-            ("   mend them, or ctrl+o goes on without them", cells.DIM),
-        ]
-    lines = [cells.assemble(head)]
-    lines += [cells.assemble([("  " + one_line(fault, limit=300), "")]).truncate(width, ellipsis=True) for fault in look.faults[:5]]
-    if look.refused > 5:
-        lines.append(cells.assemble([(f"  and {look.refused - 5:,} more: qlora-tui data PATH lists them", cells.DIM)]))
-    return lines
+        self._put([cells.assemble(parts)])

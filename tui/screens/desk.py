@@ -7,6 +7,7 @@ calls it on a thread of its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,10 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place, replace_file
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
-from qlora_tui.tui.lengths import Lengths, guess, hub_cache, measure, tokenizer_folder
+from qlora_tui.engine.text import one_line
+from qlora_tui.tui.lengths import Lengths, cost_words, guess, hub_cache, measure, renderer_of, split_rows, tokenizer_folder
 from qlora_tui.tui.probe import Probed, probe
+from qlora_tui.tui.writtenrows import WrittenRows
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Row
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 DRAFT = "draft.toml"
 _SHOWN_ROWS = 6
 _SHOWN_FAULTS = 20
+_COMPARED_ROWS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,12 @@ class DataLook:
     refused: int = 0
     problem: str = ""
     hint: str = ""
+    histogram: tuple[tuple[int, int, int], ...] = ()
+    """Bins of lengths: from, to, rows."""
+    copies: tuple[int, int, int] = (0, 0, 0)
+    """Exact copies of earlier rows, rows that are nearly so, and among how many rows was looked."""
+    measured_on: int | None = None
+    """Rows that the data bring to be measured on; None: they are held out of the rows to train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +168,20 @@ class Desk:
                 found.append(ModelChoice(entry.spec.name, entry.spec, "to fetch", note))
         return found
 
-    def look_at_data(self, run: RunConfig) -> DataLook:
-        """Return what the run's data hold; slow, reads all of them."""
+    def look_at_data(self, run: RunConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> DataLook:
+        """Return what the run's data hold; slow, reads all of them; `progress` gets bytes read and bytes in all, 0 where nobody knows.
+
+        Raises:
+            Stopped: the answer is no longer wanted.
+        """
         from qlora_tui.engine import data
 
+        stopping = _stopping()
         try:
-            found = data.load(run, lenient=True, stopping=_stopping())
+            found = data.load(run, lenient=True, stopping=stopping, progress=progress)
+            apart = data.load_eval(run, lenient=True, stopping=stopping)
+        except Stopped:
+            raise
         except EngineError as error:
             where = f": {error.problem.where}" if error.problem.where else ""
             return DataLook(run.data, problem=f"{error.problem.message}{where}", hint=error.problem.hint)
@@ -173,6 +191,7 @@ class Desk:
         lengths = guess(found.rows)
         samples = tuple((turn.role, turn.content[:400]) for row in found.rows[:_SHOWN_ROWS] for turn in row.chat.turns[:4])
         faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in found.refused[:_SHOWN_FAULTS])
+        copies = data.count_copies(itertools.islice(found.rows, _COMPARED_ROWS), stopping)
         return DataLook(
             names=run.data,
             format=found.format,
@@ -184,13 +203,43 @@ class Desk:
             faults=faults,
             refused=len(found.refused),
             problem="" if found.rows else "no row of it can be used",
+            histogram=_histogram(lengths),
+            copies=(copies["exact"], copies["near"], min(len(found.rows), _COMPARED_ROWS)),
+            measured_on=len(apart.rows) if apart else None,
         )
 
     def measure(self, run: RunConfig, look: DataLook) -> DataLook | None:
-        """Return `look` with lengths counted by the model's tokenizer, None without one; slow, renders the rows."""
+        """Return `look` with lengths counted by the model's tokenizer, None without one; slow, renders the rows.
+
+        Raises:
+            Stopped: the answer is no longer wanted.
+        """
         rows = self._rows.get(look.names)
-        lengths = measure(rows, run) if rows else None
-        return replace(look, lengths=lengths, tokens=_all_tokens(lengths, look.rows)) if lengths else None
+        lengths = measure(rows, run, stopping=_stopping()) if rows else None
+        if lengths is None:
+            return None
+        return replace(look, lengths=lengths, tokens=_all_tokens(lengths, look.rows), histogram=_histogram(lengths))
+
+    def limit_cost(self, run: RunConfig, outlook: Outlook | None, lengths: Lengths) -> str:
+        """Return what the limit that keeps 99 % of the rows costs in memory, all else as planned; empty where that is not known."""
+        spec, limit = self.model(run), lengths.keeps(0.99)
+        if spec is None or outlook is None:
+            return ""
+        longest = (lengths.longest_trained(run.max_length), lengths.longest_trained(limit))
+        return cost_words(spec, outlook.plan.run, self.machine(), longest, limit)
+
+    def written(self, run: RunConfig) -> WrittenRows | str:
+        """Return the run's rows as they will be trained, or the sentence that says why that cannot be; slow, reads the tokenizer."""
+        rows = self._rows.get(run.data)
+        if not rows:
+            return "the data have not been read yet" if rows is None else "there is no row that can be used"
+        if not run.model_name_or_path:
+            return "rows are written out by the model's own template: choose a model first"
+        renderer = renderer_of(run)
+        if renderer is None:
+            name = one_line(run.model_name_or_path, limit=80)
+            return f"rows are written out by the model's own template, and the tokenizer of {name} is not on this disk yet"
+        return WrittenRows(rows, renderer)
 
     def outlook(self, run: RunConfig, look: DataLook | None = None) -> Outlook | None:
         """Return what `run` would need, or None while its model is not known."""
@@ -204,7 +253,7 @@ class Desk:
         if look is None or not look.rows or look.problem:
             return Outlook(plan)
         over, each = look.lengths.over(run.max_length), look.lengths.mean(run.max_length)
-        rows, held = split_rows(run, max(1, round(look.rows * (1 - over))))
+        rows, held = split_rows(run, max(1, round(look.rows * (1 - over))), look.measured_on)
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
         each = each or min(look.tokens / look.rows, run.max_length)
@@ -287,18 +336,14 @@ def _stopping() -> Callable[[], None]:
     return stopping
 
 
-def split_rows(run: RunConfig, rows: int) -> tuple[int, int]:
-    """Return about how many rows are trained on and held out."""
-    used = min(rows, run.max_samples) if run.max_samples else rows
-    if run.eval_data:
-        return used, 0
-    held = int(run.val_set_size) if run.val_set_size >= 1 else round(used * run.val_set_size)
-    held = min(held, used - 1)
-    return used - held, held
-
-
 def _all_tokens(lengths: Lengths, rows: int) -> int:
     return round(sum(lengths.tokens) / len(lengths.tokens) * rows) if lengths.tokens else 0
+
+
+def _histogram(lengths: Lengths) -> tuple[tuple[int, int, int], ...]:
+    from qlora_tui.engine import data
+
+    return tuple((each["low"], each["high"], each["rows"]) for each in data.histogram(lengths.tokens))
 
 
 def _fault(row: int, line: int | None, field_name: str, reason: str) -> str:

@@ -278,6 +278,8 @@ class WizardScreen(Screen[None]):
         return "known once the data have been read" if self.data_of_run() is None else "these data cannot be used"
 
     def _use(self, run: RunConfig) -> None:
+        if run.data != self.run.data:
+            self.workers.cancel_group(self, "measure")
         self.run = run
         self.redraw()
         self._measure_soon()
@@ -290,17 +292,18 @@ class WizardScreen(Screen[None]):
         return self._measured.get(self._measured_by()) or look
 
     def _measured_by(self) -> tuple[str, ...]:
-        return (self.run.model_name_or_path, self.run.revision, *self.run.data)
+        run = self.run
+        return (run.model_name_or_path, run.revision, run.chat_template, str(run.mask_history), *run.data)
 
     def _measure_soon(self) -> None:
         """Count tokens on a thread, once for each model and data; `None` stands for what is at work or cannot be."""
         look, key = self.data_look, self._measured_by()
         if look is None or look.problem or look.names != self.run.data or key in self._measured or self.outlook is None:
             return
-        self._measured[key] = None
+        self._measured = {known: found for known, found in self._measured.items() if found} | {key: None}
         self._measure(key, self.run, look)
 
-    @work(thread=True, group="measure", exit_on_error=False)
+    @work(thread=True, group="measure", exclusive=True, exit_on_error=False)
     def _measure(self, key: tuple[str, ...], run: RunConfig, look: DataLook) -> None:
         try:
             found = self.desk.measure(run, look)

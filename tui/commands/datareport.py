@@ -1,0 +1,127 @@
+"""What a dataset holds, as lines for people: `qlora-tui data`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_tui.engine.errors import EngineError
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.planner import choose
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.text import one_line, safe_text
+from qlora_tui.engine.units import count, percent
+from qlora_tui.tui.lengths import cost_words, limit_words, multiple, share
+
+_BAR = 30
+_REFUSED_SHOWN = 20
+_TRAINED, _SPECIAL, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+
+
+def data_lines(found: Mapping[str, Any], *, cost: str = "", colour: bool = False) -> list[str]:
+    """Return the facts about a dataset for people; every text of its own is escaped.
+
+    Args:
+        found: what `describe` returned.
+        cost: what the limit that keeps 99 % whole costs, as `limit_cost` says it.
+        colour: whether trained tokens of the examples are coloured, on top of their mark.
+    """
+    lines = [f"format     {one_line(found['format'] or 'none')} ({one_line(found['why'])})"]
+    lines.append(f"rows       {count(found['rows'])}, {count(found['usable'])} usable, {count(len(found['refused']))} refused")
+    lines.append(
+        f"turns      {_roles(found['turns_in'])}" + (f"; {count(found['trained_turns'])} trained" if found["trained_turns"] else "")
+    )
+    if tokens := found["tokens"]:
+        lines.append(f"tokens     {count(tokens['total'])}, {count(tokens['supervised'])} trained ({_share(tokens)})")
+        lines.append(f"a row      {tokens['p50']} at the median, {tokens['p95']} at 95 %, {tokens['p99']} at 99 %, {tokens['max']} at most")
+        lines += _histogram_lines(found["histogram"])
+        long = found["too_long"]
+        lines.append(f"too long   {count(long['rows'])} rows, {count(long['answer_lost'])} of them with no answer inside the limit")
+        lines += _limit_lines(found["limits"], cost)
+    copies, held = found["duplicates"], found["holdout"]
+    lines.append(f"duplicates {count(copies['exact'])} exact, {count(copies['near'])} near")
+    lines.append(f"held out   {count(held['rows'])} rows, {count(held['leaks'])} of them also in the training rows")
+    if found["prepared"]:
+        lines.append(_prepared_line(found["prepared"]))
+    for each in found["boilerplate"]:
+        where = f"in {count(each['rows'])} rows ({share(each['share'])}), {each['role']}"
+        lines.append(f"repeated   {where}: {one_line(each['text'], limit=160)}")
+    lines += [f"note       {one_line(note)}" for note in found.get("notes", ())]
+    for fault in found["refused"][:_REFUSED_SHOWN]:
+        place = f", line {fault['line']}" if fault.get("line") else ""
+        lines.append(f"refused    row {fault['row']}{place}: {one_line(fault['field'])} {one_line(fault['reason'])}")
+    if len(found["refused"]) > _REFUSED_SHOWN:
+        lines.append(f"           and {count(len(found['refused']) - _REFUSED_SHOWN)} more (--json lists all)")
+    for example in found.get("examples", ()):
+        lines += _example_lines(example, colour=colour)
+    return lines
+
+
+def _histogram_lines(bins: Sequence[Mapping[str, int]]) -> list[str]:
+    most = max((each["rows"] for each in bins), default=0)
+    lines = []
+    for each in bins:
+        bar = "#" * -(-each["rows"] * _BAR // max(1, most))
+        lines.append(f"           {count(each['low']):>7} - {count(each['high']):<7} {bar:<{_BAR}} {count(each['rows'])}")
+    return lines
+
+
+def _limit_lines(limits: Mapping[str, Any], cost: str) -> list[str]:
+    """Say what each limit would do to the rows, where it does anything; the run's own limit also says what would be enough."""
+    own, *others = sorted(limits["lengths"], key=lambda each: each["max_length"] != limits["max_length"])
+    if not own["longer"]:
+        return []
+    told = [limit_words(own["max_length"], own["longer"], own["answer_lost"], multiple(limits["keeps_99"]), cost)]
+    told += [limit_words(each["max_length"], each["longer"], each["answer_lost"], 0) for each in others if each["longer"]]
+    return [f"           {line}" for line in told]
+
+
+def limit_cost(run: RunConfig, spec: ModelSpec, device: Machine, found: Mapping[str, Any]) -> str:
+    """Return what the limit that keeps 99 % of the rows whole costs in memory, with all else as the planner chose it."""
+    if not found["tokens"]:
+        return ""
+    longest, limit = found["tokens"]["max"], multiple(found["limits"]["keeps_99"])
+    try:
+        planned = choose(spec, run, device, longest=min(longest, run.max_length)).run
+    except EngineError:
+        return ""
+    return cost_words(spec, planned, device, (min(longest, run.max_length), min(longest, limit)), limit)
+
+
+def _prepared_line(found: Mapping[str, Any]) -> str:
+    rows, tokens, learnt = (count(found[name]) for name in ("train_rows", "tokens", "supervised_tokens"))
+    steps, dropped = count(found["steps_per_epoch"]), count(sum(found["dropped"].values()))
+    return f"trained    {rows} rows, {tokens} tokens, {learnt} of them trained; {steps} steps an epoch; {dropped} rows dropped"
+
+
+def _example_lines(example: Mapping[str, Any], *, colour: bool) -> list[str]:
+    """Show one row as runs of tokens; trained ones are marked at the margin, since colour may be missing."""
+    lines = ["", f"row {example['row']}: {len(example['tokens'])} tokens, {sum(example['trained'])} trained (marked >)"]
+    tokens = zip(example["tokens"], example["trained"], example["special"], strict=True)
+    for trained, run in itertools.groupby(tokens, lambda token: token[1]):
+        parts = [(bool(special), "".join(each[0] for each in some)) for special, some in itertools.groupby(run, lambda token: token[2])]
+        text = one_line("".join(part for _, part in parts), limit=2000)
+        if colour:
+            text = _coloured(parts, trained=bool(trained))
+        lines.append(f"  {'>' if trained else ' '} {text}")
+    return lines
+
+
+def _coloured(parts: Sequence[tuple[bool, str]], *, trained: bool) -> str:
+    """Return escaped text with trained tokens in green and special ones dim; only these escapes reach the terminal."""
+    shown = []
+    for special, text in parts:
+        codes = (_TRAINED if trained else "") + (_SPECIAL if special else "")
+        safe = safe_text(text, limit=2000).replace("\n", " ").replace("\t", " ")
+        shown.append(f"{codes}{safe}{_PLAIN if codes else ''}")
+    return "".join(shown).strip()
+
+
+def _roles(turns: Mapping[str, int]) -> str:
+    return ", ".join(f"{count(number)} {one_line(role)}" for role, number in turns.items() if number) or "none"
+
+
+def _share(tokens: Mapping[str, int]) -> str:
+    return percent(tokens["supervised"] / tokens["total"]) if tokens["total"] else "0 %"
