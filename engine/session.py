@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from qlora_tui.engine import report
+from qlora_tui.engine.data.tokenizer import IMPORTING
 from qlora_tui.engine.errors import EngineError, ExitCode, SpaceError, Stopped
 from qlora_tui.engine.events import Command, Event, Finished, Outcome, Phase, Started
 from qlora_tui.engine.journal import Journal, RunLock, read_records
@@ -64,7 +65,8 @@ def train_for_real(**job: Any) -> Generator[Event, None, Ended]:
     """Import the training room and run it; the import takes seconds, belongs to the owner thread, and is told as a phase."""
     began = time.monotonic()
     yield Phase("load", "begin", note=_LIBRARIES)
-    from qlora_tui.engine.train import Job, train
+    with IMPORTING:
+        from qlora_tui.engine.train import Job, train
 
     yield Phase("load", "end", seconds=time.monotonic() - began, note=_LIBRARIES)
     return (yield from train(Job(**job)))
@@ -75,7 +77,7 @@ def warm() -> None:
     _settle_libraries()
 
     def load() -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), IMPORTING:
             import qlora_tui.engine.train  # noqa: F401  imported for its cost
 
     threading.Thread(target=load, name="warm", daemon=True).start()

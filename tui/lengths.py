@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,6 @@ _CHARACTERS_A_TOKEN = 3.6
 _ROW_OVERHEAD = 12
 MOST_ROWS = 4000
 _STEP = 128
-_LOADING = threading.Lock()
-"""transformers cannot be imported by two threads at once: one of them finds half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +145,7 @@ def renderer_of(run: RunConfig) -> Renderer | None:
     if folder is None:
         return None
     try:
-        with _LOADING:
-            tokenizer = data.load_tokenizer(folder, run.chat_template)
+        tokenizer = data.load_tokenizer(folder, run.chat_template)
         return data.Renderer(tokenizer, mask_history=run.mask_history)
     except EngineError:  # the run itself will say so; an estimate can do without
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -37,6 +38,10 @@ _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+IMPORTING = threading.RLock()
+"""Held while transformers is imported, by whichever thread: the second of two would find half of it and fail."""
 
 
 class Tokenizer:
@@ -158,7 +163,11 @@ def load_tokenizer(folder: Path, chat_template: str = "auto") -> Tokenizer:
         ModelError: there is no tokenizer in it, or one that cannot say which characters a token stands for, or one without
             the tokens of the template asked for.
     """
-    folder = Path(folder)
+    with IMPORTING:
+        return _load(Path(folder), chat_template)
+
+
+def _load(folder: Path, chat_template: str) -> Tokenizer:
     shown = one_line(folder)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(_from_json(folder), folder=folder, chat_template=chat_template)

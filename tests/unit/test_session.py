@@ -264,3 +264,24 @@ def test_the_session_alone_loads_no_torch() -> None:
 
 def test_all_fake_trainings_are_named() -> None:
     assert {"three_steps", "until_asked", "deaf", "crashing"} <= set(TRAININGS)
+
+
+def test_a_tokenizer_can_be_read_while_the_libraries_are_imported(tiny_model: Path) -> None:
+    code = (
+        "import sys, threading\n"
+        "from pathlib import Path\n"
+        "from qlora_tui.engine import session\n"
+        "from qlora_tui.engine.data import load_tokenizer\n"
+        "faults = []\n"
+        "threading.excepthook = lambda told: faults.append(told.exc_value)\n"
+        "session.warm()\n"
+        "readers = [threading.Thread(target=load_tokenizer, args=(Path(sys.argv[1]),)) for _ in range(3)]\n"
+        "[reader.start() for reader in readers]\n"
+        "import qlora_tui.engine.data.tokenizer as room\n"
+        "with room.IMPORTING:\n"
+        "    import qlora_tui.engine.train\n"
+        "[reader.join() for reader in readers]\n"
+        "assert not faults, faults\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_model)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
