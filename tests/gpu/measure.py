@@ -10,6 +10,7 @@ vocabulary, which costs the same time as any other ids. Tokens/s is the median o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -27,28 +28,15 @@ WARM = 3
 def make(folder: Path, shape: str, layers: int | None) -> None:
     """Write a random bfloat16 checkpoint in the shape of a catalogue entry, made on the GPU to save minutes."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from shapes import config_of  # itself a reader of this file
+    from transformers import AutoModelForCausalLM
 
     from qlora_tui.engine.models import find
 
     spec = find(shape)
     if spec is None:
         raise SystemExit(f"no shape {shape} in the catalogue")
-    config = AutoConfig.for_model(
-        spec.family,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=layers or spec.num_hidden_layers,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        head_dim=spec.head_dim,
-        vocab_size=spec.vocab_size,
-        max_position_embeddings=spec.max_position_embeddings,
-        tie_word_embeddings=spec.tie_word_embeddings,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-    )
+    config = config_of(dataclasses.replace(spec, num_hidden_layers=layers or spec.num_hidden_layers))
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 from textual.content import Content
 
-from qlora_tui.tui import plot, words
+from qlora_tui.tui import plot
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.base import Panel, View, still
 from qlora_tui.tui.panels.progress import progress
@@ -73,11 +73,3 @@ def horizon(state: RunState) -> int:
 
 def _hex(colour: tuple[int, int, int]) -> str:
     return f"#{colour[0]:02x}{colour[1]:02x}{colour[2]:02x}"
-
-
-def headline(state: RunState) -> str:
-    """Return the held-out loss in words, for places without room for a plot."""
-    if not state.evals:
-        return ""
-    step, loss = state.evals[-1]
-    return f"held-out loss {words.number(loss)} at step {step}"

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_tui.engine.errors import ConfigError, Problem
+from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.spec import KEYS, RunConfig, Value, problems, read_text, values_of
 from qlora_tui.engine.units import words
 
@@ -146,8 +146,3 @@ def _power(value: float) -> str:
 
 def _with(run: RunConfig, name: str, value: Value) -> RunConfig:
     return dataclasses.replace(run, **{name: value})  # type: ignore[arg-type]  # read and bounded by the table
-
-
-def faults_of(run: RunConfig, name: str) -> list[Problem]:
-    """Return what is wrong with one key of `run`."""
-    return [problem for problem in problems(run) if problem.where == name]
