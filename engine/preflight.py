@@ -24,8 +24,9 @@ from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place
+from qlora_tui.engine.rules import bounds, problems
 from qlora_tui.engine.sizes import adapter_params
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, bounds, from_values, problems, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 

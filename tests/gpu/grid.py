@@ -12,7 +12,6 @@ the speed of the card's pieces.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -30,9 +29,10 @@ import torch
 from loop_driver import Ran
 
 from qlora_tui.engine import budget, forecast
-from qlora_tui.engine.events import Phase, Planned, Stepped
+from qlora_tui.engine.events import Phase, Planned, Record, Stepped
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, from_values
+from qlora_tui.engine.train.choices import as_before
 
 GIB = 1 << 30
 WARM = 2
@@ -152,7 +152,7 @@ def figures(ran: Ran, run: RunConfig, spec: Any, machine: Machine) -> dict[str, 
     """Return measured and predicted bytes by phase, and seconds a step."""
     steps = ran.of(Stepped)
     longest = round(steps[0].tokens / len(steps[0].rows))
-    run = dataclasses.replace(run, **{name: value for name, value in ran.of(Planned)[-1].choices.items() if name == "dtype"})
+    run = as_before(run, [Record(0, 0.0, 0, ran.of(Planned)[-1])])  # as it ran: nothing is left open
     estimate = budget.estimate(spec, run, machine, longest=longest)
     found: dict[str, int] = {}
     for event in ran.of(Phase):

@@ -60,7 +60,7 @@ def on_gpu(run: RunConfig, folder: Path, asked: Asked | None = None, *, resume: 
 def test_every_base_learns(run_of: Make, tmp_path: Path, values: dict[str, Any]) -> None:
     ran = on_gpu(run_of(**values), tmp_path / "run")
     assert ran.error is None
-    assert ran.of(Planned)[0].choices["optim"] == "paged_adamw_8bit"
+    assert ran.of(Planned)[0].choices["optim"] == "adamw_8bit"  # paging is for memory that is short
     assert ran.of(Planned)[0].choices["dtype"] == "bfloat16"
     assert ran.losses[-1] < ran.losses[0] - 0.5
     assert ran.of(Evaluated)[-1].drop > 0.5

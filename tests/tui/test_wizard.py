@@ -11,7 +11,8 @@ from canned_run import middle, opening
 from qlora_tui.engine import preset
 from qlora_tui.engine.errors import ConfigErrors, ModelError, Problem
 from qlora_tui.engine.places import place
-from qlora_tui.engine.spec import RunConfig, from_values, problems, read_text, values_of
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import RunConfig, from_values, read_text, values_of
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import complete

@@ -14,7 +14,8 @@ from qlora_tui.engine.columns import DATA_FIELDS, fault, split
 from qlora_tui.engine.data.chat import Chat, Refusal, Row, Turn
 from qlora_tui.engine.data.formats import FORMATS, detect
 from qlora_tui.engine.errors import DataError
-from qlora_tui.engine.spec import RunConfig, problems
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import RunConfig
 
 Fields = Mapping[str, object]
 LETTERS = {"system": "S", "user": "U", "assistant": "A", "tool": "T"}

@@ -15,7 +15,8 @@ from qlora_tui.engine.data import TokenRow, TokenRows
 from qlora_tui.engine.data.perplexity import EXEMPT_TOKENS, digest, judge, long_answers, perplexity, targets, without
 from qlora_tui.engine.data.prepare import PreparedFacts, Tokenized
 from qlora_tui.engine.data.store import Writer
-from qlora_tui.engine.spec import RunConfig, problems
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import RunConfig
 
 RUN = RunConfig(perplexity_filter=3.0)
 MEANS = st.lists(st.floats(min_value=0.0, max_value=12.0), min_size=1, max_size=60)

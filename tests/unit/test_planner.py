@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from qlora_tui.engine import budget, forecast, machine, measured, models, planner, search
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.measured import Speed
+from qlora_tui.engine.rules import problems
 from qlora_tui.engine.sizes import checkpointed_layers
-from qlora_tui.engine.spec import RunConfig, problems, rows_per_step, values_of
+from qlora_tui.engine.spec import RunConfig, rows_per_step, values_of
 
 GIB = 1 << 30
 LLAMA = models.find("meta-llama/Llama-3.1-8B-Instruct")

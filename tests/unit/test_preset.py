@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from qlora_tui.engine import budget, machine, models, places, preset
 from qlora_tui.engine.errors import ConfigError, ConfigErrors
-from qlora_tui.engine.spec import KEYS, RunConfig, from_values, problems
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import KEYS, RunConfig, from_values
 
 GIB = 1 << 30
 LAPTOP = machine.Machine("laptop", "cpu", 8 * GIB, 2 * GIB, cores=4)

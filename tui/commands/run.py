@@ -19,9 +19,10 @@ from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalE
 from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
 from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.rules import problems
 from qlora_tui.engine.session import LOG, Session, warm
 from qlora_tui.engine.signals import Signals
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, problems, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.printer import Printer, Streams

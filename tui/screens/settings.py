@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_tui.engine.errors import ConfigError
-from qlora_tui.engine.spec import KEYS, RunConfig, Value, problems, read_text, values_of
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import KEYS, RunConfig, Value, read_text, values_of
 from qlora_tui.engine.units import words
 
 

@@ -21,7 +21,8 @@ from textual.widgets import ContentSwitcher, Footer, Static
 
 from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem, Stopped
 from qlora_tui.engine.fixes import Fix
-from qlora_tui.engine.spec import RunConfig, from_values, problems, values_of
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells

@@ -1,0 +1,85 @@
+"""What values of a run go together: every problem that needs no disk, model or device to see.
+
+A problem names its key, says what is wrong and what to write instead, so that a command line refuses it before
+anything is loaded and a screen can show it beside the field.
+"""
+
+from __future__ import annotations
+
+from qlora_tui.engine.columns import fault
+from qlora_tui.engine.errors import Problem
+from qlora_tui.engine.spec import KEYS, Key, RunConfig, Value, nearest
+
+
+def problems(run: RunConfig) -> list[Problem]:
+    """Return everything wrong with `run` that needs no disk, model or device to see."""
+    found = bounds(run)
+    if not run.model_name_or_path:
+        found.append(Problem("model_name_or_path", "no model named", "say --model DIR_OR_HUB_ID or --preset NAME"))
+    if not run.data:
+        found.append(Problem("data", "no data named", "say --data FILE.jsonl"))
+    if not all(run.data):
+        found.append(Problem("data", "one of the names is empty", "say --data FILE.jsonl"))
+    if sentence := fault(run.data_columns):
+        found.append(Problem("data_columns", sentence, "say --set data_columns=prompt=question"))
+    found += [Problem(name, "it is empty", f"leave it out for {default}") for name, default in _never_empty(run)]
+    if not run.num_train_epochs and not run.max_steps:
+        found.append(Problem("num_train_epochs", "0 epochs and no max_steps: nothing would be trained", "set one of them"))
+    if run.learning_rate == 0:
+        found.append(Problem("learning_rate", "0 would change nothing", "2e-4 is usual for LoRA"))
+    if run.val_set_size >= 1 and run.val_set_size != int(run.val_set_size):
+        found.append(Problem("val_set_size", f"{run.val_set_size:g} is neither a share nor a number of rows", "say 0.1 or 50"))
+    if run.warmup_steps >= 1 and run.max_steps and run.warmup_steps > run.max_steps:
+        found.append(
+            Problem("warmup_steps", f"{run.warmup_steps:g} is more than max_steps {run.max_steps}", "a share such as 0.05 always fits")
+        )
+    if not all(run.lora_target_modules) or not run.lora_target_modules:
+        found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
+    return [*found, *_without_effect(run), *_combinations(run)]
+
+
+def _without_effect(run: RunConfig) -> list[Problem]:
+    """Return filters that could never leave a row out."""
+    if 0 < run.perplexity_filter <= 1:
+        return [Problem("perplexity_filter", f"no perplexity is under {run.perplexity_filter:g}", "3 is usual, 0 turns it off")]
+    if run.perplexity_filter and not run.perplexity_drop_most:
+        return [
+            Problem("perplexity_drop_most", "with 0 no row could be left out", "0.2 is usual; perplexity_filter=0 turns the filter off")
+        ]
+    return []
+
+
+def _combinations(run: RunConfig) -> list[Problem]:
+    """Return kinds of adapter that do not go together, whatever the model."""
+    found = []
+    if run.init_lora_weights == "pissa" and run.method == "qlora":
+        told = "pissa starts from the main directions of 16-bit weights, which a 4-bit base no longer holds"
+        found.append(Problem("init_lora_weights", told, "say method=lora, or init_lora_weights=default"))
+    if run.init_lora_weights == "pissa" and run.use_dora:
+        told = "DoRA and pissa both take the base's weights apart, each in its own way"
+        found.append(Problem("use_dora", told, "turn one of them off"))
+    if run.use_dora and run.lora_dropout:
+        told = "with DoRA the base's part would have to be computed twice, with and without dropout"
+        found.append(Problem("lora_dropout", told, "say lora_dropout=0, or use_dora=false"))
+    return found
+
+
+def _never_empty(run: RunConfig) -> list[tuple[str, Value]]:
+    """Return the keys that are empty and must not be, with their defaults: an empty folder name would mean this very folder."""
+    return [(name, KEYS[name].default) for name, text in (("revision", run.revision), ("runs_dir", run.runs_dir)) if not text]
+
+
+def bounds(run: RunConfig) -> list[Problem]:
+    """Return the values of `run` that no run could have, whatever the model and the data."""
+    return [problem for key in KEYS.values() if (problem := _out_of_bounds(run, key))]
+
+
+def _out_of_bounds(run: RunConfig, key: Key) -> Problem | None:
+    value = getattr(run, key.name)  # the table is made from the fields, so no name is guessed
+    if key.choices and value not in key.choices:
+        return Problem(key.name, f"{value!r} is not one of {', '.join(key.choices)}", nearest(str(value), key.choices))
+    if key.kind in ("integer", "number", "duration") and not key.low <= value <= key.high:
+        side, limit = ("least", key.low) if value < key.low else ("most", key.high)
+        told, bound = (f"{value}", f"{limit:.0f}") if key.kind == "integer" else (f"{value:g}", f"{limit:g}")
+        return Problem(key.name, f"{told} is out of range", f"it must be at {side} {bound}")
+    return None
