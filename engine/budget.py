@@ -23,7 +23,7 @@ from qlora_tui.engine.spec import RunConfig
 __all__ = ["Budget", "Item", "PhaseBytes", "estimate"]
 
 _EXACT_SHARE = 0.01  # of what is counted from shapes: the rounding of the allocator
-_REST_SHARES: Mapping[str, float] = {"cuda": 0.10, "cpu": 0.25}  # of the rest: kernels, cached blocks, the context of another card
+_REST_SHARES: Mapping[str, float] = {"cuda": 0.05, "cpu": 0.25}  # of the rest: kernels, cached blocks, the context of another card
 
 
 class _Advice(Protocol):

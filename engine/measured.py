@@ -18,7 +18,7 @@ from typing import Any
 from qlora_tui.engine.places import locked, place, replace_file
 
 FILE = "measured.json"
-_VERSION = 1
+_VERSION = 2  # 1 kept a layer's host seconds, not a launch's
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _RUNS_KEPT = 50  # memory records of one card and versions
 _RUNS_USED = 20
@@ -41,7 +41,7 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a device reaches, in units a second; `layer_seconds` is its host's Python and launches for one layer and pass.
+    """What a device reaches, in units a second; `launch_seconds` is what its host spends on one kernel: Python, torch and driver.
 
     `dequant_bytes` counts what is read and written while 4-bit weights become 16-bit ones: 2.5 bytes a weight.
     """
@@ -49,7 +49,7 @@ class Speed:
     matmul_flops: float
     bandwidth_bytes: float
     dequant_bytes: float
-    layer_seconds: float
+    launch_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def correction_now(machine_name: str) -> Correction | None:
 
 def remember_speed(machine_name: str, versions: str, speed: Speed) -> None:
     """Keep the measured pieces of a device; the newest measurement replaces the one before."""
-    pieces = [speed.matmul_flops, speed.bandwidth_bytes, speed.dequant_bytes, speed.layer_seconds]
+    pieces = [speed.matmul_flops, speed.bandwidth_bytes, speed.dequant_bytes, speed.launch_seconds]
     if not all(_positive(piece) for piece in pieces):
         return
 

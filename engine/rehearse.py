@@ -7,6 +7,7 @@ with it and one without it give the same adapter.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,14 +26,17 @@ from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.meter import Meter, RandomState, empty_cache, out_of_memory
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.steptime import launches
 
 _LAST_MADE = ("exp_avg_sq", "absmax2", "state2")  # of an optimizer's state, the tensor that is made last, by kind
 _PARTS = 4
-_PIECE_TOKENS = 4096
-_COPIED_BYTES = 1 << 28  # larger than any cache of a card
+_WIDE = (4096, 4096, 8192)  # tokens, inputs, outputs of a product that fills any card
+_WIDENED = 1 << 26  # weights: their kernel takes longer than its launch
+_COPIED_BYTES = 1 << 27  # larger than any cache of a card
 _NF4_BYTES = 2.5  # read and written for each weight that is dequantized to 16 bits
 _FEW_TOKENS = 8
-_REPEATS = 4
+_REPEATS, _BACK_TO_BACK = 4, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,21 +135,21 @@ def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
             state[name] = _emptied(name, value)
 
 
-def pieces(loaded: Loaded, spec: ModelSpec) -> Speed | None:
+def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
     """Measure what a step is made of on this card, in under two seconds; None where not even that fits.
 
-    A product of the model's shape, a copy, a layer's weights from 4 bits to 16, and how long Python and the driver
-    take for one layer. From these the planner predicts settings that nobody has tried. Like a rehearsal it leaves
-    no trace, and it belongs before step 1: gradients are dropped.
+    A large product, a copy, weights from 4 bits to 16, and how long the host takes for one kernel. From these the
+    planner predicts settings and models that nobody has tried. Like a rehearsal it leaves no trace, and it belongs
+    before step 1: gradients are dropped.
     """
     random_state = RandomState.now()
     try:
         with torch.no_grad():
             return Speed(
-                matmul_flops=_matmul_flops(loaded, spec),
+                matmul_flops=_matmul_flops(loaded),
                 bandwidth_bytes=_bandwidth(loaded.device),
-                dequant_bytes=_dequantization(loaded, spec),
-                layer_seconds=_layer_seconds(loaded),
+                dequant_bytes=_dequantization(loaded),
+                launch_seconds=_launch_seconds(loaded, spec, run),
             )
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -236,15 +240,22 @@ def _wait(device: torch.device) -> None:
 
 
 def _best(device: torch.device, work: Callable[[], object]) -> float:
-    """Return the shortest of a few times: anything longer had something else in it."""
-    return min(_seconds(device, work) for _ in range(_REPEATS))
+    """Return the device's seconds for `work`: done many times over, so that its host is ahead; the shortest of a few tries."""
+
+    def often() -> None:
+        for _ in range(_BACK_TO_BACK):
+            work()
+
+    often()
+    return min(_seconds(device, often) for _ in range(_REPEATS)) / _BACK_TO_BACK
 
 
-def _matmul_flops(loaded: Loaded, spec: ModelSpec) -> float:
-    """Return operations a second of a product of the MLP's shape over a few thousand tokens."""
-    x_TH = torch.randn(_PIECE_TOKENS, spec.hidden_size, device=loaded.device, dtype=loaded.dtype)
-    w_FH = torch.randn(spec.intermediate_size, spec.hidden_size, device=loaded.device, dtype=loaded.dtype)
-    return 2 * x_TH.numel() * w_FH.shape[0] / _best(loaded.device, lambda: torch.nn.functional.linear(x_TH, w_FH))
+def _matmul_flops(loaded: Loaded) -> float:
+    """Return operations a second of a product large enough to be the best that this card does."""
+    tokens, inputs, outputs = _WIDE
+    x_TI = torch.randn(tokens, inputs, device=loaded.device, dtype=loaded.dtype)
+    w_OI = torch.randn(outputs, inputs, device=loaded.device, dtype=loaded.dtype)
+    return 2 * tokens * inputs * outputs / _best(loaded.device, lambda: torch.nn.functional.linear(x_TI, w_OI))
 
 
 def _bandwidth(device: torch.device) -> float:
@@ -254,26 +265,33 @@ def _bandwidth(device: torch.device) -> float:
     return 2 * _COPIED_BYTES / _best(device, lambda: target.copy_(source))
 
 
-def _dequantization(loaded: Loaded, spec: ModelSpec) -> float:
-    """Return bytes a second of bringing 4-bit weights of the MLP's shape to the type of computation, read and written."""
-    weight = torch.randn(spec.intermediate_size, spec.hidden_size, device=loaded.device, dtype=loaded.dtype)
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    return _NF4_BYTES * weight.numel() / _best(loaded.device, lambda: bnb.dequantize_4bit(packed, state))
+def _dequantization(loaded: Loaded) -> float:
+    """Return bytes a second of bringing 4-bit weights to the type of computation, read and written."""
+    weight = torch.randn(_WIDENED, device=loaded.device, dtype=loaded.dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
+    del weight
+    return _NF4_BYTES * _WIDENED / _best(loaded.device, lambda: bnb.dequantize_4bit(packed, state))
 
 
-def _layer_seconds(loaded: Loaded) -> float:
-    """Return the seconds of Python and launches for one layer and pass: a whole forward and backward over a few tokens.
+def _launch_seconds(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> float:
+    """Return the host's seconds for one kernel: a whole forward and backward over a few tokens, by its count of launches.
 
-    With so few tokens the device is done long before its host, so the time is the host's. A recomputed layer runs
-    forward twice. Gradients are dropped.
+    The clock stops when everything is handed over, before the device is done; with so few tokens it is seldom behind.
+    A recomputed layer runs forward twice. Gradients are dropped.
     """
     layers = loaded.decoder.layers
     assert isinstance(layers, torch.nn.ModuleList)
-    passes = 2 * len(layers) + recomputed(layers)
+    forward, both = launches(spec, run)
     ids_BT = torch.zeros(1, _FEW_TOKENS, dtype=torch.long, device=loaded.device)
+    taken = []
     try:
         with torch.enable_grad():
-            return _best(loaded.device, lambda: loaded.hidden(ids_BT).sum().backward()) / passes
+            for _ in range(_REPEATS + 1):
+                _wait(loaded.device)
+                began = time.perf_counter()
+                loaded.hidden(ids_BT).sum().backward()
+                taken.append(time.perf_counter() - began)
     finally:
         for parameter in trainable(loaded.model).values():
             parameter.grad = None
+    return statistics.median(taken[1:]) / (len(layers) * both + recomputed(layers) * forward)

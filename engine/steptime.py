@@ -1,8 +1,8 @@
 """The time of one step as arithmetic: what the device computes and moves, and what its host does meanwhile.
 
-A micro-batch costs products, attention, element-wise traffic, dequantization and the loss on the device, and
-Python and launches on the host. The two overlap in part: together they take the hypotenuse of both, which is
-the larger one where they differ much, and was within 5 % of the steps measured on an H100 (tests/bench/results).
+A micro-batch costs products, attention, element-wise traffic, dequantization and the loss on the device; its host
+spends about as long on each kernel, whatever the kernel does, so its time is a count of launches. The two run side
+by side: the slower one decides, and where they are alike each waits for the other now and then.
 """
 
 from __future__ import annotations
@@ -15,19 +15,30 @@ from qlora_tui.engine.cards import Card
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, adapter_params, adapter_tensors, choose_optimizer, element_bytes, four_bit
+from qlora_tui.engine.sizes import (
+    LOGITS_PER_CHUNK,
+    adapter_params,
+    adapter_tensors,
+    choose_optimizer,
+    double_quantized,
+    element_bytes,
+    four_bit,
+)
 from qlora_tui.engine.spec import RunConfig, rows_per_step
 
 _MATMUL_SHARE = 0.75  # of the data sheet's products that large ones reach: 765-780 of 989 TFLOP/s on an H100, 2026-11-25
 _MEMORY_SHARE = 0.88  # of the bandwidth that a large copy reaches
-_MOVE_SHARE = 0.68  # of a large copy's rate that a layer's many element-wise kernels reach: 492 ms of kernels measured there
-_DEQUANT_SHARE = 0.21  # of the bandwidth that bitsandbytes' 4-bit kernels reach: 17.5 GB in 25 ms, same card and day
-_LAYER_SECONDS = 3.2e-3  # the host's part of one layer and pass: fitted to five measured runs of 8 B on that card
+_MOVE_SHARE = 0.55  # of a large copy's rate that a layer's many element-wise kernels reach: fitted with the next and the last of these
+_DEQUANT_SHARE = 0.63  # of the bandwidth that bitsandbytes' 4-bit kernels reach: 52 GB in 24.5 ms, same card
+_LAUNCH_SECONDS = 25e-6  # of a host that nobody measured: 10e-6 is a fast desktop, 35e-6 a virtual machine
 _FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
-_ATTENTION_SHARE = 0.5  # of large products' rate that fused attention reaches
+_ATTENTION_SHARE = 0.4  # of large products' rate that fused attention reaches: to kernel times of 18 settings of 0.5 to 8 B, within 12 %
 _CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
-_TENSOR_SHARE = 0.03  # of a layer's host seconds that 8-bit AdamW spends on each of its tensors: it has no fused loop
-_CHUNK_SHARE = 0.06  # of a layer's host seconds that one chunk of the loss takes
+_TENSOR_LAUNCHES = 2  # of 8-bit AdamW for each of its tensors: it has no fused loop
+_CHUNK_LAUNCHES = 17  # of one chunk of the loss
+_MORE_LAUNCHES = 1.05  # of what is counted with few tokens: large products come in parts
+_OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add them up, without end the slower alone counts
+_NARROW = 300  # hidden size at which products reach half of what large ones do
 _LOGIT_PASSES = 19  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
@@ -35,7 +46,7 @@ _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and t
 
 def card_speed(card: Card) -> Speed:
     """Return what `card` should reach, from its data sheet and the shares that an H100 reached."""
-    return Speed(card.flops * _MATMUL_SHARE, card.bandwidth_bytes * _MEMORY_SHARE, card.bandwidth_bytes * _DEQUANT_SHARE, _LAYER_SECONDS)
+    return Speed(card.flops * _MATMUL_SHARE, card.bandwidth_bytes * _MEMORY_SHARE, card.bandwidth_bytes * _DEQUANT_SHARE, _LAUNCH_SECONDS)
 
 
 def table_speed(machine: Machine) -> Speed | None:
@@ -60,9 +71,11 @@ class MicroBatch:
 
     def seconds(self, recomputed: int) -> float:
         """Return the seconds of one micro-batch in which so many layers run forward once more."""
-        return math.hypot(
-            self.device_seconds + recomputed * self.again_device_seconds, self.host_seconds + recomputed * self.again_host_seconds
-        )
+        device = self.device_seconds + recomputed * self.again_device_seconds
+        host = self.host_seconds + recomputed * self.again_host_seconds
+        slower = max(device, host)
+        both = (device / slower) ** _OVERLAP + (host / slower) ** _OVERLAP
+        return slower * math.pow(both, 1 / _OVERLAP)
 
 
 @functools.lru_cache(maxsize=256)
@@ -81,7 +94,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
         ConfigError: `lora_target_modules` names a layer that the model does not have.
     """
     width = element_bytes(run, machine)
-    flops = speed.matmul_flops * (_FLOAT32_SHARE if width == 4 and machine.kind == "cuda" and machine.bf16 else 1.0)
+    flops = _product_flops(model, machine, speed, width)
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
@@ -98,8 +111,29 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     head = 2 * model.vocab_size * model.hidden_size
     loss = max(2.0 * head * batch / flops, chunks * head * width / speed.bandwidth_bytes)
     loss += batch * model.vocab_size * _LOGIT_PASSES * width / (speed.bandwidth_bytes * _MOVE_SHARE)
-    host = speed.layer_seconds
-    return MicroBatch(layers * (forward + backward) + loss, layers * 2 * host + chunks * _CHUNK_SHARE * host, forward, host)
+    again, both = launches(model, run)
+    host = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES * speed.launch_seconds
+    return MicroBatch(layers * (forward + backward) + loss, host, forward, again * _MORE_LAUNCHES * speed.launch_seconds)
+
+
+def launches(model: ModelSpec, run: RunConfig) -> tuple[int, int]:
+    """Return the kernels that one layer starts in a forward pass, and in a forward and a backward pass together.
+
+    Counted with torch's profiler on an H100 for four shapes (2026-11-27), to within 2 %: a norm is six operations, an
+    adapted module casts A and B, multiplies three times forward and five times backward, and its 4-bit base is widened
+    in three steps (two where its constants are plain).
+    """
+    parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
+    widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
+    forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
+    backward = 45 + 15 * model.norms_per_layer + 30 * model.qk_norm + len(parts) + 11 * len(targeted) + widened
+    if run.lora_dropout:
+        forward, backward = forward + 2 * len(targeted), backward + 2 * len(targeted)
+    if run.use_dora:
+        forward, backward = forward + (15 + widened // len(parts)) * len(targeted), backward + 6 * len(targeted)
+    if run.attn_implementation == "eager" or not model.sdpa:
+        forward, backward = forward + 8, backward + 8
+    return round(forward), round(forward + backward)
 
 
 def optimizer_seconds(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed) -> float:
@@ -107,7 +141,7 @@ def optimizer_seconds(model: ModelSpec, run: RunConfig, machine: Machine, speed:
     moved = adapter_params(model, run) * _OPTIMIZER_BYTES / speed.bandwidth_bytes
     tensors = model.num_hidden_layers * len(adapter_tensors(model, run))
     one_by_one = tensors if choose_optimizer(run, machine) != "adamw_torch" else 1
-    return moved + one_by_one * _TENSOR_SHARE * speed.layer_seconds
+    return moved + one_by_one * _TENSOR_LAUNCHES * speed.launch_seconds
 
 
 def attention_share(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float) -> float:
@@ -120,6 +154,14 @@ def attention_share(model: ModelSpec, run: RunConfig, machine: Machine, speed: S
 def micro_batches(run: RunConfig, rows: int) -> int:
     """Return how many micro-batches of `rows` rows an optimizer step has."""
     return math.ceil(rows_per_step(run) / rows)
+
+
+def _product_flops(model: ModelSpec, machine: Machine, speed: Speed, width: int) -> float:
+    """Return what products of the model's shape reach: on a card narrow ones less than the large one that was measured."""
+    if machine.kind == "cpu":
+        return speed.matmul_flops
+    flops = speed.matmul_flops * model.hidden_size / (model.hidden_size + _NARROW) * (1 + _NARROW / 4096)
+    return flops * (_FLOAT32_SHARE if width == 4 and machine.bf16 else 1.0)
 
 
 def _attention(model: ModelSpec, tokens: float) -> float:
@@ -139,7 +181,7 @@ def _moved_per_token(model: ModelSpec, run: RunConfig, width: int, tokens: float
     adds to every output, the gated MLP multiplies twice, positions turn queries and keys.
     """
     targeted = model.targeted(run.lora_target_modules)
-    norms = model.norms_per_layer * 15 * model.hidden_size
+    norms = 15 * (model.norms_per_layer * model.hidden_size + (model.query_size + model.key_value_size) * model.qk_norm)
     adapter = sum(part.inputs * (3 if run.lora_dropout else 1) + part.outputs * (4 if run.use_dora else 2) for part in targeted)
     rest = 5 * model.intermediate_size + 6 * model.hidden_size + 6 * (model.query_size + model.key_value_size)
     scores = 10 * model.num_attention_heads * tokens if run.attn_implementation == "eager" or not model.sdpa else 0.0

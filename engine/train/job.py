@@ -298,7 +298,7 @@ def _rehearse(job: Job, choices: Choices, loop: Loop, tokenized: Tokenized) -> G
         _resize(loop, choices)
         yield Finding("memory", "warn", 0, f"the rehearsal did not fit ({words}); now leaner: {changes}", (), {"lacking_bytes": lacking})
         yield _planned(job, choices, loop.total)
-    if cuda and measured.speed(job.machine.name) is None and (speed := pieces(loop.loaded, job.model_spec)) is not None:
+    if cuda and (speed := pieces(loop.loaded, job.model_spec, loop.run)) is not None:  # each time: a host is not always as fast
         measured.remember_speed(job.machine.name, measured.versions(), speed)
     return rehearsed
 

