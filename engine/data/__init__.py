@@ -1,5 +1,6 @@
 """Datasets: what a row holds, how it is read, rendered, masked, measured and held out. Nothing here imports torch."""
 
+from qlora_tui.engine.data.boilerplate import boilerplate
 from qlora_tui.engine.data.chat import Chat, Format, Refusal, Row, Turn
 from qlora_tui.engine.data.facts import count_copies, describe
 from qlora_tui.engine.data.formats import FORMATS, detect
@@ -32,6 +33,7 @@ __all__ = [
     "Tokenizer",
     "Turn",
     "absolute",
+    "boilerplate",
     "count_copies",
     "describe",
     "detect",

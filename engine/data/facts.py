@@ -39,7 +39,7 @@ def describe(
     renderer = Renderer(tokenizer, mask_history=run.mask_history) if tokenizer else None
     measured = _survey(dataset, prepared, renderer) if renderer else Survey()
     if run.perplexity_filter:
-        notes.append("perplexity_filter is not applied here: it needs the model, so a run may train fewer rows.")
+        notes.append("perplexity_filter is not applied here: it needs the model, so a run may train fewer rows; --perplexity applies it.")
     faults = [asdict(refusal) for refusal in (*dataset.refused, *measured.refused)]
     unusable = {refusal.row for refusal in measured.refused}
     counts = _Counts(dataset.rows, unusable)

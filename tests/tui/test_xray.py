@@ -18,8 +18,9 @@ from qlora_tui.tui import lengths
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.cli import main
 from qlora_tui.tui.commands import planning
+from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import Lengths, split_rows
-from qlora_tui.tui.screens.desk import DataLook, Desk
+from qlora_tui.tui.screens.desk import Desk
 from qlora_tui.tui.screens.go import summary
 from qlora_tui.tui.screens.rows import RowsScreen, lines_of
 from qlora_tui.tui.screens.wizard import WizardScreen

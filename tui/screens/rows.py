@@ -17,7 +17,7 @@ from textual.worker import get_current_worker
 
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, safe_text
-from qlora_tui.tui.lengths import share
+from qlora_tui.tui.lengths import TOO_LONG, share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.writtenrows import WrittenRow, WrittenRows
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _MARGIN = 3
 _LEAP = 10
 _LONGEST = 200_000
-_TOO_LONG = {"drop": "dropped", "cut": "cut", "split": "split by turns"}
 
 
 class RowsScreen(Screen[None]):
@@ -149,7 +148,7 @@ def title_of(row: WrittenRow, place: int, rows: int, run: RunConfig, width: int)
         part = share(row.trained / row.tokens) if row.tokens else "0 %"
         parts.append((f" · {row.tokens:,} tokens · {part} trained", "bold"))
     if row.tokens > run.max_length:
-        parts.append((f" · ▲ over {run.max_length:,}: {_TOO_LONG.get(run.too_long, run.too_long)}", cells.WARN))
+        parts.append((f" · ▲ over {run.max_length:,}: {TOO_LONG[run.too_long]}", cells.WARN))
     return cells.row(parts, [(f"{place + 1:,} of {rows:,} usable", cells.DIM)], width)
 
 
