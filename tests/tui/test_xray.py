@@ -71,11 +71,14 @@ async def test_the_data_page_tells_lengths_limits_shares_and_copies(run, until):
         await until(pilot, lambda: "trained" in words(app))
         shown = words(app)
         measured = wizard_of(app).data_of_run().lengths
-    assert "41 rows  messages" in shown
-    assert "messages: " in shown
+    assert "41 rows  1," in shown
+    assert " tokens  messages: " in shown
+    assert "turns     41 user, 41 assistant read, all of them written out" in shown
+    assert " steps an epoch" in shown
+    assert "triage    off; F3 finds" in shown
     assert "lengths   ▁" in shown or "lengths   ▂" in shown or "lengths   █" in shown
-    assert f"at 40: {lengths.share(measured.over(40))} of rows are longer" in shown
-    assert "128 would keep 99 %, +" in shown.replace("\n            ", " ")
+    assert f"at 40: {lengths.share(measured.over(40))} of rows are longer: dropped" in shown
+    assert "128 would keep 99 %, +" in " ".join(shown.split())
     assert f"{lengths.share(measured.trained / sum(measured.tokens))} of the tokens" in shown
     assert "copies 1 exact" in shown
     assert "held out  about" in shown
