@@ -85,8 +85,8 @@ async def test_it_is_off_until_chosen_and_explains_itself(run_config, until):
         assert "40 of 200 rows would go (20 %): perplexity under 3" in shown
         assert "70 are under 3, but at most 20 % of the rows go" in shown
         assert "30 answers under 16 tokens are not judged" in shown
-        assert "lowest       1.05  row 1      answer 1 \\x1b[31m" in shown
-        assert "highest     8,500  row 170    answer 170" in shown
+        assert "lowest       1.05  row 1     answer 1 \\x1b[31m" in shown
+        assert "highest     8,500  row 170   answer 170" in shown
         await pilot.press("escape")
         await until(pilot, lambda: app.screen is wizard_of(app))
         assert wizard_of(app).run == run_config
