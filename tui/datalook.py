@@ -42,6 +42,14 @@ class DataLook:
     repeated: tuple[tuple[float, str, str], ...] | None = None
     """Passages that many rows share: share of the rows, role, text; None until they have been looked for."""
 
+    leaks: int = 0
+    """Of the rows to be measured on, those that are also trained on, or nearly."""
+
+    @property
+    def unwritable(self) -> bool:
+        """Say whether no row that was looked at can be written out for the model."""
+        return self.lengths.unwritten == 1
+
 
 def look_of(run: RunConfig, found: Dataset, apart: Dataset | None, stopping: Callable[[], None]) -> DataLook:
     """Return what `found` holds, with lengths guessed from characters; `apart` are rows that come to be measured on."""
@@ -51,6 +59,7 @@ def look_of(run: RunConfig, found: Dataset, apart: Dataset | None, stopping: Cal
     samples = tuple((turn.role, turn.content[:400]) for row in found.rows[:_SHOWN_ROWS] for turn in row.chat.turns[:4])
     faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in found.refused[:_SHOWN_FAULTS])
     copies = data.count_copies(itertools.islice(found.rows, _COMPARED_ROWS), stopping)
+    trained, measured = (itertools.islice(each.rows if each else (), _COMPARED_ROWS) for each in (found, apart))
     look = DataLook(
         names=run.data,
         format=found.format,
@@ -62,6 +71,7 @@ def look_of(run: RunConfig, found: Dataset, apart: Dataset | None, stopping: Cal
         problem="" if found.rows else "no row of it can be used",
         copies=(copies["exact"], copies["near"], min(len(found.rows), _COMPARED_ROWS)),
         measured_on=len(apart.rows) if apart else None,
+        leaks=data.count_leaks(trained, measured, stopping) if apart else 0,
     )
     return with_lengths(look, lengths)
 

@@ -21,6 +21,7 @@ from qlora_tui.engine.errors import BadRow, EngineError
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Lengths:
     `longest_chat` is the longest row with more than one answer. Of rows that were measured, `first` holds in the same order
     where the first trained token stands, `trained` is the number of all trained tokens, and `refused` holds the rows that
     cannot be written out, as (number, reason). `turns` holds, by role, how many turns were read and how many of them are
-    written out; without a tokenizer nobody knows the latter, and it is -1.
+    written out; without a tokenizer nobody knows the latter, and it is -1. `notes` say what a person would not expect.
     """
 
     tokens: tuple[int, ...] = ()
@@ -52,6 +53,7 @@ class Lengths:
     trained: int = 0
     refused: tuple[tuple[int, str], ...] = ()
     turns: tuple[tuple[str, int, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def unwritten(self) -> float:
@@ -125,13 +127,19 @@ def guess(rows: Sequence[Row], most: int = MOST_ROWS) -> Lengths:
 
 
 def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping: Callable[[], None] = lambda: None) -> Lengths | None:
-    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it cannot be read on this disk.
+    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it is not on this disk.
 
+    One that cannot be read leaves the guess, and a note that says so.
     `stopping` is called before every row and raises to interrupt.
     """
     from qlora_tui.engine import data
 
-    renderer = renderer_of(run) if rows else None
+    if not rows:
+        return None
+    try:
+        renderer = renderer_of(run)
+    except EngineError as error:
+        return replace(guess(rows, most), notes=(f"the model: {one_line(error.problem.message, limit=300)}",))
     if renderer is None:
         return None
     survey, chats = data.Survey(), []
@@ -144,8 +152,6 @@ def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping
             continue
         survey.add(tokens)
         chats += [len(tokens.input_ids)] if _answers(row) > 1 else []
-    if not survey.lengths:
-        return None
     counted = sorted(zip(survey.lengths, survey.first, strict=True))
     return Lengths(
         tuple(length for length, _ in counted),
@@ -156,21 +162,20 @@ def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping
         trained=sum(survey.supervised),
         refused=tuple((refusal.row, refusal.reason) for refusal in survey.refused),
         turns=_turns(_spread(rows, most), {refusal.row for refusal in survey.refused}),
+        notes=renderer.notes(),
     )
 
 
 def renderer_of(run: RunConfig) -> Renderer | None:
-    """Return what writes rows out for the run's model; None where its tokenizer cannot be read on this disk."""
+    """Return what writes rows out for the run's model; None where its tokenizer is not on this disk.
+
+    Raises:
+        EngineError: it is, and cannot be read.
+    """
     from qlora_tui.engine import data
 
     folder = tokenizer_folder(run)
-    if folder is None:
-        return None
-    try:
-        tokenizer = data.load_tokenizer(folder, run.chat_template)
-        return data.Renderer(tokenizer, mask_history=run.mask_history)
-    except EngineError:  # the run itself will say so; an estimate can do without
-        return None
+    return data.Renderer(data.load_tokenizer(folder, run.chat_template), mask_history=run.mask_history) if folder else None
 
 
 def _turns(rows: Sequence[Row], refused: set[int] | None) -> tuple[tuple[str, int, int], ...]:

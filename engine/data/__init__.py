@@ -2,7 +2,7 @@
 
 from qlora_tui.engine.data.boilerplate import boilerplate
 from qlora_tui.engine.data.chat import Chat, Format, Refusal, Row, Turn
-from qlora_tui.engine.data.facts import count_copies, describe
+from qlora_tui.engine.data.facts import count_copies, count_leaks, describe
 from qlora_tui.engine.data.formats import FORMATS, detect
 from qlora_tui.engine.data.holdout import HOLDOUT_CAP, size_of
 from qlora_tui.engine.data.load import Dataset, Source, load, load_eval
@@ -35,6 +35,7 @@ __all__ = [
     "absolute",
     "boilerplate",
     "count_copies",
+    "count_leaks",
     "describe",
     "detect",
     "histogram",

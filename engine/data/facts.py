@@ -122,6 +122,19 @@ def count_copies(rows: Iterable[Row], stopping: Callable[[], None] = lambda: Non
     return _duplicates(prints)
 
 
+def count_leaks(trained: Iterable[Row], measured: Iterable[Row], stopping: Callable[[], None] = lambda: None) -> int:
+    """Return how many of the rows to be measured on are also trained on, or nearly; slow, `stopping` raises to interrupt."""
+    prints = Prints(sketches=True)
+    for row in trained:
+        stopping()
+        prints.add(row.chat)
+    before = len(prints)
+    for row in measured:
+        stopping()
+        prints.add(row.chat)
+    return len(leaks(prints, before, stopping))
+
+
 def _duplicates(prints: Prints) -> dict[str, int]:
     exact = len(prints) - len({*first_of_equal(prints)})
     return {"exact": exact, "near": len(prints) - len({*groups(prints, sources=False)}) - exact}

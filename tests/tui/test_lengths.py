@@ -34,8 +34,10 @@ def test_a_tokenizer_on_this_disk_counts_the_rows(run):
 def test_without_a_tokenizer_the_guess_stays(run, tmp_path):
     desk = Desk()
     look = desk.look_at_data(run)
-    for name in ("nobody/nothing", str(tmp_path)):
-        assert desk.measure(replace(run, model_name_or_path=name), look) == replace(look, repeated=())
+    assert desk.measure(replace(run, model_name_or_path="nobody/nothing"), look) == replace(look, repeated=())
+    empty = desk.measure(replace(run, model_name_or_path=str(tmp_path)), look)
+    assert replace(empty.lengths, notes=()) == look.lengths
+    assert "tokenizer" in empty.lengths.notes[0]
 
 
 def test_rows_that_are_cut_or_split_are_counted_and_those_that_are_dropped_are_not(run):

@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+from conftest import write_model, write_tokenizer
 from pty_screen import Terminal
 
 from qlora_tui.engine import data, machine
@@ -139,6 +140,95 @@ async def test_before_the_data_are_read_the_key_says_so(run, until):
         await pilot.press("f2")
         await until(pilot, lambda: "there is no row to show" in words(app))
         assert app.screen is wizard_of(app)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "the chat template leaves out a turn of the user"),
+        ("{{ raise_exception('only one turn') }}", "the chat template refuses it (only one turn)"),
+    ],
+)
+async def test_a_template_that_cannot_be_followed_is_told_and_nobody_goes_on(run, until, tmp_path, template, why):
+    folder = tmp_path / "odd"
+    write_tokenizer(folder, template)
+    write_model(folder)
+    app = app_of(replace(run, model_name_or_path=str(folder)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "no row can be written out" in words(app))
+        shown = " ".join(words(app).split())
+        assert f"✖ no row can be written out for this model: {why}" in shown
+        assert "41 user, 41 assistant read; 0, 0 written out" in shown
+        assert "these data cannot be used" in shown
+        await pilot.press("enter")
+        await pilot.pause()
+        assert wizard_of(app).page.title == "data"
+
+
+async def test_a_tokenizer_that_cannot_be_read_is_told(run, until, tmp_path):
+    folder = tmp_path / "torn"
+    write_tokenizer(folder)
+    write_model(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    app = app_of(replace(run, model_name_or_path=str(folder)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "cannot be read" in words(app))
+        assert "guessed from characters" in words(app)
+        await pilot.press("f2")
+        await until(pilot, lambda: isinstance(app.screen, RowsScreen) and "cannot be read" in words(app))
+
+
+async def test_rows_to_measure_that_are_trained_too_are_told(run, until, write_jsonl, chat_rows):
+    fresh = [chat(f"quite another thing {n}", f"with other words {n} of its own") for n in range(6)]
+    measured = write_jsonl([*chat_rows[:5], *fresh], "measured.jsonl")
+    app = app_of(replace(run, eval_data=str(measured)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "leaks" in words(app))
+        found = data.describe(wizard_of(app).run, data.load(run, lenient=True), None, eval_dataset=data.load_eval(wizard_of(app).run))
+        assert f"leaks     {found['holdout']['leaks']} rows to measure on are also trained on" in words(app)
+        assert found["holdout"]["leaks"] == wizard_of(app).data_of_run().leaks >= 5
+
+
+async def test_what_many_rows_share_is_shown_with_its_text(run, until, write_jsonl):
+    opening = "as a model I hold no view of my own but here is what I was told"
+    rows = [chat(f"tell {n}", f"{opening} {n * n} and {n + 7}") for n in range(40)]
+    app = app_of(replace(run, data=(str(write_jsonl(rows, "shared.jsonl")),), max_length=256))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "repeated" in words(app))
+        assert f"repeated  in 100 % of rows, assistant: {opening}" in words(app)
+
+
+async def test_f4_goes_through_what_becomes_of_rows_that_are_too_long(run, until):
+    app = app_of(run)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "of rows are longer: dropped" in words(app))
+        few = wizard_of(app).outlook.rows
+        for chosen, told in (
+            ("cut", "of rows are longer: cut, "),
+            ("split", "of rows are longer: split by turns"),
+            ("drop", "longer: dropped"),
+        ):
+            await pilot.press("f4")
+            await until(pilot, lambda told=told: told in words(app))
+            assert wizard_of(app).run.too_long == chosen
+            assert (wizard_of(app).outlook.rows > few) == (chosen != "drop")
+
+
+async def test_faults_scroll_where_they_do_not_fit(run, until, write_jsonl, chat_rows):
+    bad = [{"messages": []}] * 12
+    app = app_of(replace(run, data=(str(write_jsonl([*chat_rows, *bad], "bad.jsonl")),), skip_bad_rows=False))
+    async with app.run_test(size=(60, 20)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "12 rows cannot be used" in words(app) and wizard_of(app).data_of_run().lengths.measured)
+        await pilot.press("pagedown")
+        await until(pilot, lambda: "triage" in words(app))
+        await pilot.press("pageup")
+        await until(pilot, lambda: "12 rows cannot be used" in words(app))
 
 
 async def test_without_a_tokenizer_a_sentence_says_why_no_row_is_shown(run, until):

@@ -42,7 +42,12 @@ def data_lines(found: Mapping[str, Any], *, cost: str = "", too_long: str = "", 
         lines += _limit_lines(found["limits"], cost, too_long)
     copies, held = found["duplicates"], found["holdout"]
     lines.append(f"duplicates {count(copies['exact'])} exact, {count(copies['near'])} near")
-    lines.append(f"held out   {count(held['rows'])} rows, {count(held['leaks'])} of them also in the training rows")
+    leaks = (
+        f"{count(held['leaks'])} more are also in the training rows and not measured"
+        if held["leaks"]
+        else "none of them in the training rows"
+    )
+    lines.append(f"held out   {_rows(held['rows'])}, {leaks}")
     if found["prepared"]:
         lines.append(_prepared_line(found["prepared"]))
     for each in found["boilerplate"]:

@@ -129,7 +129,7 @@ class DataPage(Page):
             self._busy = ()
             self._look_now()
             return False
-        blocked = bool(look.problem) or (look.refused > 0 and not self.wizard.run.skip_bad_rows)
+        blocked = bool(look.problem) or look.unwritable or (look.refused > 0 and not self.wizard.run.skip_bad_rows)
         if blocked:
             self.show()
         return not blocked

@@ -211,7 +211,10 @@ class Desk:
             return "the data have not been read yet" if rows is None else "there is no row that can be used"
         if not run.model_name_or_path:
             return "rows are written out by the model's own template: choose a model first"
-        renderer = renderer_of(run)
+        try:
+            renderer = renderer_of(run)
+        except EngineError as error:
+            return f"the model: {one_line(error.problem.message, limit=300)}"
         if renderer is None:
             name = one_line(run.model_name_or_path, limit=80)
             return f"rows are written out by the model's own template, and the tokenizer of {name} is not on this disk yet"
@@ -244,7 +247,7 @@ class Desk:
             plan = self._plan(spec, run, look)
         except EngineError:
             return None
-        if look is None or not look.rows or look.problem:
+        if look is None or not look.rows or look.problem or look.unwritable:
             return Outlook(plan)
         lengths = look.lengths.fitted(run)
         each = lengths.mean(run.max_length)

@@ -142,8 +142,14 @@ def _rest_lines(look: DataLook, run: RunConfig, width: int, outlook: Outlook | N
         more = ": the answers and what ends them" if tall else ""
         lines += [cells.assemble([_label("trained"), (trained + more, "")])] if trained else []
         lines += [cells.assemble([_label("copies"), (copies, style)])] if copies else []
+    if look.unwritable:
+        return [line.truncate(width, ellipsis=True) for line in lines]
     if look.rows:
         lines.append(cells.assemble([_label("held out"), (_held_words(run, look, outlook), "")]))
+    if look.leaks:
+        told = f"{look.leaks:,} rows to measure on are also trained on, or nearly: not measured"
+        lines.append(cells.assemble([_label("leaks"), (told, cells.WARN)]))
+    lines += [cells.assemble([_label("note"), (one_line(note, limit=300), "")]) for note in look.lengths.notes]
     lines += _repeated_lines(look, _REPEATED if tall else 1)
     lines += [cells.assemble([_label("triage"), (known, "")])] if known else []
     return [line.truncate(width, ellipsis=True) for line in lines]
@@ -196,8 +202,8 @@ def _held_words(run: RunConfig, look: DataLook, outlook: Outlook | None) -> str:
         trained, held, steps = outlook.rows, outlook.held, f", {outlook.steps_per_epoch:,} steps an epoch"
     train = f"{trained:,} to train{steps}"
     if look.measured_on is not None:
-        where = one_line(run.eval_data, limit=40) if run.eval_data else "the file that the data bring for it"
-        return f"none: {held:,} rows of {where} are measured on; {train}"
+        where = one_line(run.eval_data, limit=30) if run.eval_data else "the file that comes for it"
+        return f"none: {held:,} rows of {where} are measured; {train}"
     if run.eval_data:
         return f"none: {one_line(run.eval_data, limit=40)} is measured on; {train}"
     return f"about {held:,} rows to measure on; {train}" if held else f"none: nothing is measured; {train}"
@@ -221,7 +227,10 @@ def _fault_lines(look: DataLook, run: RunConfig, width: int, room: int) -> list[
         head = [(f"✖ {rows} cannot be used", cells.BAD), (way, cells.DIM)]
     lines = [cells.assemble(head)]
     shown = look.faults if look.refused <= room else look.faults[: max(1, room - 1)]
-    lines += [cells.assemble([("  " + one_line(fault, limit=300), "")]).truncate(width, ellipsis=True) for fault in shown]
+    if 2 * look.refused < room:
+        lines += [line for fault in shown for line in _wrapped("  " + one_line(fault, limit=300), "", width)]
+    else:
+        lines += [cells.assemble([("  " + one_line(fault, limit=300), "")]).truncate(width, ellipsis=True) for fault in shown]
     if look.refused > len(shown) and room > 1:
         lines.append(cells.assemble([(f"  and {look.refused - len(shown):,} more: qlora-tui data PATH lists them", cells.DIM)]))
     return lines
@@ -234,8 +243,14 @@ def _unwritten_lines(look: DataLook, width: int) -> list[Content]:
         return []
     number, reason = refused[0]
     rows = f"{len(refused):,} row{'s' if len(refused) > 1 else ''}"
+    if look.unwritable:
+        return _wrapped(f"✖ no row can be written out for this model: {one_line(reason, limit=300)}", cells.BAD, width)
     told = f"▲ {rows} cannot be written out, such as row {number}: {one_line(reason, limit=200)}"
     return [cells.assemble([(told, cells.WARN)]).truncate(width, ellipsis=True)]
+
+
+def _wrapped(text: str, style: str, width: int) -> list[Content]:
+    return [cells.assemble([(line, style)]) for line in textwrap.wrap(text, width, subsequent_indent="  ")]
 
 
 def _sample_lines(look: DataLook, width: int) -> list[Content]:
