@@ -188,7 +188,7 @@ async def test_rows_to_measure_that_are_trained_too_are_told(run, until, write_j
         await to_data(pilot, until, app)
         await until(pilot, lambda: "leaks" in words(app))
         found = data.describe(wizard_of(app).run, data.load(run, lenient=True), None, eval_dataset=data.load_eval(wizard_of(app).run))
-        assert f"leaks     {found['holdout']['leaks']} rows to measure on are also trained on" in words(app)
+        assert f"leaks     {found['holdout']['leaks']} of those to measure on are also trained on" in words(app)
         assert found["holdout"]["leaks"] == wizard_of(app).data_of_run().leaks >= 5
 
 
@@ -351,7 +351,7 @@ def test_nothing_is_held_out_of_a_folder_that_brings_its_own_rows_to_measure(run
     outlook = desk.outlook(run, look)
     assert outlook.steps_per_epoch == 3  # of 16 rows
     assert "40 rows · measured on 6 rows of their own" in "\n".join(line.plain for line in summary(run, outlook, look, "x"))
-    assert "none: 6 rows of the file" in "\n".join(line.plain for line in found_lines(look, run, 76, 20))
+    assert "measured  6 rows of the file that comes for it; 40 to train" in "\n".join(line.plain for line in found_lines(look, run, 76, 20))
     own = planning.needs(run, desk.model(run), desk.machine())
     assert own.basis.startswith("6 steps")
     assert planning.needs(run, desk.model(run), desk.machine(), data.load(run).rows, 6).basis == own.basis

@@ -114,7 +114,8 @@ def _perplexity_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"           {count(found['under'])} are under {limit}, but at most {most} of the rows go, the lowest first;")
         lines.append(f"           --set perplexity_drop_most={all_of_them:g} lets all of them go")
     if found["exempt"]:
-        lines.append(f"           {count(found['exempt'])} answers under {found['exempt_tokens']} tokens are not judged")
+        short = f"{count(found['exempt'])} answer{'' if found['exempt'] == 1 else 's'}"
+        lines.append(f"           {short} under {found['exempt_tokens']} tokens {'is' if found['exempt'] == 1 else 'are'} not judged")
     highest = max((each["rows"] for each in found["histogram"]), default=0)
     for each in found["histogram"]:
         span = f"{each['low']:,g} - {each['high']:,g}" if each["high"] else f"{each['low']:,g} and more"

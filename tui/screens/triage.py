@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _LADDER = (1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)
 _LEAST_SHARE = float(str(KEYS["perplexity_drop_most"].default))
 _HALF_AN_EPOCH = 0.5
-_SHOWN = 3
+_SHOWN, _SHOWN_TALL = 3, 8
 _TALL = 30
 _ABOUT = (
     "The base can score every answer by its perplexity. Very low: it would write the answer itself, so training on it costs time and "
@@ -189,7 +189,8 @@ class TriageScreen(Screen[None]):
         told: list[Part] = [(self._fault, cells.BAD)] if self._fault else [(self._doing, cells.MAIN)] if self._doing else []
         head = _lines(_ABOUT, width, "") if self.size.height >= _TALL or self._scored is None else []
         if (scored := self._scored) is not None:
-            body = scored_lines(scored, self._run, self._threshold, width, self._answers)
+            shown = _SHOWN_TALL if self.size.height >= _TALL else _SHOWN
+            body = scored_lines(scored, self._run, self._threshold, width, self._answers, shown)
         else:
             body = [Content(" "), *_invitation(self._cost(), width)]
         news = [Content(" "), *_lines(told[0][0], width, told[0][1])] if told else []
@@ -214,10 +215,12 @@ def title_of(run: RunConfig, width: int) -> Content:
     return cells.row([("what the base already knows", f"bold {cells.MAIN}")], [state], width)
 
 
-def scored_lines(scored: Scored, run: RunConfig, threshold: float, width: int, answers: Mapping[int, str]) -> list[Content]:
-    """Return the histogram with both ends, what would go at `threshold`, and the answers at the ends."""
+def scored_lines(
+    scored: Scored, run: RunConfig, threshold: float, width: int, answers: Mapping[int, str], shown: int = _SHOWN
+) -> list[Content]:
+    """Return the histogram with both ends, what would go at `threshold`, and so many answers at each end."""
     lines = [*_histogram_lines(scored, threshold, width), *_verdict_lines(scored, run, threshold, width)]
-    for label, found in (("lowest", scored.found[:_SHOWN]), ("highest", scored.found[: -_SHOWN - 1 : -1])):
+    for label, found in (("lowest", scored.found[:shown]), ("highest", scored.found[: -shown - 1 : -1])):
         for place, (value, row) in enumerate(found):
             where = f"{_short(value):>7}  row {row:<6,}"
             parts: list[Part] = [
@@ -259,9 +262,10 @@ def _verdict_lines(scored: Scored, run: RunConfig, threshold: float, width: int)
         told = f"up to {percent(run.perplexity_drop_most)} of the rows may go, as you confirmed; a takes that back"
         lines.append(_labelled("", told, "", width))
     if scored.exempt:
-        told = f"{scored.exempt:,} answers under {EXEMPT_TOKENS} tokens are not judged"
+        short = "1 answer" if scored.exempt == 1 else f"{scored.exempt:,} answers"
+        told = f"{short} under {EXEMPT_TOKENS} tokens {'is' if scored.exempt == 1 else 'are'} not judged"
         lines.append(_labelled("", told, cells.DIM, width))
-    lines.append(_labelled("", "what goes is listed in dropped.jsonl beside the run; the highest always stay", cells.DIM, width))
+    lines.append(_labelled("", "what goes is listed in dropped.jsonl beside the run", cells.DIM, width))
     return lines
 
 
@@ -284,7 +288,7 @@ def _lines(text: str, width: int, style: str) -> list[Content]:
 
 
 def _ends(scored: Scored) -> list[int]:
-    return [row for _, row in (*scored.found[:_SHOWN], *scored.found[-_SHOWN:])]
+    return [row for _, row in (*scored.found[:_SHOWN_TALL], *scored.found[-_SHOWN_TALL:])]
 
 
 def _short(value: float) -> str:

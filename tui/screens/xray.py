@@ -127,7 +127,8 @@ def _limit_lines(look: DataLook, run: RunConfig, width: int, cost: str) -> list[
         told = f"at {run.max_length:,}: {longer if over else 'no row seems longer'}"
     style = cells.WARN if over else ""
     mark = "▲ " if over else ""
-    wrapped = textwrap.wrap(mark + told, max(20, width - _LABEL - 2))
+    kept = (mark + told).replace(" %", "\xa0%").replace(" GiB", "\xa0GiB")  # a figure and its unit stay on one line
+    wrapped = [line.replace("\xa0", " ") for line in textwrap.wrap(kept, max(20, width - _LABEL - 2))]
     return [cells.assemble([_label("" if index else "limit"), (line, style)]) for index, line in enumerate(wrapped)]
 
 
@@ -145,9 +146,9 @@ def _rest_lines(look: DataLook, run: RunConfig, width: int, outlook: Outlook | N
     if look.unwritable:
         return [line.truncate(width, ellipsis=True) for line in lines]
     if look.rows:
-        lines.append(cells.assemble([_label("held out"), (_held_words(run, look, outlook), "")]))
+        lines.append(_held_line(run, look, outlook))
     if look.leaks:
-        told = f"{look.leaks:,} rows to measure on are also trained on, or nearly: not measured"
+        told = f"{look.leaks:,} of those to measure on are also trained on: not measured"
         lines.append(cells.assemble([_label("leaks"), (told, cells.WARN)]))
     lines += [cells.assemble([_label("note"), (one_line(note, limit=300), "")]) for note in look.lengths.notes]
     lines += _repeated_lines(look, _REPEATED if tall else 1)
@@ -195,18 +196,19 @@ def _copies_words(look: DataLook) -> str:
     return f"{exact:,} exact, {near:,} nearly the same{seen}" if exact or near else f"none{seen}"
 
 
-def _held_words(run: RunConfig, look: DataLook, outlook: Outlook | None) -> str:
+def _held_line(run: RunConfig, look: DataLook, outlook: Outlook | None) -> Content:
+    """Say how many rows are measured and trained, and how many steps that is."""
     trained, held = used_rows(run, look.lengths, look.rows, look.measured_on, look.copies[0])
     steps = ""
     if outlook is not None and outlook.rows:
         trained, held, steps = outlook.rows, outlook.held, f", {outlook.steps_per_epoch:,} steps an epoch"
     train = f"{trained:,} to train{steps}"
-    if look.measured_on is not None:
+    if run.eval_data or look.measured_on is not None:
         where = one_line(run.eval_data, limit=30) if run.eval_data else "the file that comes for it"
-        return f"none: {held:,} rows of {where} are measured; {train}"
-    if run.eval_data:
-        return f"none: {one_line(run.eval_data, limit=40)} is measured on; {train}"
-    return f"about {held:,} rows to measure on; {train}" if held else f"none: nothing is measured; {train}"
+        rows = f"{held:,} rows of " if look.measured_on is not None else ""
+        return cells.assemble([_label("measured"), (f"{rows}{where}; {train}", "")])
+    told = f"about {held:,} rows to measure on" if held else "none: nothing is measured"
+    return cells.assemble([_label("held out"), (f"{told}; {train}", "")])
 
 
 def _tokens(look: DataLook) -> str:
