@@ -390,6 +390,27 @@ def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 
 
+def test_the_command_tells_turns_steps_leaks_and_time(run, capsys, write_jsonl, chat_rows):
+    fresh = [chat(f"quite another thing {n}", f"with other words {n} of its own") for n in range(6)]
+    rows = write_jsonl([*chat_rows, chat("say", "no <|im_end|> yes"), {"messages": []}], "told.jsonl")
+    measured = write_jsonl([*chat_rows[:5], *fresh], "measured.jsonl")
+    named = ["data", str(rows), "--model", run.model_name_or_path, "--set", f"eval_data={measured}"]
+    assert main([*named, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps_per_epoch"] == found["prepared"]["steps_per_epoch"] == 3
+    assert found["turns_in"]["user"] == found["turns_out"]["user"] + 1 == 41
+    assert found["holdout"]["leaks"] >= 5
+    assert len(found["time"]["total_seconds"]) == 3
+    assert main(named) == 0
+    out = capsys.readouterr().out
+    assert "turns      41 user, 41 assistant read, 40 user, 40 assistant written out; 40 trained" in out
+    assert f"{found['holdout']['leaks']} more are also in the training rows and not measured" in out
+    assert "3 steps an epoch; 0 rows dropped" in out
+    assert "\ntime       " in out
+    assert "refused    row 42, line 42: messages: the list of messages is empty" in out
+    assert "refused    row 41, line 41: its text holds <|im_end|>" in out
+
+
 def test_the_command_says_what_a_longer_limit_costs(run, capsys):
     arguments = ["data", run.data[0], "--model", run.model_name_or_path, "--set", "max_length=40", "--examples", "1"]
     assert main(arguments) == 0

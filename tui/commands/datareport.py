@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_tui.engine.data.perplexity import share_for
 from qlora_tui.engine.errors import EngineError
+from qlora_tui.engine.forecast import Before, before
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.planner import choose
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, safe_text
-from qlora_tui.engine.units import count, percent
+from qlora_tui.engine.units import count, percent, words
 from qlora_tui.tui.lengths import cost_words, limit_words, multiple, share
 
 _BAR = 30
@@ -21,13 +23,16 @@ _REFUSED_SHOWN = 20
 _TRAINED, _SPECIAL, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
-def data_lines(found: Mapping[str, Any], *, cost: str = "", too_long: str = "", colour: bool = False) -> list[str]:
+def data_lines(
+    found: Mapping[str, Any], *, cost: str = "", too_long: str = "", time: Before | None = None, colour: bool = False
+) -> list[str]:
     """Return the facts about a dataset for people; every text of its own is escaped.
 
     Args:
         found: what `describe` returned.
         cost: what the limit that keeps 99 % whole costs, as `limit_cost` says it.
         too_long: what the run does with rows over its limit.
+        time: how long the run takes, where that can be said.
         colour: whether trained tokens of the examples are coloured, on top of their mark.
     """
     lines = [f"format     {one_line(found['format'] or 'none')} ({one_line(found['why'])})"]
@@ -50,6 +55,9 @@ def data_lines(found: Mapping[str, Any], *, cost: str = "", too_long: str = "", 
     lines.append(f"held out   {_rows(held['rows'])}, {leaks}")
     if found["prepared"]:
         lines.append(_prepared_line(found["prepared"]))
+    if time is not None:
+        low, middle, high = time.total_seconds
+        lines.append(f"time       {words(middle)} ({words(low)} - {words(high)}), {one_line(time.basis)}")
     for each in found["boilerplate"]:
         where = f"in {count(each['rows'])} rows ({share(each['share'])}), {each['role']}"
         lines.append(f"repeated   {where}: {one_line(each['text'], limit=160)}")
@@ -96,6 +104,24 @@ def limit_cost(run: RunConfig, spec: ModelSpec, device: Machine, found: Mapping[
     except EngineError:
         return ""
     return cost_words(spec, planned, device, (min(longest, run.max_length), min(longest, limit)), limit)
+
+
+def time_of(run: RunConfig, spec: ModelSpec, device: Machine, found: Mapping[str, Any]) -> Before | None:
+    """Return how long a run on what was prepared takes, with the planner's choices made; None where that cannot be said."""
+    prepared = found["prepared"]
+    if not prepared:
+        return None
+    each = prepared["tokens"] / prepared["train_rows"]
+    planned = choose(spec, run, device, longest=prepared["max_row_tokens"], mean=each).run
+    return before(
+        spec,
+        planned,
+        device,
+        tokens_per_epoch=prepared["tokens"],
+        steps=run.max_steps or max(1, math.ceil(prepared["steps_per_epoch"] * run.num_train_epochs)),
+        steps_per_epoch=prepared["steps_per_epoch"],
+        holdout_tokens=round(each * prepared["holdout_rows"]),
+    )
 
 
 def _prepared_line(found: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from qlora_tui.tui.printer import Streams, table
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Dataset
+    from qlora_tui.engine.forecast import Before
     from qlora_tui.tui.probe import Probed
 
 
@@ -92,10 +93,11 @@ def data(options: argparse.Namespace) -> int:
     found = room.describe(blind, rows, tokenizer, options.examples, eval_dataset=held)
     if options.perplexity and found["usable"]:
         found |= _scores(run, rows, found, streams)
+    cost, time = _estimates(run, found)
     if options.json:
-        streams.data.document(found)
+        streams.data.document({**found, "time": time.to_json() if time else {"step_seconds": None, "total_seconds": None}})
     else:
-        lines = datareport.data_lines(found, cost=_limit_cost(run, found), too_long=run.too_long, colour=streams.data.colours)
+        lines = datareport.data_lines(found, cost=cost, too_long=run.too_long, time=time, colour=streams.data.colours)
         streams.data.write("".join(f"{line}\n" for line in lines))
     return int(ExitCode.DONE if found["usable"] else ExitCode.USAGE)
 
@@ -129,17 +131,18 @@ def _teller(streams: Streams) -> Callable[[str, int, int], None]:
     return say
 
 
-def _limit_cost(run: RunConfig, found: Mapping[str, Any]) -> str:
-    """Say what a longer limit costs, where the model is known without asking a network again."""
+def _estimates(run: RunConfig, found: Mapping[str, Any]) -> tuple[str, Before | None]:
+    """Say what a longer limit costs, and how long the run takes, where the model is known without asking a network again."""
     from qlora_tui.engine import machine, preflight
     from qlora_tui.tui.commands import datareport
 
     if not found["tokens"]:
-        return ""
+        return "", None
     try:
-        return datareport.limit_cost(run, preflight.find_spec(run), machine.look(), found)
+        spec, device = preflight.find_spec(run), machine.look()
+        return datareport.limit_cost(run, spec, device, found), datareport.time_of(run, spec, device, found)
     except EngineError:
-        return ""
+        return "", None
 
 
 def presets(options: argparse.Namespace) -> int:
