@@ -16,8 +16,10 @@ from qlora_tui.engine.errors import Stopped, WontFit
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.scoring import Scored, scored_by
-from qlora_tui.tui.screens.triage import TriageScreen
+from qlora_tui.tui.screens.rows import title_of
+from qlora_tui.tui.screens.triage import TriageScreen, scored_lines
 from qlora_tui.tui.screens.wizard import WizardScreen
+from qlora_tui.tui.writtenrows import WrittenRow
 
 FOUND = tuple((1.05 + number / 40, number + 1) for number in range(70)) + tuple((50.0 * number, number) for number in range(71, 171))
 SCORED = Scored(200, FOUND)
@@ -173,6 +175,19 @@ async def test_in_ascii_every_cell_is_ascii(run_config, until, size):
         await pilot.press("s")
         await until(pilot, lambda: "threshold" in words(app) and "row" in words(app))
         assert words(app).isascii()
+
+
+def test_where_every_answer_is_short_nothing_is_judged(run_config):
+    told = "\n".join(line.plain for line in scored_lines(Scored(5), run_config, 3.0, 76, {}))
+    assert "0 of 5 rows would go (0 %)" in told
+    assert "5 answers under 16 tokens are not judged" in told
+
+
+def test_a_row_says_how_well_the_base_knows_it(run_config):
+    row = WrittenRow(7, tokens=40, trained=20)
+    title = title_of(row, 6, 40, replace(run_config, perplexity_filter=3.0), 80, 1.234)
+    assert title.plain.startswith("row 7 · 40 tokens · 50 % trained · perplexity 1.23")
+    assert "perplexity" not in title_of(row, 6, 40, run_config, 80).plain
 
 
 async def test_other_rows_or_another_base_have_to_be_scored_anew(run_config):

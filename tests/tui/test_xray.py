@@ -145,7 +145,10 @@ async def test_before_the_data_are_read_the_key_says_so(run, until):
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "the chat template leaves out a turn of the user"),
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
+            "the chat template leaves out or changes a turn of the user",
+        ),
         ("{{ raise_exception('only one turn') }}", "the chat template refuses it (only one turn)"),
     ],
 )

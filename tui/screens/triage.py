@@ -277,7 +277,7 @@ def _invitation(cost: str, width: int) -> list[Content]:
     most, short = percent(_LEAST_SHARE), f"answers under {EXEMPT_TOKENS} tokens stay"
     rules = f"Under {USUAL:g} is usual. At most {most} of the rows go unless you allow more; {short}."
     kept = "What was left out is listed in dropped.jsonl beside the run."
-    asked = "s  scores them now, in a process of its own; nothing else is touched. Leaving this page ends it."
+    asked = "s  scores them now, in a process of its own; weights that are not here yet are fetched. Leaving this page ends it."
     blind = "space  switches it on unseen: the run itself scores them first."
     texts = ((f"{rules} {kept}", ""), (f"{asked} {cost}", cells.MAIN), (blind, cells.DIM))
     return [line for text, style in texts for line in (*_lines(text, width, style), Content(" "))]
