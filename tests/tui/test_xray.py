@@ -12,7 +12,7 @@ from conftest import write_model, write_tokenizer
 from pty_screen import Terminal
 
 from qlora_tui.engine import data, machine
-from qlora_tui.engine.data import Piece
+from qlora_tui.engine.data import Piece, perplexity
 from qlora_tui.engine.errors import Stopped
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.tui import lengths
@@ -21,6 +21,7 @@ from qlora_tui.tui.cli import main
 from qlora_tui.tui.commands import planning
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import Lengths, split_rows
+from qlora_tui.tui.screens import triage
 from qlora_tui.tui.screens.desk import Desk
 from qlora_tui.tui.screens.go import summary
 from qlora_tui.tui.screens.rows import RowsScreen, lines_of
@@ -388,7 +389,7 @@ def test_the_reading_line_knows_what_nobody_knows():
     assert "50 % of 2.0 GiB" in reading_line(1 << 30, 2 << 30, 76).plain
 
 
-@pytest.mark.parametrize("module", [lengths])
+@pytest.mark.parametrize("module", [lengths, perplexity, triage])
 def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 

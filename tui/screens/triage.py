@@ -193,8 +193,8 @@ class TriageScreen(Screen[None]):
             body = scored_lines(scored, self._run, self._threshold, width, self._answers, shown)
         else:
             body = [Content(" "), *_invitation(self._cost(), width)]
-        news = [Content(" "), *_lines(told[0][0], width, told[0][1])] if told else []
-        self._put("#row-text", cells.stack([*head, *([Content(" ")] if head and scored else []), *body, *news]))
+        news = [*_lines(told[0][0], width, told[0][1]), Content(" ")] if told else []
+        self._put("#row-text", cells.stack([*news, *head, *([Content(" ")] if head and scored else []), *body]))
 
     def _cost(self) -> str:
         """Say how long it takes: a pass forward over the rows is at most half of one that trains."""
