@@ -13,6 +13,8 @@ from qlora_tui.tui.lengths import Lengths, guess
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Dataset, Row
 
+_NO_FORMAT = "no known format fits"
+_COLUMNS = "columns of other names are told on the command line, such as --set data_columns=prompt=ASK,completion=REPLY"
 _SHOWN_ROWS = 6
 _SHOWN_FAULTS = 20
 _COMPARED_ROWS = 20_000
@@ -57,7 +59,8 @@ def look_of(run: RunConfig, found: Dataset, apart: Dataset | None, stopping: Cal
 
     lengths = guess(found.rows)
     samples = tuple((turn.role, turn.content[:400]) for row in found.rows[:_SHOWN_ROWS] for turn in row.chat.turns[:4])
-    faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in found.refused[:_SHOWN_FAULTS])
+    refused = [item for item in found.refused if found.rows or item.reason != found.why]  # what is wrong with all is told once
+    faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in refused[:_SHOWN_FAULTS])
     copies = data.count_copies(itertools.islice(found.rows, _COMPARED_ROWS), stopping)
     trained, measured = (itertools.islice(each.rows if each else (), _COMPARED_ROWS) for each in (found, apart))
     look = DataLook(
@@ -67,8 +70,9 @@ def look_of(run: RunConfig, found: Dataset, apart: Dataset | None, stopping: Cal
         rows=len(found.rows),
         samples=samples,
         faults=faults,
-        refused=len(found.refused),
-        problem="" if found.rows else "no row of it can be used",
+        refused=len(refused),
+        problem="" if found.rows else f"no row of it can be used{': ' if found.why else ''}{found.why}",
+        hint=_COLUMNS if not found.rows and found.why.startswith(_NO_FORMAT) else "",
         copies=(copies["exact"], copies["near"], min(len(found.rows), _COMPARED_ROWS)),
         measured_on=len(apart.rows) if apart else None,
         leaks=data.count_leaks(trained, measured, stopping) if apart else 0,

@@ -415,6 +415,27 @@ def test_the_command_tells_turns_steps_leaks_and_time(run, capsys, write_jsonl, 
     assert "refused    row 41, line 41: its text holds <|im_end|>" in out
 
 
+def test_rows_that_share_a_fault_are_told_together(run, capsys, write_jsonl, chat_rows):
+    rows = write_jsonl([{"messages": []}, {"messages": []}, *chat_rows[:2], {"messages": []}, *[{"messages": []}] * 3], "alike.jsonl")
+    assert main(["data", str(rows)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused")]
+    places = ("rows 1 to 2, lines 1 to 2", "rows 5 to 8, lines 5 to 8")
+    assert told == [f"refused    {place}: messages: the list of messages is empty" for place in places]
+
+
+async def test_columns_of_unknown_names_are_told_once_with_the_way_out(run, until, write_jsonl):
+    odd = write_jsonl([{"ask": f"q {n}", "reply": f"a {n}"} for n in range(30)], "odd.jsonl")
+    app = app_of(replace(run, data=(str(odd),)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "no row of it can be used" in words(app))
+        shown = " ".join(words(app).split())
+        assert "no row of it can be used: no known format fits: the rows hold the keys 'ask', 'reply'" in shown
+        assert "--set data_columns=prompt=ASK,completion=REPLY" in shown
+        assert shown.count("no known format fits") == 1
+        assert "ctrl+o" not in shown
+
+
 def test_the_command_says_what_a_longer_limit_costs(run, capsys):
     arguments = ["data", run.data[0], "--model", run.model_name_or_path, "--set", "max_length=40", "--examples", "1"]
     assert main(arguments) == 0

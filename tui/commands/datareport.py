@@ -64,14 +64,29 @@ def data_lines(
     if "perplexity" in found:
         lines += _perplexity_lines(found["perplexity"])
     lines += [f"note       {one_line(note)}" for note in found.get("notes", ())]
-    for fault in found["refused"][:_REFUSED_SHOWN]:
-        place = f", line {fault['line']}" if fault.get("line") else ""
-        where = f"{one_line(fault['field'])}: " if fault["field"] else ""
-        lines.append(f"refused    row {fault['row']}{place}: {where}{one_line(fault['reason'])}")
-    if len(found["refused"]) > _REFUSED_SHOWN:
-        lines.append(f"           and {count(len(found['refused']) - _REFUSED_SHOWN)} more (--json lists all)")
+    lines += _refused_lines(found["refused"])
     for example in found.get("examples", ()):
         lines += _example_lines(example, colour=colour)
+    return lines
+
+
+def _refused_lines(refused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List refused rows with their reasons; rows one after the other that share theirs are told together."""
+    lines: list[str] = []
+    told = 0
+    alike = itertools.groupby(enumerate(refused), lambda each: (each[1]["field"], each[1]["reason"], each[1]["row"] - each[0]))
+    for (field, reason, _), found in itertools.islice(alike, _REFUSED_SHOWN):
+        faults = [fault for _, fault in found]
+        told += len(faults)
+        first, last = faults[0], faults[-1]
+        many = "s" if len(faults) > 1 else ""
+        rows, place = ([f"{fault[name]}" for fault in (first, last) if fault.get(name)] for name in ("row", "line"))
+        told_rows = f"row{many} {' to '.join(dict.fromkeys(rows))}"
+        told_lines = f", line{many} {' to '.join(dict.fromkeys(place))}" if place else ""
+        where = f"{one_line(field)}: " if field else ""
+        lines.append(f"refused    {told_rows}{told_lines}: {where}{one_line(reason)}")
+    if told < len(refused):
+        lines.append(f"           and {count(len(refused) - told)} more (--json lists all)")
     return lines
 
 

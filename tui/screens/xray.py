@@ -49,10 +49,9 @@ def found_lines(
         known: what is known of answers that the base knows already.
     """
     if look.problem:
-        lines = [cells.assemble([(f"✖ {one_line(look.problem, limit=400)}", cells.BAD)])]
-        if look.hint:
-            lines.append(cells.assemble([("  " + one_line(look.hint, limit=400), cells.DIM)]))
-        return lines + _fault_lines(look, run, width, max(1, height - 3))
+        lines = _wrapped(f"✖ {one_line(look.problem, limit=400)}", cells.BAD, width)
+        lines += _wrapped("  " + one_line(look.hint, limit=400), cells.DIM, width) if look.hint else []
+        return lines + _fault_lines(look, run, width, max(1, height - len(lines) - 1))
     tall = height >= _TALL
     head = _head_lines(look, width, tall=tall)
     others = [*_limit_lines(look, run, width, cost), *_rest_lines(look, run, width, outlook, known, tall=tall)]
@@ -226,6 +225,7 @@ def _fault_lines(look: DataLook, run: RunConfig, width: int, room: int) -> list[
         head: list[Part] = [(f"▲ {rows} cannot be used and will be left out", cells.WARN), ("   ctrl+o takes that back", cells.DIM)]
     else:
         way = "   mend them, or ctrl+o goes on without them" if width >= 70 else "   ctrl+o: go on without"
+        way = "" if look.problem else way
         head = [(f"✖ {rows} cannot be used", cells.BAD), (way, cells.DIM)]
     lines = [cells.assemble(head)]
     shown = look.faults if look.refused <= room else look.faults[: max(1, room - 1)]
