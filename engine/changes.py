@@ -20,7 +20,7 @@ from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, choose_optimizer, double_quantized, element_bytes, four_bit
 from qlora_tui.engine.spec import RunConfig, Value, rows_at_once, rows_per_step
-from qlora_tui.engine.units import percent
+from qlora_tui.engine.units import count, percent
 
 _STAND_IN = "RTX 4090"  # ranks the changes for a card that nobody knows; only the ratio of two times is told
 _LENGTH_STEP = 256
@@ -67,7 +67,16 @@ class Asked:
 
     def after(self, values: Mapping[str, Value], model: ModelSpec | None = None) -> Budget:
         """Return the estimate with some settings changed."""
-        return estimate(model or self.model, _with(self.run, values), self.machine, longest=self.longest, correction=self.correction)
+        run = _with(self.run, values)
+        return estimate(model or self.model, run, self.machine, longest=self._longest(run), correction=self.correction)
+
+    def _longest(self, run: RunConfig) -> int | None:
+        """Return the longest row of `run`, which a longer limit lets in; None where not every row was counted."""
+        if self.longest is None or not self.lengths or run.max_length <= self.run.max_length:
+            return self.longest
+        if run.too_long != "drop":
+            return min(self.lengths[-1], run.max_length)
+        return max(self.longest, self.lengths[bisect_right(self.lengths, run.max_length) - 1])
 
     def need(self, values: Mapping[str, Value]) -> int:
         """Return the bytes that must be free for a change to be safe."""
@@ -139,7 +148,7 @@ def _fewer_tokens(asked: Asked) -> Iterator[Change]:
         yield Change({"max_length": length}, f"rows of at most {length} tokens, and none of your rows looked at is longer")
     else:
         now = asked.over(asked.run.max_length) or 0.0
-        quality = f"drops {percent(share - now)} of your rows"
+        quality = f"{asked.run.too_long}s {percent(share - now)} of your rows"
         yield Change({"max_length": length}, f"rows of at most {length} tokens", 1 if share - now < 0.1 else 2, quality)
 
 
@@ -192,9 +201,10 @@ def roomier(asked: Asked) -> Iterator[Iterable[Change]]:
         if four_bit(asked.model, run) and not asked.model.quantized:
             yield [Change({"method": "lora"}, "the base in 16 bits", quality="no loss from 4 bits")]
     now = asked.over(run.max_length)
+    whole = "" if run.too_long == "drop" else " whole"
     if now:
         yield (
-            Change({"max_length": length}, f"rows up to {length} tokens", quality=f"keeps {percent(gain)} more of your rows")
+            Change({"max_length": length}, f"max length {count(length)}", quality=f"keeps {percent(gain)} more of your rows{whole}")
             for length in _longer(asked)
             if (gain := now - (asked.over(length) or 0.0)) > 0
         )

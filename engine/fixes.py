@@ -183,8 +183,9 @@ def _spend(asked: Asked, changes: Iterable[Change]) -> Fix | None:
             gains = [f"{1 / factor:.1f}x faster"] if factor < _MUCH_FASTER else []
             gains += [change.quality] if change.quality else []
             gains += [f"{factor:.1f}x the time"] if factor > 1.05 else []
-            text = ", ".join([f"{change.text}: {gib(after.total_bytes)}", *gains])
-            return Fix(change.values, asked.now.total_bytes - after.total_bytes, factor, text, True, change.quality)
+            more = after.total_bytes - asked.now.total_bytes
+            text = ", ".join([f"{change.text}: {'+' if more >= 0 else '-'}{gib(abs(more))}, {gib(after.total_bytes)} in all", *gains])
+            return Fix(change.values, -more, factor, text, True, change.quality)
     return None
 
 

@@ -72,6 +72,11 @@ def train_for_real(**job: Any) -> Generator[Event, None, Ended]:
     return (yield from train(Job(**job)))
 
 
+def score_for_real(**job: Any) -> Generator[Event, None, Ended]:
+    """Run as training does until the base has scored the answers, and end there."""
+    return train_for_real(**job, scores_alone=True)
+
+
 def warm() -> None:
     """Import the training room beside whatever a person is still typing; a failure will be told by the run itself."""
     settle_libraries()

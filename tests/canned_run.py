@@ -10,7 +10,8 @@ from qlora_tui.engine import events as ev
 from qlora_tui.engine import machine, models
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, values_of
-from qlora_tui.tui.screens.desk import DataLook, Desk, ModelChoice
+from qlora_tui.tui.datalook import DataLook
+from qlora_tui.tui.screens.desk import Desk, ModelChoice
 
 GIB = 1 << 30
 

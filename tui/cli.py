@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from qlora_tui.tui.commands import CHILD
+from qlora_tui.tui.commands import CHILD, SCORER
 from qlora_tui.tui.descriptors import hold_descriptors
 
 TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
@@ -108,7 +108,7 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
     name, rest = ("", arguments)
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
-        if name not in (*COMMANDS, CHILD):
+        if name not in (*COMMANDS, CHILD, SCORER):
             _refuse_command(name)
     parser = build(name)
     options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[]))
@@ -190,6 +190,7 @@ def _budget_arguments(parser: argparse.ArgumentParser) -> None:
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", default="", help="JSONL file, hub dataset or builtin:python-docs")
     parser.add_argument("--examples", metavar="N", type=_count, default=0, help="show N rows and which parts are trained on")
+    parser.add_argument("--perplexity", action="store_true", help="let the base score every answer: which it knows, which it finds absurd")
     _config_arguments(parser)
     _json(parser)
 
@@ -222,15 +223,16 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "runs": _runs_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
+    SCORER: _child_arguments,
 }
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     """Return the function of a command, importing its rooms only now."""
-    if name in ("", "demo", CHILD):
+    if name in ("", "demo", CHILD, SCORER):
         from qlora_tui.tui.commands import run
 
-        return {"": run.run, "demo": run.demo, CHILD: run.child}[name]
+        return {"": run.run, "demo": run.demo, CHILD: run.child, SCORER: run.scores}[name]
     if name == "attach":
         from qlora_tui.tui.commands import attach
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from qlora_tui.engine.errors import BadRow, EngineError
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ _CHARACTERS_A_TOKEN = 3.6
 _ROW_OVERHEAD = 12
 MOST_ROWS = 4000
 _STEP = 128
+TOO_LONG = {"drop": "dropped", "cut": "cut", "split": "split by turns"}
+"""What becomes of rows that are too long, by the values of `too_long`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,8 @@ class Lengths:
 
     `longest_chat` is the longest row with more than one answer. Of rows that were measured, `first` holds in the same order
     where the first trained token stands, `trained` is the number of all trained tokens, and `refused` holds the rows that
-    cannot be written out, as (number, reason).
+    cannot be written out, as (number, reason). `turns` holds, by role, how many turns were read and how many of them are
+    written out; without a tokenizer nobody knows the latter, and it is -1. `notes` say what a person would not expect.
     """
 
     tokens: tuple[int, ...] = ()
@@ -47,6 +52,23 @@ class Lengths:
     first: tuple[int, ...] = ()
     trained: int = 0
     refused: tuple[tuple[int, str], ...] = ()
+    turns: tuple[tuple[str, int, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def unwritten(self) -> float:
+        """Return the share of rows that cannot be written out."""
+        return len(self.refused) / (len(self.refused) + len(self.tokens)) if self.refused else 0.0
+
+    def fitted(self, run: RunConfig) -> Lengths:
+        """Return the lengths once `too_long` was applied: cut rows are as long as the limit, and so is the longest part of one split.
+
+        >>> Lengths((5, 8, 13, 21)).fitted(RunConfig(max_length=10, too_long="cut")).tokens
+        (5, 8, 10, 10)
+        """
+        if run.too_long == "drop" or self.longest <= run.max_length:
+            return self
+        return replace(self, tokens=tuple(min(length, run.max_length) for length in self.tokens))
 
     @property
     def longest(self) -> int:
@@ -100,17 +122,24 @@ def guess(rows: Sequence[Row], most: int = MOST_ROWS) -> Lengths:
     """Return lengths of at most `most` rows, guessed from the number of characters."""
     found = [(row, _guessed(row)) for row in _spread(rows, most)]
     chats = [length for row, length in found if _answers(row) > 1]
-    return Lengths(tuple(sorted(length for _, length in found)), longest_chat=max(chats, default=0))
+    turns = _turns(_spread(rows, most), None)
+    return Lengths(tuple(sorted(length for _, length in found)), longest_chat=max(chats, default=0), turns=turns)
 
 
 def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping: Callable[[], None] = lambda: None) -> Lengths | None:
-    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it cannot be read on this disk.
+    """Return lengths of at most `most` rows, counted by the model's tokenizer; None where it is not on this disk.
 
+    One that cannot be read leaves the guess, and a note that says so.
     `stopping` is called before every row and raises to interrupt.
     """
     from qlora_tui.engine import data
 
-    renderer = renderer_of(run) if rows else None
+    if not rows:
+        return None
+    try:
+        renderer = renderer_of(run)
+    except EngineError as error:
+        return replace(guess(rows, most), notes=(f"the model: {one_line(error.problem.message, limit=300)}",))
     if renderer is None:
         return None
     survey, chats = data.Survey(), []
@@ -123,8 +152,6 @@ def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping
             continue
         survey.add(tokens)
         chats += [len(tokens.input_ids)] if _answers(row) > 1 else []
-    if not survey.lengths:
-        return None
     counted = sorted(zip(survey.lengths, survey.first, strict=True))
     return Lengths(
         tuple(length for length, _ in counted),
@@ -134,21 +161,33 @@ def measure(rows: Sequence[Row], run: RunConfig, most: int = MOST_ROWS, stopping
         first=tuple(first for _, first in counted),
         trained=sum(survey.supervised),
         refused=tuple((refusal.row, refusal.reason) for refusal in survey.refused),
+        turns=_turns(_spread(rows, most), {refusal.row for refusal in survey.refused}),
+        notes=renderer.notes(),
     )
 
 
 def renderer_of(run: RunConfig) -> Renderer | None:
-    """Return what writes rows out for the run's model; None where its tokenizer cannot be read on this disk."""
+    """Return what writes rows out for the run's model; None where its tokenizer is not on this disk.
+
+    Raises:
+        EngineError: it is, and cannot be read.
+    """
     from qlora_tui.engine import data
 
     folder = tokenizer_folder(run)
-    if folder is None:
-        return None
-    try:
-        tokenizer = data.load_tokenizer(folder, run.chat_template)
-        return data.Renderer(tokenizer, mask_history=run.mask_history)
-    except EngineError:  # the run itself will say so; an estimate can do without
-        return None
+    return data.Renderer(data.load_tokenizer(folder, run.chat_template), mask_history=run.mask_history) if folder else None
+
+
+def _turns(rows: Sequence[Row], refused: set[int] | None) -> tuple[tuple[str, int, int], ...]:
+    """Return turns read and written by role, in the order in which roles appear; written ones are -1 where `refused` is not known."""
+    read: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
+    for row in rows:
+        said = Counter(turn.role for turn in row.chat.turns)
+        read += said
+        if refused and row.number in refused:
+            lost += said
+    return tuple((role, many, -1 if refused is None else many - lost[role]) for role, many in read.items())
 
 
 def _answers(row: Row) -> int:
@@ -200,17 +239,45 @@ def split_rows(run: RunConfig, rows: int, measured: int | None = None) -> tuple[
     return used - held, held
 
 
-def limit_words(limit: int, longer: float, lost: float, keeps: int, more: str = "") -> str:
-    """Return what a limit does to the rows in a sentence; `more` says what the longer limit `keeps` costs.
+def used_rows(run: RunConfig, lengths: Lengths, rows: int, measured: int | None = None, copies: int = 0) -> tuple[int, int]:
+    """Return about how many of `rows` rows that could be read are trained on, and how many are measured.
+
+    Left out are those that cannot be written out, those that are too long where such are dropped, and exact copies where
+    `filter_duplicates` is on. What the triage leaves out is not known without the base. `measured` is as for `split_rows`.
+    """
+    kept = (1 - lengths.unwritten) * (1 - lengths.fitted(run).over(run.max_length))
+    return split_rows(run, max(1, round(rows * kept) - (copies if run.filter_duplicates != "off" else 0)), measured)
+
+
+def triage_remark(run: RunConfig) -> str:
+    """Say that what `perplexity_filter` will leave out is still counted; nothing where it is off."""
+    if not run.perplexity_filter:
+        return ""
+    most = f"at most {run.perplexity_drop_most:.0%}".replace("%", " %")
+    return f"perplexity_filter will leave out rows ({most}) that are counted here in rows, steps and time: only the base can say which."
+
+
+def limit_words(limit: int, longer: float, lost: float, keeps: int, more: str = "", too_long: str = "") -> str:
+    """Return what a limit does to the rows in a sentence: as `too_long` has it, or without it what it would do to their answers.
+
+    `more` says what the longer limit `keeps` costs.
 
     >>> limit_words(2048, 0.12, 0.04, 3072, "+1.9 GiB")
     'at 2,048: 12 % of rows are longer, 4.0 % lose their whole answer; 3,072 would keep 99 %, +1.9 GiB'
+    >>> limit_words(512, 0.12, 0.0, 512, "", "drop"), limit_words(512, 0.12, 0.0, 512, "", "cut")
+    ('at 512: 12 % of rows are longer: dropped', 'at 512: 12 % of rows are longer: cut, none loses its whole answer')
     """
     if not longer:
         return f"at {limit:,}: no row is longer"
-    gone = f"{share(lost)} lose their whole answer" if lost else "none loses its whole answer"
+    lose = f"{share(lost)} {'would lose' if too_long == 'drop' else 'lose'} their whole answer" if lost else "none loses its whole answer"
+    if too_long == "drop":
+        gone = f": dropped (cut, {lose})" if lost else ": dropped"
+    elif too_long == "split":
+        gone = f": {TOO_LONG[too_long]}"
+    else:
+        gone = f": cut, {lose}" if too_long else f", {lose}"
     kept = f"; {keeps:,} would keep 99 %{', ' if more else ''}{more}" if keeps > limit else ""
-    return f"at {limit:,}: {share(longer)} of rows are longer, {gone}{kept}"
+    return f"at {limit:,}: {share(longer)} of rows are longer{gone}{kept}"
 
 
 def multiple(length: int) -> int:

@@ -88,7 +88,7 @@ def probe(
         ended = child.run(command, doing="measuring the speed", stopping=stopping, watch=heard.look)
         heard.look()
         if heard.finished is None or heard.finished.exit_code:
-            raise _refusal(heard.finished, ended)
+            raise refusal(heard.finished, ended, "the test run", "--probe")
         return heard.measured()
 
 
@@ -144,8 +144,9 @@ def _middle(points: list[tuple[float, float]]) -> tuple[int, float]:
     return round(statistics.median(tokens for tokens, _ in points)), statistics.median(seconds for _, seconds in points)
 
 
-def _refusal(finished: Finished | None, ended: child.Ended) -> EngineError:
+def refusal(finished: Finished | None, ended: child.Ended, what: str, where: str) -> EngineError:
+    """Return the error for `what`, a run in a process of its own that ended badly, in the words of that run."""
     said = finished.reason if finished else ended.last_words
     if (finished is not None and finished.exit_code == ExitCode.WILL_NOT_FIT) or ended.code == ExitCode.WILL_NOT_FIT:
-        return WontFit(f"the test run does not fit: {said}", where="--probe")
-    return EngineError(f"the test run could not be made: {said}", where="--probe")
+        return WontFit(f"{what} does not fit: {said}", where=where)
+    return EngineError(f"{what} could not be made: {said}", where=where)

@@ -1,7 +1,8 @@
 """Datasets: what a row holds, how it is read, rendered, masked, measured and held out. Nothing here imports torch."""
 
+from qlora_tui.engine.data.boilerplate import boilerplate
 from qlora_tui.engine.data.chat import Chat, Format, Refusal, Row, Turn
-from qlora_tui.engine.data.facts import count_copies, describe
+from qlora_tui.engine.data.facts import count_copies, count_leaks, describe
 from qlora_tui.engine.data.formats import FORMATS, detect
 from qlora_tui.engine.data.holdout import HOLDOUT_CAP, size_of
 from qlora_tui.engine.data.load import Dataset, Source, load, load_eval
@@ -32,7 +33,9 @@ __all__ = [
     "Tokenizer",
     "Turn",
     "absolute",
+    "boilerplate",
     "count_copies",
+    "count_leaks",
     "describe",
     "detect",
     "histogram",

@@ -6,7 +6,8 @@ put together to passages and shown with its words. Rows of equal text count once
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine.data.chat import Chat, Row
@@ -27,15 +28,19 @@ _SHOWN_WORDS = 60
 _ABOUT = 0.8
 
 
-def boilerplate(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the passages shared by most rows: `text`, `role` of the turn, `rows` that hold it, and `share` of those looked at."""
+def boilerplate(rows: Sequence[Row], stopping: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """Return the passages shared by most rows: `text`, `role` of the turn, `rows` that hold it, and `share` of those looked at.
+
+    Slow; `stopping` is called for every row and raises to interrupt.
+    """
     import numpy as np
 
     known = hashes()
-    looked = list(_texts(rows))
+    looked = list(_texts(rows, stopping))
     found: list[Windows] = []
     owner = [-1]
     for row, _, words in looked:
+        stopping()
         each = _windows(words, known)
         if row == owner[-1]:
             found[-1] = np.concatenate((found[-1], each))
@@ -55,11 +60,12 @@ def boilerplate(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return _shown(passages, distinct)
 
 
-def _texts(rows: Sequence[Row]) -> Iterator[tuple[int, str, list[str]]]:
+def _texts(rows: Sequence[Row], stopping: Callable[[], None]) -> Iterator[tuple[int, str, list[str]]]:
     """Yield row, role and words of turns, spread over the rows, of each text once, until enough windows were seen."""
     seen: set[bytes] = set()
     windows = 0
     for index in range(min(len(rows), _ROWS)):
+        stopping()
         chat = rows[index * len(rows) // min(len(rows), _ROWS)].chat
         key = near_key(chat)
         if key in seen or windows > _WINDOWS:
@@ -101,14 +107,20 @@ def _passages(words: Sequence[str], windows: Sequence[int], often: dict[int, int
         start = end
 
 
+def _alike(words: Sequence[str], others: Sequence[str]) -> bool:
+    """Say whether more than half of the shorter text is one stretch of the longer: a passage with the word that happens to follow it."""
+    same = SequenceMatcher(None, words, others, autojunk=False).find_longest_match().size
+    return same > min(len(words), len(others)) / 2
+
+
 def _shown(passages: dict[tuple[str, str], int], rows: int) -> list[dict[str, Any]]:
-    """Return the passages in most rows, the longer first among equals, none that is part of another one shown."""
+    """Return the passages in most rows, the longer first among equals, none that is for its larger part part of one shown."""
     ordered = sorted(passages.items(), key=lambda each: (-each[1], -len(each[0][1]), each[0]))
     shown: list[dict[str, Any]] = []
     for (role, text), count in ordered:
         if len(shown) == _SHOWN:
             break
-        if any(text.casefold() in other["text"].casefold() or other["text"].casefold() in text.casefold() for other in shown):
+        if any(_alike(text.casefold().split(), other["text"].casefold().split()) for other in shown):
             continue
         shown.append({"text": text, "role": role, "rows": count, "share": count / rows})
     for each in shown:

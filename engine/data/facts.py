@@ -39,7 +39,7 @@ def describe(
     renderer = Renderer(tokenizer, mask_history=run.mask_history) if tokenizer else None
     measured = _survey(dataset, prepared, renderer) if renderer else Survey()
     if run.perplexity_filter:
-        notes.append("perplexity_filter is not applied here: it needs the model, so a run may train fewer rows.")
+        notes.append("perplexity_filter is not applied here: it needs the model, so a run may train fewer rows; --perplexity applies it.")
     faults = [asdict(refusal) for refusal in (*dataset.refused, *measured.refused)]
     unusable = {refusal.row for refusal in measured.refused}
     counts = _Counts(dataset.rows, unusable)
@@ -120,6 +120,19 @@ def count_copies(rows: Iterable[Row], stopping: Callable[[], None] = lambda: Non
         stopping()
         prints.add(row.chat)
     return _duplicates(prints)
+
+
+def count_leaks(trained: Iterable[Row], measured: Iterable[Row], stopping: Callable[[], None] = lambda: None) -> int:
+    """Return how many of the rows to be measured on are also trained on, or nearly; slow, `stopping` raises to interrupt."""
+    prints = Prints(sketches=True)
+    for row in trained:
+        stopping()
+        prints.add(row.chat)
+    before = len(prints)
+    for row in measured:
+        stopping()
+        prints.add(row.chat)
+    return len(leaks(prints, before, stopping))
 
 
 def _duplicates(prints: Prints) -> dict[str, int]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,7 +24,10 @@ from qlora_tui.engine.spec import RunConfig
 
 EXEMPT_TOKENS = 16
 """Shorter answers are never left out: a right "Yes" is likely whatever the base knows."""
+USUAL = 3.0
+"""The threshold that is offered: most answers that a base makes itself, and hardly one that is new to it, lie under it."""
 _EDGES = (1.5, 3.0, 10.0, 30.0, 100.0)
+_FINE_EDGES = (1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
 _LOOK_UP_EVERY = 256
 _MOST_NATS = 700.0  # exp of more is no float
 
@@ -75,15 +79,38 @@ def judge(run: RunConfig, rows: int, places: Sequence[int], means: Sequence[floa
     """
     threshold = run.perplexity_filter
     under = sorted((mean, place) for place, mean in zip(places, means, strict=True) if perplexity(mean) < threshold)
-    most = math.floor(run.perplexity_drop_most * rows + 1e-9)
+    most = most_of(run, rows)
     notes = [_histogram(places, means, threshold), *_exempt(rows - len(places))]
     if len(under) > most:
-        share = math.ceil(100 * len(under) / rows) / 100
+        share = share_for(len(under), rows)
         notes.append(
             f"{len(under)} answers are under perplexity {threshold:g}, but at most {run.perplexity_drop_most:.0%} of {rows} rows"
             f" are left out: the {most} lowest went, those nearest to it stay. perplexity_drop_most={share:g} leaves out all of them."
         )
     return Judged({place: perplexity(mean) for mean, place in under[:most]}, tuple(notes))
+
+
+def most_of(run: RunConfig, rows: int) -> int:
+    """Return how many of `rows` training rows may be left out at most."""
+    return math.floor(run.perplexity_drop_most * rows + 1e-9)
+
+
+def share_for(number: int, rows: int) -> float:
+    """Return the smallest `perplexity_drop_most`, in whole percents, that lets `number` of `rows` rows go."""
+    return math.ceil(100 * number / rows - 1e-9) / 100
+
+
+def histogram(perplexities: Sequence[float], threshold: float) -> list[tuple[float, float, int]]:
+    """Return answers by perplexity in bins from, to, how many; the last ends nowhere, and one begins at `threshold`.
+
+    >>> histogram([1.2, 2.5, 4000.0], 3.0)[:3]
+    [(1.0, 1.5, 1), (1.5, 2.0, 0), (2.0, 3.0, 1)]
+    """
+    edges = [1.0, *sorted({*_FINE_EDGES, threshold}), math.inf]
+    ordered = sorted(perplexities)
+    below = [0, *(bisect_left(ordered, edge) for edge in edges[1:])]  # nothing is under 1
+    steps = zip(itertools.pairwise(edges), itertools.pairwise(below), strict=True)
+    return [(low, high, most - least) for (low, high), (least, most) in steps]
 
 
 def without(tokenized: Tokenized, judged: Judged, threshold: float) -> Tokenized:

@@ -143,7 +143,9 @@ class Template:
         places = {index: text.find(_mark(index)) for index in marked}
         for index in marked:
             if text.count(_mark(index)) != 1:
-                raise BadRow(f"the chat template {'leaves out' if places[index] < 0 else 'repeats'} a turn of the {turns[index].role}")
+                raise BadRow(
+                    f"the chat template {'leaves out or changes' if places[index] < 0 else 'repeats'} a turn of the {turns[index].role}"
+                )
         order = sorted(places, key=lambda index: places[index])
         edges = [0, *(places[index] + len(_mark(index)) for index in order)]
         literals = [text[edge : places[index]] for edge, index in zip(edges, order, strict=False)] + [text[edges[-1] :]]

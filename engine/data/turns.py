@@ -16,6 +16,8 @@ _UNREAD = ("audio", "image", "images", "video", "videos", "refusal")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _BARE = frozenset(("role", "from", "content", "value"))
 _TRAIN_FLAGS = ("weight", "train", "training")
+_PART_FLAGS = ("train", "weight")
+_SPANS = ("train_detail", "training_detail")
 
 
 def looks_like_turns(value: object) -> bool:
@@ -93,8 +95,13 @@ def _turn(item: object, field: str) -> Turn:
     unread = next((name for name in _UNREAD if plain.get(name)), None)
     if unread:
         raise BadRow(f"{unread} cannot be trained yet", field=f"{field}.{unread}", hint="remove it or the row")
+    if spans := next((name for name in _SPANS if plain.get(name)), None):
+        told = "a message has train flags for parts of its text"
+        raise BadRow(told, field=f"{field}.{spans}", hint="flags of whole turns, or segments, can be told")
     role_key = "role" if plain.get("role") is not None or "from" not in plain else "from"
     text_key = "content" if plain.get("content") is not None or "value" not in plain else "value"
+    if isinstance(plain.get(text_key), list):
+        plain = _parts_agreed(plain, text_key, field)
     written = str(plain.get(role_key)).strip().casefold()
     if written in ("function_call", "tool_call"):
         calls, role, text = read_call_text(plain.get(text_key), f"{field}.{text_key}"), "assistant", ""
@@ -111,6 +118,19 @@ def _turn(item: object, field: str) -> Turn:
     if thoughts and role != "assistant":
         raise BadRow("only an assistant turn can have thoughts", field=field)
     return Turn(role, text, _trained(plain, role, field), name, calls, call_id, thoughts)
+
+
+def _parts_agreed(turn: Mapping[str, object], key: str, field: str) -> Mapping[str, object]:
+    """Return the turn with the train flag that all parts of its content have as its own; where they differ, it stays and is refused."""
+    parts = turn[key]
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+        return turn
+    flags = [{read_flag(part.get(name), f"{field}.{key}") for name in _PART_FLAGS} - {None} for part in parts]
+    if not flags or len(flags[0]) != 1 or any(each != flags[0] for each in flags):
+        return turn
+    (flag,) = flags[0]
+    bare = [{name: value for name, value in part.items() if name not in _PART_FLAGS} for part in parts]
+    return {**turn, key: bare, **({"train": flag} if not flag or turn.get("train") is None else {})}
 
 
 def _content(value: object, role: Role, field: str, *, calls: bool) -> str:

@@ -49,6 +49,7 @@ class Job:
     """A checked run: what `preflight` found, where to write, whom to listen to.
 
     `say` journals what a callback deep inside a download or the tokenizer has to tell, where a generator cannot yield.
+    `scores_alone` ends it before the first step, once the base has scored the answers: a person wants to see them first.
     `rehearse_on_cpu` is for tests: a processor has no hard limit to find out about, and a rehearsal costs it a whole step.
     """
 
@@ -62,6 +63,7 @@ class Job:
     wishes: Wishes
     say: Callable[[Event], object]
     resume: bool = False
+    scores_alone: bool = False
     rehearse_on_cpu: bool = False
 
 
@@ -107,6 +109,8 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     yield Phase("load", "end", seconds=time.monotonic() - began, **meter.told("load"))
     if choices.run.perplexity_filter:
         tokenized = yield from _sift(job, choices, loaded, folder, tokenized, meter)
+    if job.scores_alone:
+        return Result("done", "the base has scored the answers")
     loop = _loop(job, choices, loaded, tokenized, meter)
     rehearsed = yield from _rehearse(job, choices, loop, tokenized)
     if job.resume:

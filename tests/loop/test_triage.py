@@ -15,12 +15,14 @@ from conftest import write_model, write_tokenizer
 from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
-from qlora_tui.engine import evaluate, report
-from qlora_tui.engine.errors import DataError
+from qlora_tui.engine import evaluate, machine, report
+from qlora_tui.engine.errors import DataError, Stopped
 from qlora_tui.engine.events import Finding, Phase, Planned, Prepared, Record, Resumed
 from qlora_tui.engine.spec import RunConfig, from_values
 from qlora_tui.engine.train import triage
 from qlora_tui.engine.train.triage import SCORES, Triage
+from qlora_tui.tui import scoring
+from qlora_tui.tui.cli import main
 from qlora_tui.tui.printer import _prepared
 
 PROMPTS = [f"say {word}" for word in ("red", "blue", "green", "gold", "grey", "pink")]
@@ -260,3 +262,47 @@ def test_answers_that_are_all_short_are_told_and_not_scored(
     ran = drive(run_of(data=(str(data),)), tmp_path / "run")
     assert ran.error is None
     assert [note for note in ran.of(Prepared)[-1].notes if "fewer than 16 tokens" in note]
+
+
+def test_scores_seen_before_the_run_are_those_of_the_run_which_does_not_score_again(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of()
+    told: list[str] = []
+    scored = scoring.score(run, say=lambda doing, done, total: told.append(doing))
+    assert told[0] == "loading the libraries"
+    assert "scoring the answers" in told
+    monkeypatch.setattr(Triage, "_score", never)
+    ran = drive(run, tmp_path / "run", machine=machine.look())
+    assert ran.error is None
+    after = ran.of(Prepared)[-1]
+    assert scored.prepared == after
+    assert scored.rows == ran.of(Prepared)[0].train_rows
+    assert scored.gone(run) == len(lost(ran)) > 0
+    assert [row for _, row in scored.found[: len(lost(ran))]] == [
+        row["row"] for row in sorted(lost(ran), key=lambda row: row["perplexity"])
+    ]
+    named = ["data", run.data[0], "--model", run.model_name_or_path, "--perplexity"]
+    for name in ("method", "max_length", "val_set_size", "per_device_train_batch_size", "perplexity_filter", "gradient_accumulation_steps"):
+        named += ["--set", f"{name}={getattr(run, name)}"]
+    named += ["--set", "gradient_checkpointing=false"]
+    assert main([*named, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["prepared"]["train_rows"] == after.train_rows == document["perplexity"]["rows"] - document["perplexity"]["left_out"]
+    assert document["prepared"]["tokens"] == after.tokens
+    assert document["perplexity"]["applied"] is True
+    assert document["perplexity"]["lowest"][0]["row"] in PLANTED
+    assert document["perplexity"]["lowest"][0]["text"] in {*TEACH}
+    assert sum(each["rows"] for each in document["perplexity"]["histogram"]) == document["perplexity"]["scored"]
+
+
+def test_scoring_that_is_stopped_leaves_nothing(run_of: Make, home: Path) -> None:
+    with pytest.raises(Stopped):
+        scoring.score(run_of(), stopping=lambda: True)
+    assert not list((home / "cache").glob("rows/*"))
+
+
+def test_without_a_model_nobody_can_score(write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl([{"prompt": f"say {n}", "completion": "yes"} for n in range(12)], "short.jsonl")
+    assert main(["data", str(data), "--perplexity"]) == 2
+    assert "the base scores the answers, and no model is named" in capsys.readouterr().err

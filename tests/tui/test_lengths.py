@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.tui.lengths import Lengths, share
+from qlora_tui.tui.lengths import Lengths, share, used_rows
 from qlora_tui.tui.screens.desk import Desk
 from qlora_tui.tui.screens.numbers import note_of
 from qlora_tui.tui.screens.settings import MAIN
@@ -34,8 +34,29 @@ def test_a_tokenizer_on_this_disk_counts_the_rows(run):
 def test_without_a_tokenizer_the_guess_stays(run, tmp_path):
     desk = Desk()
     look = desk.look_at_data(run)
-    assert desk.measure(replace(run, model_name_or_path="nobody/nothing"), look) is None
-    assert desk.measure(replace(run, model_name_or_path=str(tmp_path)), look) is None
+    assert desk.measure(replace(run, model_name_or_path="nobody/nothing"), look) == replace(look, repeated=())
+    empty = desk.measure(replace(run, model_name_or_path=str(tmp_path)), look)
+    assert replace(empty.lengths, notes=()) == look.lengths
+    assert "tokenizer" in empty.lengths.notes[0]
+
+
+def test_rows_that_are_cut_or_split_are_counted_and_those_that_are_dropped_are_not(run):
+    lengths = Lengths((10, 20, 30, 4000), measured=True, whole=True, refused=((5, "why"),))
+    kept, cut = (used_rows(replace(run, max_length=100, too_long=way), lengths, 100) for way in ("drop", "cut"))
+    assert sum(kept) == 60  # of five one cannot be written out, and one is too long
+    assert sum(cut) == 80
+    assert lengths.fitted(replace(run, max_length=100, too_long="cut")).longest_trained(100) == 100
+    assert lengths.longest_trained(100) == 30
+    assert sum(used_rows(replace(run, max_length=4096, filter_duplicates="exact"), lengths, 100, copies=7)) == 73
+
+
+def test_a_turn_that_is_read_and_not_written_out_shows(run, write_jsonl):
+    rows = [{"prompt": f"say {n}", "completion": "yes" if n else "a <|im_end|> b"} for n in range(9)]
+    named = replace(run, data=(str(write_jsonl(rows, "turns.jsonl")),))
+    desk = Desk()
+    look = desk.look_at_data(named)
+    assert look.lengths.turns == (("user", 9, -1), ("assistant", 9, -1))
+    assert desk.measure(named, look).lengths.turns == (("user", 9, 8), ("assistant", 9, 8))
 
 
 def test_rows_over_the_limit_are_told_and_not_counted_in_the_time(run):

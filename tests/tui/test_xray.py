@@ -8,18 +8,21 @@ import threading
 from dataclasses import replace
 
 import pytest
+from conftest import write_model, write_tokenizer
 from pty_screen import Terminal
 
 from qlora_tui.engine import data, machine
-from qlora_tui.engine.data import Piece
+from qlora_tui.engine.data import Piece, perplexity
 from qlora_tui.engine.errors import Stopped
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.tui import lengths
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.cli import main
 from qlora_tui.tui.commands import planning
+from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import Lengths, split_rows
-from qlora_tui.tui.screens.desk import DataLook, Desk
+from qlora_tui.tui.screens import triage
+from qlora_tui.tui.screens.desk import Desk
 from qlora_tui.tui.screens.go import summary
 from qlora_tui.tui.screens.rows import RowsScreen, lines_of
 from qlora_tui.tui.screens.wizard import WizardScreen
@@ -70,11 +73,14 @@ async def test_the_data_page_tells_lengths_limits_shares_and_copies(run, until):
         await until(pilot, lambda: "trained" in words(app))
         shown = words(app)
         measured = wizard_of(app).data_of_run().lengths
-    assert "41 rows  messages" in shown
-    assert "messages: " in shown
+    assert "41 rows  1," in shown
+    assert " tokens  messages: " in shown
+    assert "turns     41 user, 41 assistant read, all of them written out" in shown
+    assert " steps an epoch" in shown
+    assert "triage    off; F3 finds" in shown
     assert "lengths   ▁" in shown or "lengths   ▂" in shown or "lengths   █" in shown
-    assert f"at 40: {lengths.share(measured.over(40))} of rows are longer" in shown
-    assert "128 would keep 99 %, +" in shown.replace("\n            ", " ")
+    assert f"at 40: {lengths.share(measured.over(40))} of rows are longer: dropped" in shown
+    assert "128 would keep 99 %, +" in " ".join(shown.split())
     assert f"{lengths.share(measured.trained / sum(measured.tokens))} of the tokens" in shown
     assert "copies 1 exact" in shown
     assert "held out  about" in shown
@@ -135,6 +141,98 @@ async def test_before_the_data_are_read_the_key_says_so(run, until):
         await pilot.press("f2")
         await until(pilot, lambda: "there is no row to show" in words(app))
         assert app.screen is wizard_of(app)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
+            "the chat template leaves out or changes a turn of the user",
+        ),
+        ("{{ raise_exception('only one turn') }}", "the chat template refuses it (only one turn)"),
+    ],
+)
+async def test_a_template_that_cannot_be_followed_is_told_and_nobody_goes_on(run, until, tmp_path, template, why):
+    folder = tmp_path / "odd"
+    write_tokenizer(folder, template)
+    write_model(folder)
+    app = app_of(replace(run, model_name_or_path=str(folder)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "no row can be written out" in words(app))
+        shown = " ".join(words(app).split())
+        assert f"✖ no row can be written out for this model: {why}" in shown
+        assert "41 user, 41 assistant read; 0, 0 written out" in shown
+        assert "these data cannot be used" in shown
+        await pilot.press("enter")
+        await pilot.pause()
+        assert wizard_of(app).page.title == "data"
+
+
+async def test_a_tokenizer_that_cannot_be_read_is_told(run, until, tmp_path):
+    folder = tmp_path / "torn"
+    write_tokenizer(folder)
+    write_model(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    app = app_of(replace(run, model_name_or_path=str(folder)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "cannot be read" in words(app))
+        assert "guessed from characters" in words(app)
+        await pilot.press("f2")
+        await until(pilot, lambda: isinstance(app.screen, RowsScreen) and "cannot be read" in words(app))
+
+
+async def test_rows_to_measure_that_are_trained_too_are_told(run, until, write_jsonl, chat_rows):
+    fresh = [chat(f"quite another thing {n}", f"with other words {n} of its own") for n in range(6)]
+    measured = write_jsonl([*chat_rows[:5], *fresh], "measured.jsonl")
+    app = app_of(replace(run, eval_data=str(measured)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "leaks" in words(app))
+        found = data.describe(wizard_of(app).run, data.load(run, lenient=True), None, eval_dataset=data.load_eval(wizard_of(app).run))
+        assert f"leaks     {found['holdout']['leaks']} of those to measure on are also trained on" in words(app)
+        assert found["holdout"]["leaks"] == wizard_of(app).data_of_run().leaks >= 5
+
+
+async def test_what_many_rows_share_is_shown_with_its_text(run, until, write_jsonl):
+    opening = "as a model I hold no view of my own but here is what I was told"
+    rows = [chat(f"tell {n}", f"{opening} {n * n} and {n + 7}") for n in range(40)]
+    app = app_of(replace(run, data=(str(write_jsonl(rows, "shared.jsonl")),), max_length=256))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "repeated" in words(app))
+        assert f"repeated  in 100 % of rows, assistant: {opening}" in words(app)
+
+
+async def test_f4_goes_through_what_becomes_of_rows_that_are_too_long(run, until):
+    app = app_of(run)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "of rows are longer: dropped" in words(app))
+        few = wizard_of(app).outlook.rows
+        for chosen, told in (
+            ("cut", "of rows are longer: cut, "),
+            ("split", "of rows are longer: split by turns"),
+            ("drop", "longer: dropped"),
+        ):
+            await pilot.press("f4")
+            await until(pilot, lambda told=told: told in words(app))
+            assert wizard_of(app).run.too_long == chosen
+            assert (wizard_of(app).outlook.rows > few) == (chosen != "drop")
+
+
+async def test_faults_scroll_where_they_do_not_fit(run, until, write_jsonl, chat_rows):
+    bad = [{"messages": []}] * 12
+    app = app_of(replace(run, data=(str(write_jsonl([*chat_rows, *bad], "bad.jsonl")),), skip_bad_rows=False))
+    async with app.run_test(size=(60, 20)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "12 rows cannot be used" in words(app) and wizard_of(app).data_of_run().lengths.measured)
+        await pilot.press("pagedown")
+        await until(pilot, lambda: "triage" in words(app))
+        await pilot.press("pageup")
+        await until(pilot, lambda: "12 rows cannot be used" in words(app))
 
 
 async def test_without_a_tokenizer_a_sentence_says_why_no_row_is_shown(run, until):
@@ -257,7 +355,7 @@ def test_nothing_is_held_out_of_a_folder_that_brings_its_own_rows_to_measure(run
     outlook = desk.outlook(run, look)
     assert outlook.steps_per_epoch == 3  # of 16 rows
     assert "40 rows · measured on 6 rows of their own" in "\n".join(line.plain for line in summary(run, outlook, look, "x"))
-    assert "none: 6 rows of the file" in "\n".join(line.plain for line in found_lines(look, run, 76, 20))
+    assert "measured  6 rows of the file that comes for it; 40 to train" in "\n".join(line.plain for line in found_lines(look, run, 76, 20))
     own = planning.needs(run, desk.model(run), desk.machine())
     assert own.basis.startswith("6 steps")
     assert planning.needs(run, desk.model(run), desk.machine(), data.load(run).rows, 6).basis == own.basis
@@ -291,9 +389,51 @@ def test_the_reading_line_knows_what_nobody_knows():
     assert "50 % of 2.0 GiB" in reading_line(1 << 30, 2 << 30, 76).plain
 
 
-@pytest.mark.parametrize("module", [lengths])
+@pytest.mark.parametrize("module", [lengths, perplexity, triage])
 def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
+
+
+def test_the_command_tells_turns_steps_leaks_and_time(run, capsys, write_jsonl, chat_rows):
+    fresh = [chat(f"quite another thing {n}", f"with other words {n} of its own") for n in range(6)]
+    rows = write_jsonl([*chat_rows, chat("say", "no <|im_end|> yes"), {"messages": []}], "told.jsonl")
+    measured = write_jsonl([*chat_rows[:5], *fresh], "measured.jsonl")
+    named = ["data", str(rows), "--model", run.model_name_or_path, "--set", f"eval_data={measured}"]
+    assert main([*named, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps_per_epoch"] == found["prepared"]["steps_per_epoch"] == 3
+    assert found["turns_in"]["user"] == found["turns_out"]["user"] + 1 == 41
+    assert found["holdout"]["leaks"] >= 5
+    assert len(found["time"]["total_seconds"]) == 3
+    assert main(named) == 0
+    out = capsys.readouterr().out
+    assert "turns      41 user, 41 assistant read, 40 user, 40 assistant written out; 40 trained" in out
+    assert f"{found['holdout']['leaks']} more are also in the training rows and not measured" in out
+    assert "3 steps an epoch; 0 rows dropped" in out
+    assert "\ntime       " in out
+    assert "refused    row 42, line 42: messages: the list of messages is empty" in out
+    assert "refused    row 41, line 41: its text holds <|im_end|>" in out
+
+
+def test_rows_that_share_a_fault_are_told_together(run, capsys, write_jsonl, chat_rows):
+    rows = write_jsonl([{"messages": []}, {"messages": []}, *chat_rows[:2], {"messages": []}, *[{"messages": []}] * 3], "alike.jsonl")
+    assert main(["data", str(rows)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused")]
+    places = ("rows 1 to 2, lines 1 to 2", "rows 5 to 8, lines 5 to 8")
+    assert told == [f"refused    {place}: messages: the list of messages is empty" for place in places]
+
+
+async def test_columns_of_unknown_names_are_told_once_with_the_way_out(run, until, write_jsonl):
+    odd = write_jsonl([{"ask": f"q {n}", "reply": f"a {n}"} for n in range(30)], "odd.jsonl")
+    app = app_of(replace(run, data=(str(odd),)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await to_data(pilot, until, app)
+        await until(pilot, lambda: "no row of it can be used" in words(app))
+        shown = " ".join(words(app).split())
+        assert "no row of it can be used: no known format fits: the rows hold the keys 'ask', 'reply'" in shown
+        assert "--set data_columns=prompt=ASK,completion=REPLY" in shown
+        assert shown.count("no known format fits") == 1
+        assert "ctrl+o" not in shown
 
 
 def test_the_command_says_what_a_longer_limit_costs(run, capsys):

@@ -55,6 +55,11 @@ def say(*texts: str) -> list[dict[str, object]]:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
+def parts(*texts: tuple[str, object]) -> dict[str, object]:
+    """Return an answer in parts, each with its train flag; None: without one."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text, "train": flag} for text, flag in texts]}
+
+
 def gpt(*texts: str) -> list[dict[str, object]]:
     return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
 
@@ -88,6 +93,21 @@ GOOD: dict[str, tuple[list[dict[str, Any]], str, list[str]]] = {
     ),
     "weight 0": (
         [{"messages": [say("a")[0], {"role": "assistant", "content": "b", "weight": 0}, *say("c", "d")]}],
+        "messages",
+        ["1 U a | a b | U c | A d"],
+    ),
+    "parts that all say the same of training": (
+        [{"messages": [say("a")[0], parts(("b", False), ("b", False)), *say("c"), parts(("d", True), ("e", True))]}],
+        "messages",
+        ["1 U a | a bb | U c | A de"],
+    ),
+    "parts of a question that are not trained, as none is": (
+        [{"messages": [{**parts(("a", False)), "role": "user"}, *say("", "b")[1:]]}],
+        "messages",
+        ["1 U a | A b"],
+    ),
+    "a turn that is not trained, whatever its parts say": (
+        [{"messages": [*say("a"), {**parts(("b", True)), "train": False}, *say("c", "d")]}],
         "messages",
         ["1 U a | a b | U c | A d"],
     ),
@@ -321,9 +341,25 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "!messages[0].content: a part of the content is of type 'image_url'",
     ),
     "a picture beside": ({"messages": say("<image>a", "b"), "images": ["a.png"]}, "!images: pictures and sound cannot be trained"),
-    "a train flag inside a part": (
-        {"messages": [say("a")[0], {"role": "assistant", "content": [{"type": "text", "text": "b", "train": False}]}]},
+    "parts of which some are trained": (
+        {"messages": [*say("a"), parts(("b", True), ("c", False))]},
+        "!messages[1].content: a part of an answer has a train flag of its own; flags of whole turns, or segments, can be told",
+    ),
+    "a part with a flag beside one without": (
+        {"messages": [*say("a"), parts(("b", False), ("c", None))]},
         "!messages[1].content: a part of an answer has a train flag of its own",
+    ),
+    "parts of a question that are to be trained": (
+        {"messages": [{**parts(("a", True)), "role": "user"}, *say("", "b")[1:]]},
+        "!messages[0].train: a user turn is marked to be trained",
+    ),
+    "a part that is half trained": (
+        {"messages": [*say("a"), parts(("b", 0.5))]},
+        "!messages[1].content: '0.5' is neither true nor false",
+    ),
+    "train flags for places of the text": (
+        {"messages": [*say("a"), {**say("", "b")[1], "train_detail": [{"begin_offset": 0, "end_offset": 0, "train": False}]}]},
+        "!messages[1].train_detail: a message has train flags for parts of its text",
     ),
     "a question that is to be trained": (
         {"messages": [{**say("a")[0], "train": True}, say("", "b")[1]]},

@@ -260,6 +260,12 @@ def test_passages_that_many_rows_share_are_shown_with_their_words() -> None:
     assert boilerplate(dataset([chats[0]] * 50).rows) == []
 
 
+def test_a_passage_is_not_told_again_with_the_word_that_happens_to_follow_it() -> None:
+    shared = "as a model I hold no view of my own but here is what I was told"
+    chats = [asked([f"question {n}"], [f"{shared} {'red' if n % 3 else 'blue'} {n} {n * n} {n + 7}"]) for n in range(60)]
+    assert [found["text"] for found in boilerplate(dataset(chats).rows)] == [shared]
+
+
 def test_a_second_run_takes_the_rows_from_the_disk(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = dataset([asked(sentence(number), sentence(number + 100)) for number in range(30)])
     first = prepare(run(), rows, tokenizer)

@@ -330,7 +330,7 @@ def test_a_template_that_refuses_the_order_is_quoted(make: Make) -> None:
 
 def test_a_template_that_leaves_a_turn_out_is_refused(make: Make) -> None:
     last_only = Family("{{ messages[-2]['content'] + '\n' + messages[-1]['content'] + '</s>' }}", ("</s>",), "</s>", eos="</s>")
-    with pytest.raises(BadRow, match="leaves out a turn of the user"):
+    with pytest.raises(BadRow, match="leaves out or changes a turn of the user"):
         Renderer(make(last_only)).tokens(chat("a", "b", "c", "d"))
 
 

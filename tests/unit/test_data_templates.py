@@ -328,7 +328,7 @@ def test_a_template_that_drops_every_thought_trains_the_answers(make: Make) -> N
 @pytest.mark.parametrize("change", ["| upper", "| replace('e', 'E')", "| truncate(3, true, '')", "| replace('e', 'e e')"])
 def test_an_answer_that_a_template_changes_is_refused(make: Make, change: str) -> None:
     changed = replace(QWEN3, template=QWEN3.template.replace("{{ text }}", "{{ text " + change + " }}"))
-    with pytest.raises(BadRow, match=r"changes the text of a turn|leaves out a turn"):
+    with pytest.raises(BadRow, match=r"changes the text of a turn|leaves out or changes a turn"):
         trained_of(make(changed), chat("a?", "there is more of it", "b?", "there again"))
 
 

@@ -12,6 +12,7 @@ from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.fixes import MOST, fixes, tips
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.units import gib
 
 GIB = 1 << 30
 LLAMA = models.find("meta-llama/Llama-3.1-8B-Instruct")
@@ -273,3 +274,20 @@ def test_no_advice_lowers_accumulation_alone_or_changes_the_rows_of_a_step(model
         if after.gradient_accumulation_steps < run.gradient_accumulation_steps:
             assert after.per_device_train_batch_size > run.per_device_train_batch_size
         assert fix.time_factor > 0
+
+
+def test_a_tip_of_longer_rows_counts_the_rows_that_it_lets_in():
+    lengths = (300,) * 80 + (3000,) * 20
+    longer = of(tips(LLAMA, USUAL, H100, longest=300, lengths=lengths), "max_length")
+    now, then = (
+        budget.estimate(LLAMA, dataclasses.replace(USUAL, max_length=limit), H100, longest=longest)
+        for limit, longest in ((USUAL.max_length, 300), (longer.values["max_length"], 3000))
+    )
+    assert -longer.saves_bytes == then.total_bytes - now.total_bytes > 0
+    assert longer.text.startswith(f"max length 3,072: +{gib(-longer.saves_bytes)}, {gib(then.total_bytes)} in all")
+
+
+def test_where_long_rows_are_cut_a_longer_limit_keeps_more_of_them_whole():
+    cut = dataclasses.replace(USUAL, too_long="cut")
+    longer = of(tips(LLAMA, cut, H100, longest=2048, lengths=(300,) * 80 + (3000,) * 20), "max_length")
+    assert longer.quality == "keeps 20 % more of your rows whole"

@@ -2,3 +2,5 @@
 
 CHILD = "_run"
 """The command by which `--detach` starts its own process: `qlora-tui _run FOLDER`; not for people."""
+SCORER = "_score"
+"""The command by which the answers of the run in a folder are scored: `qlora-tui _score FOLDER`; not for people either."""

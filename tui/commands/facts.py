@@ -19,6 +19,8 @@ from qlora_tui.engine.units import count, gib
 from qlora_tui.tui.printer import Streams, table
 
 if TYPE_CHECKING:
+    from qlora_tui.engine.data import Dataset
+    from qlora_tui.engine.forecast import Before
     from qlora_tui.tui.probe import Probed
 
 
@@ -86,27 +88,61 @@ def data(options: argparse.Namespace) -> int:
         streams.talk.line(f"without a tokenizer: {error}")
     if options.examples and tokenizer is None:
         streams.talk.line("examples need the model's tokenizer: name it with --model")
-    held = room.load_eval(run, lenient=True)
-    found = room.describe(run, room.load(run, lenient=True), tokenizer, options.examples, eval_dataset=held)
+    held, rows = room.load_eval(run, lenient=True), room.load(run, lenient=True)
+    blind = dataclasses.replace(run, perplexity_filter=0.0) if options.perplexity else run
+    found = room.describe(blind, rows, tokenizer, options.examples, eval_dataset=held)
+    if options.perplexity and found["usable"]:
+        found |= _scores(run, rows, found, streams)
+    cost, time = _estimates(run, found)
     if options.json:
-        streams.data.document(found)
+        streams.data.document({**found, "time": time.to_json() if time else {"step_seconds": None, "total_seconds": None}})
     else:
-        lines = datareport.data_lines(found, cost=_limit_cost(run, found), colour=streams.data.colours)
+        lines = datareport.data_lines(found, cost=cost, too_long=run.too_long, time=time, colour=streams.data.colours)
         streams.data.write("".join(f"{line}\n" for line in lines))
     return int(ExitCode.DONE if found["usable"] else ExitCode.USAGE)
 
 
-def _limit_cost(run: RunConfig, found: Mapping[str, Any]) -> str:
-    """Say what a longer limit costs, where the model is known without asking a network again."""
+def _scores(run: RunConfig, rows: Dataset, found: Mapping[str, Any], streams: Streams) -> dict[str, Any]:
+    """Return how well the base knows the answers, and what is trained once those it knows are left out, telling what is done."""
+    from qlora_tui.tui import scoring
+
+    if not run.model_name_or_path:
+        raise ConfigError("the base scores the answers, and no model is named", hint="say --model DIR_OR_HUB_ID", where="--perplexity")
+    scored = scoring.score(run, say=_teller(streams))
+    told: dict[str, Any] = {"perplexity": scoring.document(scored, run, lambda numbers: scoring.answers_of(rows.rows, numbers))}
+    if run.perplexity_filter and found["prepared"] and scored.prepared is not None:
+        prepared = dataclasses.asdict(scored.prepared)
+        told["prepared"] = {name: prepared[name] for name in found["prepared"]}
+        told["steps_per_epoch"] = scored.prepared.steps_per_epoch
+    return told
+
+
+def _teller(streams: Streams) -> Callable[[str, int, int], None]:
+    """Return what tells on stderr how far work in another process is: each thing it does, and every tenth of it."""
+    told: tuple[str, int] = ("", 0)
+
+    def say(doing: str, done: int, total: int) -> None:
+        nonlocal told
+        now = (doing, done * 10 // total if total else 0)
+        if now != told:
+            told = now
+            streams.talk.line(doing + (f": {count(done)} of {count(total)}" if total else ""))
+
+    return say
+
+
+def _estimates(run: RunConfig, found: Mapping[str, Any]) -> tuple[str, Before | None]:
+    """Say what a longer limit costs, and how long the run takes, where the model is known without asking a network again."""
     from qlora_tui.engine import machine, preflight
     from qlora_tui.tui.commands import datareport
 
     if not found["tokens"]:
-        return ""
+        return "", None
     try:
-        return datareport.limit_cost(run, preflight.find_spec(run), machine.look(), found)
+        spec, device = preflight.find_spec(run), machine.look()
+        return datareport.limit_cost(run, spec, device, found), datareport.time_of(run, spec, device, found)
     except EngineError:
-        return ""
+        return "", None
 
 
 def presets(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, RunConfig, changed, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import billions, count, gib, words
-from qlora_tui.tui.lengths import Lengths, guess, measure, split_rows
+from qlora_tui.tui.lengths import Lengths, guess, measure, triage_remark, used_rows
 from qlora_tui.tui.probe import Probed
 
 _SAMPLE_ROWS = 1000
@@ -89,7 +89,8 @@ def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] 
         held_apart = data.load_eval(run, lenient=True)
         measured = len(held_apart.rows) if held_apart else None
     lengths = lengths_of(run, rows) if rows else Lengths()
-    longest, mean = lengths.longest_trained(run.max_length), lengths.mean(run.max_length) or None
+    fitted = lengths.fitted(run)
+    longest, mean = fitted.longest_trained(run.max_length), fitted.mean(run.max_length) or None
     plan = planner.choose(spec, run, device, longest=longest, mean=mean)
     found = tuple(fixes(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     room = tuple(tips(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
@@ -97,7 +98,7 @@ def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] 
         return Needs(spec, plan, found, room)
     time, basis = _time(plan.run, spec, device, (len(rows), measured), lengths)
     told = remarks(spec, plan.run, device, time, longest=longest, longest_chat=lengths.longest_chat)
-    return Needs(spec, plan, found, room, time, basis, tuple(told))
+    return Needs(spec, plan, found, room, time, basis, (*told, *filter(None, [triage_remark(run)])))
 
 
 def lengths_of(run: RunConfig, rows: Sequence[Row]) -> Lengths:
@@ -135,7 +136,8 @@ def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
 
 def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: tuple[int, int | None], lengths: Lengths) -> tuple[Before | None, str]:
     """Estimate the time from the rows looked at, spread evenly over all of them; `rows` is how many, and how many to measure on."""
-    trained, held = split_rows(run, max(1, round(rows[0] * (1 - lengths.over(run.max_length)))), rows[1])
+    trained, held = used_rows(run, lengths, *rows)
+    lengths = lengths.fitted(run)
     each = lengths.mean(run.max_length) or run.max_length
     an_epoch = math.ceil(trained / rows_per_step(run))
     steps = run.max_steps or max(1, math.ceil(run.num_train_epochs * an_epoch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.session import LOG, Session, warm
+from qlora_tui.engine.session import LOG, Session, Train, score_for_real, train_for_real, warm
 from qlora_tui.engine.signals import Signals
 from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
@@ -69,6 +70,13 @@ def child(options: argparse.Namespace) -> int:
         if not is_running(folder):
             _not_begun(folder, error)
         raise
+
+
+def scores(options: argparse.Namespace) -> int:
+    """Let the base score the answers of the run in a folder, and stop there; this is the process that `tui.scoring` starts."""
+    folder = Path(options.folder)
+    plan = Plan(from_values(preset.read_file(folder / runs.RUN_FILE)), folder.name, folder)
+    return headless(plan, Streams(), as_json=False, begin=functools.partial(begin, train=score_for_real))
 
 
 def _not_begun(folder: Path, error: EngineError) -> None:
@@ -148,7 +156,7 @@ def _without_terminal(run: RunConfig) -> None:
         raise ConfigError(f"there is no terminal for the wizard, and the options alone do not make a run:\n{missing}")
 
 
-def begin(plan: Plan, run: RunConfig) -> Session:
+def begin(plan: Plan, run: RunConfig, train: Train = train_for_real) -> Session:
     """Check `run`, make its folder and return its session, not yet started.
 
     Raises:
@@ -158,7 +166,7 @@ def begin(plan: Plan, run: RunConfig) -> Session:
     checked = preflight.check(placed)
     folder = plan.folder or runs.new_run_folder(placed, plan.name or placed.model_name_or_path.removeprefix(BUILTIN))
     try:
-        return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists())
+        return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists(), train=train)
     except EngineError:
         if plan.folder is None:  # nothing half-made stays of a run that did not begin
             shutil.rmtree(folder, ignore_errors=True)

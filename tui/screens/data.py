@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.suggester import Suggester
 from textual.timer import Timer
@@ -16,11 +17,12 @@ from textual.widgets import Input, Static
 from textual.worker import get_current_worker
 
 from qlora_tui.engine.errors import Stopped
-from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, RunConfig
+from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, KEYS, RunConfig
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
-from qlora_tui.tui.screens.desk import DataLook
+from qlora_tui.tui.scoring import known_words
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.rows import RowsScreen
@@ -73,6 +75,10 @@ class DataPage(Page):
         Binding("ctrl+o", "skip_bad", "go on without broken rows", show=False),
         Binding("tab", "complete", "complete", tooltip="complete the path"),
         Binding("f2", "rows", "rows", key_display="F2", tooltip="see the rows as they will be trained"),
+        Binding("f3", "triage", "triage", key_display="F3", tooltip="find answers that the base already knows"),
+        Binding("pageup", "scroll(-1)", "scroll", show=False, tooltip="scroll up"),
+        Binding("pagedown", "scroll(1)", "scroll", show=False, tooltip="scroll down"),
+        Binding("f4", "too_long", "too long", key_display="F4", tooltip="drop rows that are too long, cut or split them"),
     ]
 
     def __init__(self, wizard: WizardScreen) -> None:
@@ -100,7 +106,8 @@ class DataPage(Page):
             suggester=PathSuggester(),
             compact=True,
         )
-        yield Static("", markup=False, id="data-found")
+        with VerticalScroll(can_focus=False, id="data-scroll"):
+            yield Static("", markup=False, id="data-found")
 
     def enter(self) -> None:
         """Show the run's data and take the focus."""
@@ -122,7 +129,7 @@ class DataPage(Page):
             self._busy = ()
             self._look_now()
             return False
-        blocked = bool(look.problem) or (look.refused > 0 and not self.wizard.run.skip_bad_rows)
+        blocked = bool(look.problem) or look.unwritable or (look.refused > 0 and not self.wizard.run.skip_bad_rows)
         if blocked:
             self.show()
         return not blocked
@@ -140,6 +147,11 @@ class DataPage(Page):
             box.value = found
             box.cursor_position = len(found)
 
+    def action_scroll(self, pages: int) -> None:
+        """Scroll what does not fit beneath the line."""
+        scroll = self.query_one("#data-scroll", VerticalScroll)
+        scroll.scroll_relative(y=pages * max(1, scroll.size.height - 1), animate=False)
+
     def action_rows(self) -> None:
         """Show the rows as they will be trained."""
         look = self._look
@@ -148,6 +160,24 @@ class DataPage(Page):
             self.app.notify(told, timeout=3, markup=False)
             return
         self.app.push_screen(RowsScreen(self.wizard.desk, self.wizard.run, ascii_only=self.wizard.ascii_only))
+
+    def action_triage(self) -> None:
+        """Show what the base already knows."""
+        look = self._look
+        if look is None or look.problem:
+            told = "there is no answer to score" if look or not self.wizard.run.data else "answers are scored once the data have been read"
+            self.app.notify(told, timeout=3, markup=False)
+            return
+        from qlora_tui.tui.screens.triage import TriageScreen  # it needs the room of data, which nobody waits for before this
+
+        self.app.push_screen(TriageScreen(self.wizard), lambda _: self.show())
+
+    def action_too_long(self) -> None:
+        """Choose what becomes of rows that are too long."""
+        choices = KEYS["too_long"].choices
+        chosen = choices[(choices.index(self.wizard.run.too_long) + 1) % len(choices)]
+        self.wizard.change(dataclasses.replace(self.wizard.run, too_long=chosen))
+        self.show()
 
     @property
     def _look(self) -> DataLook | None:
@@ -215,13 +245,15 @@ class DataPage(Page):
 
     def show(self) -> None:
         """Draw what was found, or that it is being looked for."""
-        look, width = self._look, max(20, self.wizard.size.width - 4)
+        look, width = self._look, max(20, self.query_one("#data-scroll").scrollable_content_region.width - 2)
+        self.query_one(".question").display = look is None  # its line is needed once there is something to tell
         if look is None:
             reading = self._busy and self._busy == self.wizard.run.data
             self._put([reading_line(*self._read_bytes, width)] if reading else [])
             return
-        cost = self.wizard.desk.limit_cost(self.wizard.run, self.wizard.outlook, look.lengths)
-        self._put(found_lines(look, self.wizard.run, width, self._room(), cost))
+        run, desk, outlook = self.wizard.run, self.wizard.desk, self.wizard.outlook
+        cost, known = desk.limit_cost(run, outlook, look.lengths), known_words(run, desk.scored(run))
+        self._put(found_lines(look, run, width, self._room(), cost, outlook, known))
 
     def on_resize(self) -> None:
         """Draw again: how much is told depends on the room."""
@@ -229,7 +261,7 @@ class DataPage(Page):
 
     def _room(self) -> int:
         """Return the lines beneath the line to type in."""
-        return max(1, self.size.height - self.query_one("#data-found").virtual_region_with_margin.y - 1)
+        return max(1, self.query_one("#data-scroll").size.height)
 
     def _put(self, lines: list[Content]) -> None:
         self.query_one("#data-found", Static).update(self.text(cells.stack(lines)))

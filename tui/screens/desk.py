@@ -7,7 +7,6 @@ calls it on a thread of its own.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,17 +26,25 @@ from qlora_tui.engine.places import place, replace_file
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
 from qlora_tui.engine.text import one_line
-from qlora_tui.tui.lengths import Lengths, cost_words, guess, hub_cache, measure, renderer_of, split_rows, tokenizer_folder
+from qlora_tui.tui.datalook import DataLook, look_of, passages, with_lengths
+from qlora_tui.tui.lengths import (
+    Lengths,
+    cost_words,
+    hub_cache,
+    measure,
+    renderer_of,
+    tokenizer_folder,
+    triage_remark,
+    used_rows,
+)
 from qlora_tui.tui.probe import Probed, probe
+from qlora_tui.tui.scoring import Scored, answers_of, score, scored_by
 from qlora_tui.tui.writtenrows import WrittenRows
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Row
 
 DRAFT = "draft.toml"
-_SHOWN_ROWS = 6
-_SHOWN_FAULTS = 20
-_COMPARED_ROWS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +69,6 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class DataLook:
-    """What a data source holds; `problem` is set when it cannot be used at all."""
-
-    names: tuple[str, ...]
-    format: str = ""
-    why: str = ""
-    rows: int = 0
-    tokens: int = 0
-    lengths: Lengths = field(default_factory=Lengths)
-    samples: tuple[tuple[str, str], ...] = ()
-    faults: tuple[str, ...] = ()
-    refused: int = 0
-    problem: str = ""
-    hint: str = ""
-    histogram: tuple[tuple[int, int, int], ...] = ()
-    """Bins of lengths: from, to, rows."""
-    copies: tuple[int, int, int] = (0, 0, 0)
-    """Exact copies of earlier rows, rows that are nearly so, and among how many rows was looked."""
-    measured_on: int | None = None
-    """Rows that the data bring to be measured on; None: they are held out of the rows to train."""
-
-
-@dataclass(frozen=True, slots=True)
 class Outlook:
     """What a run would need: memory with the planner's choices made, and time where the data are known."""
 
@@ -92,6 +76,10 @@ class Outlook:
     time: Before | None = None
     steps: int = 0
     steps_per_epoch: int = 0
+    rows: int = 0
+    """Rows to train on; 0 where the data are not known."""
+    held: int = 0
+    """Rows to measure on."""
     remarks: tuple[str, ...] = ()
 
     @property
@@ -107,6 +95,8 @@ class Desk:
     _machine: Machine | None = None
     _specs: dict[tuple[str, str], ModelSpec] = field(default_factory=dict)
     _rows: dict[tuple[str, ...], Sequence[Row]] = field(default_factory=dict)
+    _repeated: dict[tuple[str, ...], tuple[tuple[float, str, str], ...]] = field(default_factory=dict)
+    _scored: dict[tuple[object, ...], Scored] = field(default_factory=dict)
 
     def machine(self) -> Machine:
         """Return this machine, looked at once."""
@@ -188,37 +178,23 @@ class Desk:
         except (OSError, ValueError, ImportError) as error:
             return DataLook(run.data, problem=f"{type(error).__name__}: {error}")
         self._rows = {run.data: found.rows}  # of the latest data alone: they may be large
-        lengths = guess(found.rows)
-        samples = tuple((turn.role, turn.content[:400]) for row in found.rows[:_SHOWN_ROWS] for turn in row.chat.turns[:4])
-        faults = tuple(_fault(item.row, item.line, item.field, item.reason) for item in found.refused[:_SHOWN_FAULTS])
-        copies = data.count_copies(itertools.islice(found.rows, _COMPARED_ROWS), stopping)
-        return DataLook(
-            names=run.data,
-            format=found.format,
-            why=found.why,
-            rows=len(found.rows),
-            tokens=_all_tokens(lengths, len(found.rows)),
-            lengths=lengths,
-            samples=samples,
-            faults=faults,
-            refused=len(found.refused),
-            problem="" if found.rows else "no row of it can be used",
-            histogram=_histogram(lengths),
-            copies=(copies["exact"], copies["near"], min(len(found.rows), _COMPARED_ROWS)),
-            measured_on=len(apart.rows) if apart else None,
-        )
+        return look_of(run, found, apart, stopping)
 
     def measure(self, run: RunConfig, look: DataLook) -> DataLook | None:
-        """Return `look` with lengths counted by the model's tokenizer, None without one; slow, renders the rows.
+        """Return `look` with what many rows share, and lengths counted by the model's tokenizer where there is one; slow.
 
         Raises:
             Stopped: the answer is no longer wanted.
         """
         rows = self._rows.get(look.names)
-        lengths = measure(rows, run, stopping=_stopping()) if rows else None
-        if lengths is None:
+        if not rows:
             return None
-        return replace(look, lengths=lengths, tokens=_all_tokens(lengths, look.rows), histogram=_histogram(lengths))
+        stopping = _stopping()
+        if look.names not in self._repeated:
+            self._repeated = {look.names: passages(rows, stopping)}
+        look = replace(look, repeated=self._repeated[look.names])
+        lengths = measure(rows, run, stopping=stopping)
+        return with_lengths(look, lengths) if lengths else look
 
     def limit_cost(self, run: RunConfig, outlook: Outlook | None, lengths: Lengths) -> str:
         """Return what the limit that keeps 99 % of the rows costs in memory, all else as planned; empty where that is not known."""
@@ -235,11 +211,32 @@ class Desk:
             return "the data have not been read yet" if rows is None else "there is no row that can be used"
         if not run.model_name_or_path:
             return "rows are written out by the model's own template: choose a model first"
-        renderer = renderer_of(run)
+        try:
+            renderer = renderer_of(run)
+        except EngineError as error:
+            return f"the model: {one_line(error.problem.message, limit=300)}"
         if renderer is None:
             name = one_line(run.model_name_or_path, limit=80)
             return f"rows are written out by the model's own template, and the tokenizer of {name} is not on this disk yet"
         return WrittenRows(rows, renderer)
+
+    def score(self, run: RunConfig, say: Callable[[str, int, int], object], stopping: Callable[[], bool]) -> Scored:
+        """Let the base score the answers of `run` in another process, and remember what it found; slow.
+
+        Raises:
+            EngineError: it could not be done, or it was stopped.
+        """
+        found = score(replace(run, perplexity_filter=0.0), say=say, stopping=stopping)
+        self._scored = {scored_by(run): found}  # of the latest data alone
+        return found
+
+    def scored(self, run: RunConfig) -> Scored | None:
+        """Return how well the base knows the answers of `run`, where that was found out."""
+        return self._scored.get(scored_by(run))
+
+    def answers(self, run: RunConfig, rows: Sequence[int]) -> dict[int, str]:
+        """Return the last answers of some rows by the rows' numbers."""
+        return answers_of(self._rows.get(run.data, ()), rows)
 
     def outlook(self, run: RunConfig, look: DataLook | None = None) -> Outlook | None:
         """Return what `run` would need, or None while its model is not known."""
@@ -250,10 +247,13 @@ class Desk:
             plan = self._plan(spec, run, look)
         except EngineError:
             return None
-        if look is None or not look.rows or look.problem:
+        if look is None or not look.rows or look.problem or look.unwritable:
             return Outlook(plan)
-        over, each = look.lengths.over(run.max_length), look.lengths.mean(run.max_length)
-        rows, held = split_rows(run, max(1, round(look.rows * (1 - over))), look.measured_on)
+        lengths = look.lengths.fitted(run)
+        each = lengths.mean(run.max_length)
+        rows, held = used_rows(run, look.lengths, look.rows, look.measured_on, look.copies[0])
+        scored = self.scored(run) if run.perplexity_filter else None
+        rows = max(1, scored.rows - scored.gone(run)) if scored else rows
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
         each = each or min(look.tokens / look.rows, run.max_length)
@@ -265,11 +265,12 @@ class Desk:
             steps=steps,
             steps_per_epoch=per_epoch,
             holdout_tokens=int(each * held),
-            lengths=look.lengths.tokens,
+            lengths=lengths.tokens,
         )
-        longest, chat = look.lengths.longest_trained(run.max_length), look.lengths.longest_chat
+        longest, chat = lengths.longest_trained(run.max_length), lengths.longest_chat
         told = forecast.remarks(spec, plan.run, self.machine(), time, longest=longest, longest_chat=chat)
-        return Outlook(plan, time, steps, per_epoch, tuple(told))
+        unknown = "" if scored else triage_remark(run)
+        return Outlook(plan, time, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])))
 
     def remedies(self, run: RunConfig, look: DataLook | None = None) -> list[Fix]:
         """Return what makes the run fit, cheapest first, or faster where it fits already."""
@@ -277,7 +278,7 @@ class Desk:
         if spec is None:
             return []
         lengths = look.lengths if look else Lengths()
-        longest = lengths.longest_trained(run.max_length)
+        longest = lengths.fitted(run).longest_trained(run.max_length)
         try:
             plan = self._plan(spec, run, look)
             if plan.budget.fits and not plan.budget.tight:
@@ -296,7 +297,7 @@ class Desk:
         return probe(outlook.plan.run if outlook else run, rows, say=say, stopping=stopping)
 
     def _plan(self, spec: ModelSpec, run: RunConfig, look: DataLook | None) -> Plan:
-        lengths = look.lengths if look else Lengths()
+        lengths = look.lengths.fitted(run) if look else Lengths()
         longest, mean = lengths.longest_trained(run.max_length), lengths.mean(run.max_length) or None
         return planner.choose(spec, run, self.machine(), longest=longest, mean=mean)
 
@@ -334,21 +335,6 @@ def _stopping() -> Callable[[], None]:
             raise Stopped("the reading was given up")
 
     return stopping
-
-
-def _all_tokens(lengths: Lengths, rows: int) -> int:
-    return round(sum(lengths.tokens) / len(lengths.tokens) * rows) if lengths.tokens else 0
-
-
-def _histogram(lengths: Lengths) -> tuple[tuple[int, int, int], ...]:
-    from qlora_tui.engine import data
-
-    return tuple((each["low"], each["high"], each["rows"]) for each in data.histogram(lengths.tokens))
-
-
-def _fault(row: int, line: int | None, field_name: str, reason: str) -> str:
-    where = f"row {row}" + (f" (line {line})" if line and line != row else "") + (f", {field_name}" if field_name else "")
-    return f"{where}: {reason}"
 
 
 @functools.cache

@@ -11,11 +11,12 @@ from qlora_tui.engine import units
 from qlora_tui.engine.errors import Problem
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
-from qlora_tui.tui.lengths import split_rows
+from qlora_tui.tui.datalook import DataLook
+from qlora_tui.tui.lengths import used_rows
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.command import on_lines
-from qlora_tui.tui.screens.desk import DataLook, Outlook
+from qlora_tui.tui.screens.desk import Outlook
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import MAIN, MORE, show
 
@@ -66,7 +67,9 @@ def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, comm
     planned = outlook.plan.run if outlook else run
     base = "16-bit base" if planned.method == "lora" else f"4-bit {planned.bnb_4bit_quant_type} base"
     known = look if look and look.rows and look.names == run.data else None
-    trained, kept = split_rows(run, known.rows, known.measured_on) if known else (0, 0)
+    trained, kept = used_rows(run, known.lengths, known.rows, known.measured_on, known.copies[0]) if known else (0, 0)
+    if outlook and outlook.rows:
+        trained, kept = outlook.rows, outlook.held
     rows = f"{trained:,} rows · " if trained else ""
     held = f"{units.percent(run.val_set_size)} held out" if run.val_set_size < 1 else f"{run.val_set_size:.0f} held out"
     held = f"{kept:,} held out to measure on" if kept else held

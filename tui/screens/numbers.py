@@ -13,7 +13,7 @@ from textual.widgets import Static
 from qlora_tui.engine.spec import RunConfig, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
-from qlora_tui.tui.lengths import Lengths, share
+from qlora_tui.tui.lengths import TOO_LONG, Lengths, share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.screens.fields import FieldRow
 from qlora_tui.tui.screens.pages import Page
@@ -101,7 +101,7 @@ def note_of(setting: Setting, run: RunConfig, lengths: Lengths = Lengths()) -> s
         over = lengths.over(run.max_length)
         if not over:
             return f"tokens; your longest row has {'' if lengths.measured else 'about '}{lengths.longest:,}"
-        return f"{'' if lengths.measured else 'about '}{share(over)} of your rows are longer: dropped"
+        return f"{'' if lengths.measured else 'about '}{share(over)} of your rows are longer: {TOO_LONG[run.too_long]}"
     if setting.name == "gradient_accumulation_steps":
         return f"{rows_per_step(run):,} rows a step; costs no memory"
     if setting.name == "num_train_epochs" and run.max_steps:

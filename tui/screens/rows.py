@@ -17,7 +17,7 @@ from textual.worker import get_current_worker
 
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, safe_text
-from qlora_tui.tui.lengths import share
+from qlora_tui.tui.lengths import TOO_LONG, share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.writtenrows import WrittenRow, WrittenRows
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _MARGIN = 3
 _LEAP = 10
 _LONGEST = 200_000
-_TOO_LONG = {"drop": "dropped", "cut": "cut", "split": "split by turns"}
 
 
 class RowsScreen(Screen[None]):
@@ -52,6 +51,8 @@ class RowsScreen(Screen[None]):
         super().__init__()
         self._desk, self._run, self._ascii = desk, run, ascii_only
         self._rows: WrittenRows | None = None
+        scored = desk.scored(run)
+        self._known = {number: value for value, number in scored.found} if scored else {}
         self._place = 0
         self._shown: WrittenRow | None = None
         self._told = "reading the tokenizer …"
@@ -132,7 +133,7 @@ class RowsScreen(Screen[None]):
             title = Content.styled("rows as they will be trained", "bold")
             body = [Content.styled(f" {line}", cells.DIM) for line in textwrap.wrap(self._told, width - 1)]
         else:
-            title = title_of(row, self._place, len(self._rows), self._run, width)
+            title = title_of(row, self._place, len(self._rows), self._run, width, self._known.get(row.number))
             style = "bold" if self.app.no_color else cells.GOOD  # without colours green is a grey that looks less than the rest
             body = lines_of(row, width, mark=">" if self._ascii else "▌", style=style)
         self._put("#row-title", title)
@@ -142,14 +143,16 @@ class RowsScreen(Screen[None]):
         self.query_one(where, Static).update(cells.plain_ascii(content) if self._ascii else content)
 
 
-def title_of(row: WrittenRow, place: int, rows: int, run: RunConfig, width: int) -> Content:
-    """Return the line that says which row it is, how long, and how much of it is trained."""
+def title_of(row: WrittenRow, place: int, rows: int, run: RunConfig, width: int, known: float | None = None) -> Content:
+    """Return the line that says which row it is, how long, how much of it is trained, and how well the base knows its answer."""
     parts: list[Part] = [(f"row {row.number:,}", f"bold {cells.MAIN}")]
     if not row.fault:
         part = share(row.trained / row.tokens) if row.tokens else "0 %"
         parts.append((f" · {row.tokens:,} tokens · {part} trained", "bold"))
     if row.tokens > run.max_length:
-        parts.append((f" · ▲ over {run.max_length:,}: {_TOO_LONG.get(run.too_long, run.too_long)}", cells.WARN))
+        parts.append((f" · ▲ over {run.max_length:,}: {TOO_LONG[run.too_long]}", cells.WARN))
+    if known is not None:
+        parts.append((f" · perplexity {known:,.3g}", cells.WARN if known < run.perplexity_filter else ""))
     return cells.row(parts, [(f"{place + 1:,} of {rows:,} usable", cells.DIM)], width)
 
 

@@ -25,13 +25,14 @@ from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui import words
+from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import draw_outlook
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.probe import probe_lines
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import DataPage
-from qlora_tui.tui.screens.desk import DataLook, Desk, Outlook
+from qlora_tui.tui.screens.desk import Desk, Outlook
 from qlora_tui.tui.screens.dialogs import HelpDialog, keys_of
 from qlora_tui.tui.screens.go import GoPage
 from qlora_tui.tui.screens.model import ModelPage
