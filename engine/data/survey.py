@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qlora_tui.engine.data.ahead import rendered
 from qlora_tui.engine.data.chat import Refusal, Row
 from qlora_tui.engine.data.render import Renderer, TokenRow
+from qlora_tui.engine.data.tape import Stopping, polled
 from qlora_tui.engine.errors import BadRow
 
 _LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -109,14 +111,14 @@ def histogram(ordered: Sequence[int]) -> list[dict[str, int]]:
     return bins[bisect_left(edges, ordered[0]) - 1 :]
 
 
-def survey(rows: Iterable[Row], renderer: Renderer) -> Survey:
-    """Render all rows and keep only their measures."""
+def survey(rows: Iterable[Row], renderer: Renderer, stopping: Stopping = lambda: None) -> Survey:
+    """Render all rows and keep only their measures; `stopping` raises to interrupt."""
     found = Survey()
-    for row in rows:
-        try:
-            found.add(renderer.tokens(row))
-        except BadRow as error:
-            found.refuse(row, error)
+    for row, tokens in rendered(renderer, polled(rows, stopping), stopping):
+        if isinstance(tokens, BadRow):
+            found.refuse(row, tokens)
+        else:
+            found.add(tokens)
     return found
 
 
