@@ -11,6 +11,7 @@ from qlora_tui.engine.data.render import Renderer, TokenRow
 from qlora_tui.engine.data.sources import absolute, train_alone
 from qlora_tui.engine.data.store import TokenRows, lengths_of, numbers_of
 from qlora_tui.engine.data.survey import Survey, histogram
+from qlora_tui.engine.data.tape import Progress, Stopping
 from qlora_tui.engine.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "Format",
     "Piece",
     "PreparedFacts",
+    "Progress",
     "Refusal",
     "Renderer",
     "Row",
     "Source",
+    "Stopping",
     "Survey",
     "TokenRow",
     "TokenRows",

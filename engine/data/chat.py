@@ -150,8 +150,8 @@ class Settling(Protocol):
 class Chained(Protocol):
     """A format whose rows belong together: one pass over all rows comes before the first chat."""
 
-    def chain(self, rows: Iterable[Placed]) -> Iterator[Row | Refusal]:
-        """Return the chats, and a refusal for each row that is part of none, in order of the rows."""
+    def chain(self, rows: Iterable[Placed], look: Callable[[], None] = lambda: None) -> Iterator[Row | Refusal]:
+        """Return the chats, and a refusal for each row that is part of none, in order of the rows; `look` raises to interrupt."""
 
 
 _SHORT_KEY = 40

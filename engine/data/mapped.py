@@ -6,7 +6,7 @@ sound are refused in every format, and the conversation's own id is kept for gro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_tui.engine.columns import INNER_FIELDS
@@ -84,15 +84,15 @@ class Mapped:
         found = "" if chat.source_id else _source_id(plain)
         return replace(chat, source_id=found) if found else chat
 
-    def read_all(self, rows: Iterable[Placed]) -> Iterator[Row | Refusal]:
+    def read_all(self, rows: Iterable[Placed], look: Callable[[], None] = lambda: None) -> Iterator[Row | Refusal]:
         """Read rows as they come: each gives a `Row` or a `Refusal`, except those that become part of a later row's chat.
 
-        A chained format looks at all rows before it gives the first.
+        A chained format looks at all rows before it gives the first; meanwhile it calls `look`, which raises to interrupt.
         """
         if not isinstance(self.form, Chained):
             return (self._read_one(row) for row in rows)
         renamed = ((number, line, self.columns.renamed(row)) for number, line, row in rows)
-        found = self.form.chain(renamed)
+        found = self.form.chain(renamed, look)
         return (replace(one, field=self.columns.shown(one.field)) if isinstance(one, Refusal) else one for one in found)
 
     def _refuse_other(self, plain: Mapping[str, object], row: Mapping[str, object]) -> None:

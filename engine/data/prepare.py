@@ -182,7 +182,7 @@ class _Work:
         numbers, ends = self.writer.numbers.tobytes(), self.writer.ends.tobytes()
         told = json.dumps({**asdict(facts), "highest": self.writer.highest}).encode()
         columns = {NUMBERS: numbers, ENDS: ends, "train": train.tobytes(), "holdout": holdout.tobytes()}
-        return {**columns, "facts": told, "lost": bytes(self.lost), **self.survey.columns()}
+        return {**columns, "facts": told, "lost": bytes(self.lost), **self.survey.columns(self.stopping)}
 
     def _take(self, rows: Sequence[Row], places: Sequence[int], enough: int, prints: Prints | None) -> array[int]:
         """Write usable rows until there are enough (0: all); return, by usable row, into how many it was split."""

@@ -189,7 +189,5 @@ def _plain(text: str) -> str:
 
 
 def _digest(parts: Iterator[str] | list[str]) -> bytes:
-    state = blake2b(digest_size=16)
-    for part in parts:
-        state.update(part.encode("utf-8", "surrogatepass") + b"\1")
-    return state.digest()
+    text = "".join([f"{part}\1" for part in parts])
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -195,11 +195,15 @@ class Renderer:
     def _refuse_control_tokens(self, written: Written, ids: Sequence[int], offsets: Sequence[Span]) -> None:
         """Refuse text that holds a control token of the model: it would end a turn or begin one in the middle of a text."""
         control = self.tokenizer.control_ids
-        for place in [place for place, index in enumerate(ids) if index in control]:
-            start, end = offsets[place]
-            text = written.text[start:end].strip()
-            if any(first <= start < last for first, last in written.given) and self.tokenizer.added.get(text) == ids[place]:
-                raise _holds(text)
+        for first, last in written.given:
+            begin, stop = bisect_left(offsets, (first, -1)), bisect_left(offsets, (last, -1))
+            if control.isdisjoint(ids[begin:stop]):
+                continue
+            for place in range(begin, stop):
+                start, end = offsets[place]
+                text = written.text[start:end].strip()
+                if ids[place] in control and self.tokenizer.added.get(text) == ids[place]:
+                    raise _holds(text)
         for part in written.loose:
             if found := self._control.search(part):
                 raise _holds(found.group())

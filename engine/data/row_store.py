@@ -209,6 +209,8 @@ def _names_and_defaults(record: type[Any]) -> tuple[Callable[[Any], tuple[Any, .
 
 _TURN, _TURN_DEFAULTS = _names_and_defaults(Turn)
 _CHAT, _CHAT_DEFAULTS = _names_and_defaults(Chat)
+_PLAIN_FIELDS = 4
+"""Fields of a turn before its tool calls: none of them is a tuple."""
 _REFUSAL, _ = _names_and_defaults(Refusal)
 
 
@@ -227,7 +229,7 @@ def _pack_row(row: Row) -> bytes:
 
 def _unpack_row(packed: bytes) -> Row:
     number, line, turns, *rest = _load(packed)
-    chat = Chat(tuple(Turn(*map(_tuples, turn)) for turn in turns), *map(_tuples, rest))
+    chat = Chat(tuple([Turn(*(turn if len(turn) <= _PLAIN_FIELDS else map(_tuples, turn))) for turn in turns]), *map(_tuples, rest))
     return Row(number, line, chat)
 
 

@@ -48,9 +48,9 @@ class Survey:
         """Return how many rows were looked at."""
         return len(self.lengths) + len(self.refused)
 
-    def columns(self) -> dict[str, bytes]:
-        """Return it as bytes, to be kept."""
-        refused = json.dumps([asdict(refusal) for refusal in self.refused]).encode()
+    def columns(self, stopping: Stopping = lambda: None) -> dict[str, bytes]:
+        """Return it as bytes, to be kept; `stopping` raises to interrupt."""
+        refused = "".join(f"{json.dumps(asdict(refusal))}\n" for refusal in polled(self.refused, stopping)).encode()
         each = {"lengths": self.lengths, "supervised": self.supervised, "first": self.first}
         return {**{name: numbers.tobytes() for name, numbers in each.items()}, "refused": refused}
 
@@ -58,7 +58,7 @@ class Survey:
     def read(cls, columns: Mapping[str, memoryview]) -> Survey:
         """Return what `columns` gave."""
         lengths, supervised, first = (array("i", bytes(columns[name])) for name in ("lengths", "supervised", "first"))
-        return cls(lengths, supervised, first, [Refusal(**refusal) for refusal in json.loads(bytes(columns["refused"]))])
+        return cls(lengths, supervised, first, [Refusal(**json.loads(line)) for line in bytes(columns["refused"]).splitlines()])
 
     def tokens(self) -> dict[str, int]:
         """Return percentiles of the lengths and sums."""

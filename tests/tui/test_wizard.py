@@ -14,6 +14,7 @@ from qlora_tui.engine.places import place
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import RunConfig, from_values, read_text, values_of
 from qlora_tui.tui.app import TunerApp
+from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import complete
 from qlora_tui.tui.screens.dialogs import HelpDialog
@@ -35,7 +36,7 @@ def make(desk, write_run, run_config):
     asked: list[RunConfig] = []
 
     def build(draft=None, *, start=None, **more) -> TunerApp:
-        def begin(run: RunConfig) -> Path:
+        def begin(run: RunConfig, reading: Reading) -> Path:
             asked.append(run)
             return write_run([*opening(run), *middle()])[0]
 
@@ -251,7 +252,7 @@ async def test_data_that_are_not_there_keep_the_page(make, until, run_config):
 
 
 async def test_faults_at_the_start_are_listed_and_nothing_is_lost(make, until, run_config):
-    def refuse(run: RunConfig) -> Path:
+    def refuse(run: RunConfig, reading: Reading) -> Path:
         raise ConfigErrors([Problem("data", "no usable row", "mend it"), Problem("runs_dir", "not writable", "choose another")])
 
     app = make(run_config, start=refuse)
@@ -265,7 +266,7 @@ async def test_faults_at_the_start_are_listed_and_nothing_is_lost(make, until, r
 
 
 async def test_an_unexpected_fault_at_the_start_is_shown_too(make, until, run_config):
-    def broken(run: RunConfig) -> Path:
+    def broken(run: RunConfig, reading: Reading) -> Path:
         raise RuntimeError("something [/odd] happened")
 
     app = make(run_config, start=broken)
@@ -300,7 +301,7 @@ async def test_leaving_while_a_run_is_being_started_stops_it(make, until, run_co
 
     gate = threading.Event()
 
-    def slow(run: RunConfig) -> Path:
+    def slow(run: RunConfig, reading: Reading) -> Path:
         gate.wait(20)
         return write_run([*opening(run), *middle()])[0]
 
