@@ -140,6 +140,8 @@ def _under(row: Mapping[str, object], names: Mapping[str, str]) -> dict[str, obj
 
 def _refuse_media(row: Mapping[str, object]) -> None:
     plain = fields(row)
+    if plain.keys().isdisjoint(_MEDIA):
+        return
     name = next((name for name in _MEDIA if plain.get(name)), None)
     if name:
         raise BadRow("pictures and sound cannot be trained; the row would lose them", field=name, hint="remove the column or the row")
@@ -147,5 +149,7 @@ def _refuse_media(row: Mapping[str, object]) -> None:
 
 def _source_id(row: Mapping[str, object]) -> str:
     plain = fields(row)
+    if plain.keys().isdisjoint(_SOURCE_IDS):
+        return ""
     found = next((plain[name] for name in _SOURCE_IDS if plain.get(name) not in (None, "")), "")
     return str(found) if isinstance(found, (str, int)) else ""

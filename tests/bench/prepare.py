@@ -6,7 +6,7 @@ Writes ROWS chats (default 1,000,000) with answers of WORDS words (default 9) as
 ours is `data.load` and `data.prepare` with an empty cache (near copies searched, hold-out drawn, every answer's mask found), theirs is
 `load_dataset("json")` and `map` with `apply_chat_template(tokenize=True)`, which finds no mask and no copies. WAYS is ours, theirs
 or ours,theirs (default). One line of JSON each. `longest_wait` of ours is the longest time between two looks whether somebody wants
-to stop, in seconds. 1,000,000 rows of 370 words are 2 GB. The files go to the temporary folder and are removed.
+to stop, in seconds. 850,000 rows of 330 words are 2 GB. The files go to the temporary folder and are removed.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ WORDS = [
     "how",
     "value",
 ]
+_LONG = 100
 
 
 def write(path: Path, rows: int, words: int = 9) -> None:
-    """Write chats with answers of so many words, all different."""
+    """Write chats with answers of so many words, all different; long ones from the words of Python's own manual, as often as there."""
+    from pydoc_data.topics import topics
+
+    known = WORDS if words < _LONG else " ".join(topics.values()).split()
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            ask, reply = (" ".join(draw.choices(WORDS, k=size)) for size in (6, words))
+            ask, reply = (" ".join(draw.choices(known, k=size)) for size in (6, words))
             turns = [{"role": "user", "content": f"{ask} {number}?"}, {"role": "assistant", "content": f"{reply} {number * 7}."}]
             file.write(json.dumps({"messages": turns}) + "\n")
 

@@ -296,6 +296,75 @@ async def test_an_unfinished_run_is_offered_the_next_time_and_forgotten_once_sta
     assert not (place("state") / "draft.toml").exists()
 
 
+async def test_the_check_before_a_start_tells_how_far_it_is_and_can_be_given_up(make, until, run_config):
+    import threading
+
+    gate = threading.Event()
+
+    def check(run: RunConfig, reading: Reading) -> Path:
+        reading.progress(3 * 2**30, 4 * 2**30)
+        gate.wait(20)
+        reading.stopping()
+        raise AssertionError("nobody stopped it")
+
+    app = make(run_config, start=check)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "go")
+        await pilot.press("enter")
+        told = app.screen.query_one("#go-faults")
+        await until(pilot, lambda: "reading the data  75 % of 4.0 GiB" in words(app) and told.region.bottom <= 19)
+        await pilot.press("escape")
+        gate.set()
+        await until(pilot, lambda: "the start was given up; nothing was begun" in words(app))
+        assert wizard_of(app).page.title == "go"
+        assert not wizard_of(app).starting
+
+
+async def test_leaving_gives_up_the_check_before_a_start(make, until, run_config):
+    import threading
+
+    gate = threading.Event()
+
+    def check(run: RunConfig, reading: Reading) -> Path:
+        gate.wait(20)
+        reading.stopping()
+        raise AssertionError("nobody stopped it")
+
+    app = make(run_config, start=check)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "go")
+        await pilot.press("enter")
+        await until(pilot, lambda: wizard_of(app).starting)
+        await pilot.press("ctrl+c")
+        gate.set()
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "no-run"
+
+
+async def test_going_on_while_large_data_are_read_does_not_read_them_again(make, until, run_config, desk, monkeypatch):
+    import threading
+
+    gate = threading.Event()
+    asked: list[RunConfig] = []
+    looked = desk.look_at_data
+
+    def look(run, progress=lambda done, total: None):
+        asked.append(run)
+        progress(1, 4)
+        gate.wait(20)
+        return looked(run)
+
+    monkeypatch.setattr(type(desk), "look_at_data", lambda self, *given: look(*given))
+    app = make(run_config)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "data")
+        await until(pilot, lambda: "25 %" in words(app))
+        await pilot.press("enter", "enter")
+        gate.set()
+        await until(pilot, lambda: wizard_of(app).page.title == "numbers")
+    assert len(asked) == 1
+
+
 async def test_leaving_while_a_run_is_being_started_stops_it(make, until, run_config, write_run):
     import threading
 
