@@ -189,15 +189,17 @@ def _rare(values: Hashes, ends: Numbers, rows: Numbers, stopping: Stopping) -> t
     sizes = every[rows]
     common = _common(values, max(_COMMON_LEAST, len(rows) // _COMMON_SHARE), stopping)
     if len(common):
-        keep = np.ones(len(values), bool)
+        keep, before = np.ones(len(values), bool), np.zeros(len(values) + 1, np.int32)
         for begin in range(0, len(values), _VALUES_AT_ONCE):
             stopping()
             part = slice(begin, begin + _VALUES_AT_ONCE)
             keep[part] = np.isin(values[part], common, invert=True)
-        before = np.concatenate((np.zeros(1, np.int32), np.cumsum(keep, dtype=np.int32)))
+            before[1:][part] = before[begin] + np.cumsum(keep[part])
         last = np.cumsum(sizes)
         sizes = (before[last] - before[last - sizes]).astype(np.int64)
+        stopping()
         values = values[keep]
+    stopping()
     return values, np.cumsum(sizes) - sizes, sizes
 
 
