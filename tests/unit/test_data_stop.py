@@ -198,6 +198,31 @@ def test_measured_rows_are_compared_in_steps() -> None:
         assert looks.count == at
 
 
+def test_the_size_of_the_steps_changes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = Prints(sketches=True)
+    for row in dataset(400).rows:
+        prints.add(row.chat)
+    in_steps = duplicates.groups(prints)
+    monkeypatch.setattr(duplicates, "_AT_ONCE", 10**6)
+    monkeypatch.setattr(duplicates, "_VALUES_AT_ONCE", 10**9)
+    assert duplicates.groups(prints) == in_steps
+    assert [place for place, root in enumerate(in_steps) if root != place][:3] == [1, 6, 11]
+
+
+def test_rows_on_the_disk_and_in_memory_are_known_by_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = dataset(300).rows
+    monkeypatch.setattr(row_store, "HELD_BYTES", 0)
+    monkeypatch.setattr(row_store, "_BLOCK_BYTES", 1000)
+    pile = row_store.rows()
+    for row in rows:
+        pile.add(row)
+    stored = pile.done()
+    assert isinstance(stored, row_store.Stored)
+    assert tuple(stored) == rows
+    assert len(list(row_store.packed(stored))) < len(rows) < len(b"".join(row_store.packed(stored)))
+    assert b"".join(row_store.packed(stored)) == b"".join(row_store.packed(rows)) == b"".join(row_store.packed(stored[:]))
+
+
 def test_a_long_text_is_not_waited_for(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     encode = Tokenizer.encode_many
