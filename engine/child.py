@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from qlora_tui.engine.errors import Stopped
+from qlora_tui.engine.errors import EngineError, Stopped
 from qlora_tui.engine.text import one_line, redact
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 0.6
+"""With the poll before it, an end within a second; what it leaves is temporary files that the next one overwrites or removes."""
+SAID_WHY = 3
+"""The exit code of a child whose last line is one of our errors, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,22 @@ def run(
             _end(child)
         talk.seek(0)
         return Ended(child.returncode, talk.read().decode("utf-8", "replace"))
+
+
+def say_why(error: EngineError) -> int:
+    """Tell the parent, as the last words on stderr, why this child ends; return the exit code that says so."""
+    problem = error.problem
+    said = {"kind": type(error).__name__, "message": problem.message, "where": problem.where, "hint": problem.hint}
+    sys.stderr.write("\n" + json.dumps(said) + "\n")
+    return SAID_WHY
+
+
+def raise_why(ended: Ended, *kinds: type[EngineError]) -> None:
+    """Raise what a child said with `say_why`, if it did; `kinds` are the errors that it may name."""
+    if ended.code == SAID_WHY:
+        said = json.loads(ended.talk.splitlines()[-1])
+        kind = next(kind for kind in kinds if kind.__name__ == said["kind"])
+        raise kind(said["message"], where=said["where"], hint=said["hint"])
 
 
 def _follow(

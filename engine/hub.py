@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.engine import child
-from qlora_tui.engine.errors import ConfigError, FetchError, ModelError, SpaceError
+from qlora_tui.engine.aside import aside
+from qlora_tui.engine.errors import ConfigError, FetchError, ModelError, SpaceError, Stopped
 from qlora_tui.engine.text import one_line, redact
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +41,6 @@ SMALL_FILES = (
 ASK_SECONDS = 5.0
 _LONGEST_HEADER = 100_000_000  # as the format says
 SMALL_SECONDS = 120.0
-SAID_WHY = 3  # the child's exit code when its last line is a problem of ours, as JSON
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -48,6 +48,8 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 Progress = Callable[[int, int], object]
 Stopping = Callable[[], bool]
+Look = Callable[[], object]
+"""Called several times a second; raises to interrupt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,10 @@ class ModelFiles:
     complete: bool = False
 
 
-def small_files(name: str, revision: str = "main") -> ModelFiles:
+def small_files(name: str, revision: str = "main", look: Look = lambda: None) -> ModelFiles:
     """Return config, tokenizer and chat template of `name`, a local folder or a hub id, without the weights.
+
+    Whatever `look` raises interrupts the asking and the fetching.
 
     Raises:
         ModelError: no such model, a private one, one without safetensors, or no such revision.
@@ -83,13 +87,13 @@ def small_files(name: str, revision: str = "main") -> ModelFiles:
                 hint="unset it once, or name a folder",
             )
         return cached
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, look)
 
 
 def weights(name: str, revision: str, commit: str, progress: Progress, stopping: Stopping) -> Path:
     """Return the folder of `name` with its weights, fetching what is missing of `commit`.
 
-    The download runs in a process of its own, so a wish to stop is obeyed within seconds even when a connection
+    The download runs in a process of its own, so a wish to stop is obeyed within a second even when a connection
     hangs; `progress(done, total)` counts bytes on disk. Files already fetched are not fetched again.
 
     Raises:
@@ -105,7 +109,12 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
         raise ModelError(f"no {SINGLE} or {INDEX} in the folder", where=name, hint="the weights are missing")
     if _offline():
         raise FetchError(f"HF_HUB_OFFLINE is set and the weights of {name} are not in the hub's cache", hint="unset it once")
-    small, sizes = _listing(name, commit or revision)
+
+    def look() -> None:
+        if stopping():
+            raise Stopped(f"stopped while fetching {name}; nothing half-made was kept")
+
+    small, sizes = aside(lambda: _listing(name, commit or revision), look)
     blobs = _blobs(name)
     total = sum(size for _, size in sizes.values())
     _need_space(name, blobs, total - _done(blobs, sizes.values()))
@@ -208,9 +217,9 @@ def _cached(name: str, revision: str) -> ModelFiles | None:
     return ModelFiles(folder, commit=folder.name, complete=complete)
 
 
-def _from_hub(name: str, revision: str) -> ModelFiles:
+def _from_hub(name: str, revision: str, look: Look) -> ModelFiles:
     try:
-        names = {part.rfilename for part in _info(name, revision).siblings or []}
+        names = {part.rfilename for part in aside(lambda: _info(name, revision), look).siblings or []}
     except _link_errors() as error:
         _explain(error, name, revision)
         cached = _cached(name, revision)
@@ -221,7 +230,7 @@ def _from_hub(name: str, revision: str) -> ModelFiles:
     pick_weights(names, name)
     if "config.json" not in names:
         raise ModelError("no config.json: the loader cannot know what it is", where=name, hint="choose another copy of the model")
-    _fetch_in_child(name, revision, [part for part in SMALL_FILES if part in names], seconds=SMALL_SECONDS)
+    _fetch_in_child(name, revision, [part for part in SMALL_FILES if part in names], seconds=SMALL_SECONDS, watch=look)
     found = _cached(name, revision)
     if found is None:
         raise FetchError(f"the small files of {name} did not arrive", hint="start again")
@@ -234,10 +243,7 @@ def _fetch_in_child(name: str, revision: str, files: Iterable[str], **options: A
     ended = child.run(command, doing=f"fetching {name}", env=_child_env(), **options)
     if ended.code == 0:
         return
-    if ended.code == SAID_WHY:
-        said = json.loads(ended.talk.splitlines()[-1])
-        kind = {"ModelError": ModelError, "SpaceError": SpaceError}[said["kind"]]
-        raise kind(said["message"], where=said["where"], hint=said["hint"])
+    child.raise_why(ended, ModelError, SpaceError)
     raise FetchError(f"fetching {name} broke off: {ended.last_words}", hint="start again: files that arrived whole are kept")
 
 
@@ -345,10 +351,7 @@ def _download(name: str, revision: str, files: list[str]) -> int:
         try:
             _explain(error, name, revision)
         except (ModelError, SpaceError) as known:
-            problem = known.problem
-            said = {"kind": type(known).__name__, "message": problem.message, "where": problem.where, "hint": problem.hint}
-            sys.stderr.write("\n" + json.dumps(said) + "\n")
-            return SAID_WHY
+            return child.say_why(known)
         raise
     return 0
 

@@ -49,12 +49,16 @@ class Checked:
     budget: Budget
 
 
-def check(run: RunConfig, *, fit: bool = True) -> Checked:
+def check(
+    run: RunConfig, *, fit: bool = True, stopping: Callable[[], None] = lambda: None, progress: data.Progress = lambda done, total: None
+) -> Checked:
     """Return `run` checked, or say everything that is wrong with it; nothing is made.
 
     Args:
         run: what a person decided.
         fit: refuse a run that the budget says will not fit; a dry run wants to show the budget instead.
+        stopping: called about ten times a second; raises to interrupt.
+        progress: gets bytes of data read and bytes in all, as often; 0 in all where nobody knows (a hub).
 
     Raises:
         ConfigErrors: several faults, or one of the config.
@@ -64,12 +68,14 @@ def check(run: RunConfig, *, fit: bool = True) -> Checked:
     """
     faults = Faults()
     faults.problems += problems(run)
-    dataset = faults.attempt(lambda: data.load(run)) if run.data and all(run.data) else None
-    eval_dataset = faults.attempt(lambda: data.load_eval(run)) if run.eval_data or dataset else None
+    readable = run.data and not {"data", "data_columns", "data_weights", "data_format"} & {problem.where for problem in faults.problems}
+    dataset = faults.attempt(lambda: data.load(run, stopping=stopping, progress=progress)) if readable else None
+    wanted = run.eval_data or dataset
+    eval_dataset = faults.attempt(lambda: data.load_eval(run, stopping=stopping, progress=progress)) if wanted else None
     faults.attempt(lambda: check_space(Path(run.runs_dir).expanduser(), _FLOOR_BYTES))
     if faults and not _is_here(run.model_name_or_path):
         faults.tell()  # a hub is asked only for a run that is right so far
-    found = faults.attempt(lambda: find_model(run)) if run.model_name_or_path else None
+    found = faults.attempt(lambda: find_model(run, stopping)) if run.model_name_or_path else None
     device = machine.limited(machine.look(), run)
     faults.problems += device_problems(run, device)
     if found is not None:
@@ -124,15 +130,17 @@ class Faults:
             raise ConfigErrors(told)
 
 
-def find_model(run: RunConfig) -> tuple[ModelFiles, ModelSpec]:
+def find_model(run: RunConfig, look: hub.Look = lambda: None) -> tuple[ModelFiles, ModelSpec]:
     """Return the model's small files and its shape; a hub is asked for a few kilobytes, never for weights.
+
+    Whatever `look`, called meanwhile, raises interrupts that.
 
     Raises:
         ModelError: there is no such model, or it is not supported.
         FetchError: the hub could not be reached.
     """
     name = run.model_name_or_path
-    files = builtin_files(name) if name.startswith(BUILTIN) else hub.small_files(name, run.revision)
+    files = builtin_files(name) if name.startswith(BUILTIN) else hub.small_files(name, run.revision, look)
     return files, dataclasses.replace(models.from_folder(files.folder), name=name)
 
 
@@ -309,8 +317,7 @@ def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
 
     Counting tokens takes minutes on large data, so the exact figure is the run's first phase.
     """
-    characters = max((sum(len(turn.content) for turn in row.chat.turns) for row in dataset.rows), default=0)
-    return min(run.max_length, max(16, characters // _MOST_CHARACTERS_A_TOKEN))
+    return min(run.max_length, max(16, dataset.longest // _MOST_CHARACTERS_A_TOKEN))
 
 
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:

@@ -6,7 +6,9 @@ anything is loaded and a screen can show it beside the field.
 
 from __future__ import annotations
 
-from qlora_tui.engine.columns import fault
+import math
+
+from qlora_tui.engine import columns
 from qlora_tui.engine.errors import Problem
 from qlora_tui.engine.spec import KEYS, Key, RunConfig, Value, nearest
 
@@ -20,8 +22,9 @@ def problems(run: RunConfig) -> list[Problem]:
         found.append(Problem("data", "no data named", "say --data FILE.jsonl"))
     if not all(run.data):
         found.append(Problem("data", "one of the names is empty", "say --data FILE.jsonl"))
-    if sentence := fault(run.data_columns):
+    if sentence := columns.fault(run.data_columns):
         found.append(Problem("data_columns", sentence, "say --set data_columns=prompt=question"))
+    found += [fault] if run.data and (fault := weights_fault(run)) else []
     found += [Problem(name, "it is empty", f"leave it out for {default}") for name, default in _never_empty(run)]
     if not run.num_train_epochs and not run.max_steps:
         found.append(Problem("num_train_epochs", "0 epochs and no max_steps: nothing would be trained", "set one of them"))
@@ -36,6 +39,24 @@ def problems(run: RunConfig) -> list[Problem]:
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
     return [*found, *_without_effect(run), *_combinations(run)]
+
+
+def weights_fault(run: RunConfig) -> Problem | None:
+    """Return what is wrong with `data_weights`: not one for each source of data, or one that is no share; None if nothing is."""
+    if not run.data_weights:
+        return None
+    if len(run.data_weights) != len(run.data):
+        told = f"{len(run.data_weights)} weights for {len(run.data)} sources of data"
+        return Problem("data_weights", told, "give each source one, in their order")
+    wrong = next((text for text in run.data_weights if not _is_share(text)), None)
+    return None if wrong is None else Problem("data_weights", f"{wrong!r} is no share", "a share is a number above 0, such as 0.7 or 2")
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return math.isfinite(float(text)) and float(text) > 0
+    except ValueError:
+        return False
 
 
 def _without_effect(run: RunConfig) -> list[Problem]:

@@ -12,9 +12,10 @@ from qlora_tui.engine.session import Session
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.tui.commands.run import Plan, headless
 from qlora_tui.tui.printer import Streams
+from qlora_tui.tui.reading import Reading
 
 
-def begin(plan: Plan, run: RunConfig) -> Session:
+def begin(plan: Plan, run: RunConfig, reading: Reading) -> Session:
     """Begin the training that was named, in a new folder."""
     return Session(run, checked(run), folder=new_run_folder(run, plan.name), train=TRAININGS[sys.argv[1]])
 

@@ -15,9 +15,10 @@ from qlora_tui.engine.session import Session
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.tui.commands import run as room
 from qlora_tui.tui.printer import Streams
+from qlora_tui.tui.reading import Reading
 
 
-def begin(plan: room.Plan, run: RunConfig) -> Session:
+def begin(plan: room.Plan, run: RunConfig, reading: Reading) -> Session:
     """Begin the training that was named, in the folder of the plan."""
     assert plan.folder is not None
     return Session(run, checked(run), folder=plan.folder, train=TRAININGS[sys.argv[1]])

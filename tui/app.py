@@ -27,13 +27,14 @@ from textual.theme import Theme
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import redact, safe_text
+from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.desk import Desk
 from qlora_tui.tui.screens.run import RunScreen
 from qlora_tui.tui.screens.wizard import WizardScreen
 from qlora_tui.tui.terminal import TerminalGuard, restore_terminal
 
 Kind = Literal["quit", "detached", "finished", "hangup", "crashed", "no-run"]
-Start = Callable[[RunConfig], Path]
+Start = Callable[[RunConfig, Reading], Path]
 RUN_LOG = "log.txt"
 
 
@@ -185,11 +186,11 @@ class TunerApp(App[AppExit]):
         return shown if not self.ascii_only or shown.isascii() else binding.key.split(",")[0]
 
     def _leave_wizard(self) -> None:
-        """Leave without a run; one that is just being started is waited for and then stopped."""
+        """Leave without a run; one that is just being started is given up, or stopped where it began already."""
         wizard = next((screen for screen in self.screen_stack if isinstance(screen, WizardScreen)), None)
         if wizard is not None and wizard.starting:
             wizard.stop_at_start = True
-            self.notify("leaving as soon as the start is through", timeout=5, markup=False)
+            self.notify("leaving in a moment", timeout=5, markup=False)
         else:
             self._leave_as("no-run")
 

@@ -12,6 +12,7 @@ from qlora_tui.engine.data.render import Renderer, TokenRow
 from qlora_tui.engine.data.sources import absolute, train_alone
 from qlora_tui.engine.data.store import TokenRows, lengths_of, numbers_of
 from qlora_tui.engine.data.survey import Survey, histogram
+from qlora_tui.engine.data.tape import Progress, Stopping
 from qlora_tui.engine.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "Format",
     "Piece",
     "PreparedFacts",
+    "Progress",
     "Refusal",
     "Renderer",
     "Row",
     "Source",
+    "Stopping",
     "Survey",
     "TokenRow",
     "TokenRows",

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.engine.aside import aside
 from qlora_tui.engine.data.raw import Raw
 from qlora_tui.engine.data.tape import BLOCK_BYTES, Tape
 from qlora_tui.engine.errors import BadRow, DataError
@@ -57,7 +59,7 @@ def read_arrow(path: Path, tape: Tape) -> Iterator[Raw]:
         start = source.read(6)
         source.seek(0)
         for batch, begin, end in _batches(source, shown, size, is_file=start == b"ARROW1"):
-            batch.validate(full=True)
+            aside(partial(batch.validate, full=True), tape.look, daemon=False)  # all rows may lie in one batch
             for first in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from _rows(batch.slice(first, _ROWS_AT_ONCE))
                 tape.at(begin + (end - begin) * first // batch.num_rows)

@@ -36,9 +36,10 @@ _BLOCK_BYTES = 2**20
 
 Build = Callable[[BinaryIO, BinaryIO], Mapping[str, bytes]]
 """Writes ids and masks into the two files and returns the other columns."""
+Stopping = Callable[[], None]
 
 
-def kept(key: str, build: Build, stopping: Callable[[], None] = lambda: None) -> Columns:
+def kept(key: str, build: Build, stopping: Stopping = lambda: None) -> Columns:
     """Return the columns of `key`, built by `build` where there are none or they are damaged.
 
     Where nothing can be written (a full disk, a home that is read-only) they are built in memory.
@@ -47,10 +48,10 @@ def kept(key: str, build: Build, stopping: Callable[[], None] = lambda: None) ->
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder / f".lock-{key[:2]}", stopping):
-            found = _read(folder / key)
+            found = _read(folder / key, stopping)
             if found is None:
-                _write(folder, key, build)
-                found = _read(folder / key)
+                _write(folder, key, build, stopping)
+                found = _read(folder / key, stopping)
         if found is not None:
             prune(folder, keep=key)
             return found
@@ -82,11 +83,11 @@ def prune(folder: Path, keep: str = "", most: int | None = None) -> None:
         spare += size
 
 
-def _read(entry: Path) -> Columns | None:
+def _read(entry: Path, stopping: Stopping) -> Columns | None:
     """Return the columns of an entry; None if there is none, or one that is not what was written."""
     try:
         sums = json.loads((entry / _SUMS).read_text(encoding="utf-8"))
-        if any(_sum(entry / name) != said for name, said in sums.items()) or IDS not in sums:
+        if any(_sum(entry / name, stopping) != said for name, said in sums.items()) or IDS not in sums:
             raise ValueError
         found = {name: mapped(entry / name) for name in sums}
         os.utime(entry)
@@ -99,14 +100,14 @@ def _read(entry: Path) -> Columns | None:
     return found
 
 
-def _write(folder: Path, key: str, build: Build) -> None:
+def _write(folder: Path, key: str, build: Build, stopping: Stopping) -> None:
     fresh = Path(tempfile.mkdtemp(dir=folder, prefix=_BUILDING))
     try:
-        with (fresh / IDS).open("wb") as ids, (fresh / MASK).open("wb") as mask:
+        with (fresh / IDS).open("wb", _BLOCK_BYTES) as ids, (fresh / MASK).open("wb", _BLOCK_BYTES) as mask:
             columns = build(ids, mask)
         for name, content in columns.items():
             (fresh / name).write_bytes(content)
-        sums = {name: _sum(fresh / name) for name in (IDS, MASK, *columns)}
+        sums = {name: _sum(fresh / name, stopping) for name in (IDS, MASK, *columns)}
         (fresh / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
         fresh.rename(folder / key)
     finally:
@@ -120,17 +121,18 @@ def _in_memory(build: Build) -> Columns:
     return {name: memoryview(content) for name, content in everything.items()}
 
 
-def _sum(path: Path) -> str:
+def _sum(path: Path, stopping: Stopping) -> str:
     """Return the checksum of a file; read and not mapped, since mapped pages count as memory of this process."""
     state = blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
+            stopping()
             state.update(block)
     return state.hexdigest()
 
 
 @contextmanager
-def _locked(path: Path, stopping: Callable[[], None]) -> Iterator[None]:
+def _locked(path: Path, stopping: Stopping) -> Iterator[None]:
     """Hold a lock that a wish to stop can interrupt the wait for: building may take another run minutes."""
     with path.open("a") as file:
         while True:

@@ -19,6 +19,7 @@ from qlora_tui.engine.data.alpaca import Alpaca
 from qlora_tui.engine.data.chat import Chat, Placed, Refusal, Row, Turn, fields, share
 from qlora_tui.engine.data.prompt_completion import PromptCompletion
 from qlora_tui.engine.data.question_answer import QuestionAnswer
+from qlora_tui.engine.data.tape import polled
 from qlora_tui.engine.errors import BadRow
 from qlora_tui.engine.text import one_line
 
@@ -79,32 +80,32 @@ class Chained:
         pair = next((pair for pair in self.pairs if pair.score([row]) == 1), self.pairs[0])
         return replace(pair.read(row), plain=False)
 
-    def chain(self, rows: Iterable[Placed]) -> Iterator[Row | Refusal]:
+    def chain(self, rows: Iterable[Placed], look: Callable[[], None] = lambda: None) -> Iterator[Row | Refusal]:
         """Return a chat for each last row of a chain, and a refusal for each row that cannot be part of one, in order."""
         with tempfile.TemporaryFile() as file:
-            yield from _Chains(file, self, rows).results()
+            yield from _Chains(file, self, rows, look).results()
 
 
 class _Chains:
-    def __init__(self, file: IO[bytes], form: Chained, rows: Iterable[Placed]) -> None:
-        self.file, self.form = file, form
+    def __init__(self, file: IO[bytes], form: Chained, rows: Iterable[Placed], look: Callable[[], None]) -> None:
+        self.file, self.form, self.look = file, form, look
         self.numbers, self.lines, self.places = array("q"), array("q"), array("q")
         self.parents, self.systems = array("q"), array("q")
         self.faults: dict[int, BadRow] = {}
         self.by_id: dict[str, int] = {}
         self.twice: set[str] = set()
         named = [self._add(row) for row in rows]
-        for index, parent in enumerate(named):
+        for index, parent in enumerate(polled(named, look)):
             self.parents.append(self._parent(index, parent))
         self._spread()
 
     def results(self) -> Iterator[Row | Refusal]:
         count = len(self.numbers)
         inner, trained = bytearray(count), bytearray(count)
-        for index in range(count):
+        for index in polled(range(count), self.look):
             if index not in self.faults and self.parents[index] >= 0:
                 inner[self.parents[index]] = 1
-        for index in range(count):
+        for index in polled(range(count), self.look):
             line = self.lines[index] or None
             if fault := self.faults.get(index):
                 hint = f"; {fault.problem.hint}" if fault.problem.hint else ""
@@ -156,7 +157,7 @@ class _Chains:
     def _spread(self) -> None:
         """Refuse what hangs below a refused row, and rows that are their own ancestors; each row is looked at once or twice."""
         known = bytearray(len(self.numbers))
-        for start in range(len(known)):
+        for start in polled(range(len(known)), self.look):
             path: list[int] = []
             at = start
             while at >= 0 and not known[at]:

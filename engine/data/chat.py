@@ -6,7 +6,6 @@ Plain records of text. A format file turns one row of a file into a `Chat`; ever
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -150,11 +149,13 @@ class Settling(Protocol):
 class Chained(Protocol):
     """A format whose rows belong together: one pass over all rows comes before the first chat."""
 
-    def chain(self, rows: Iterable[Placed]) -> Iterator[Row | Refusal]:
-        """Return the chats, and a refusal for each row that is part of none, in order of the rows."""
+    def chain(self, rows: Iterable[Placed], look: Callable[[], None] = lambda: None) -> Iterator[Row | Refusal]:
+        """Return the chats, and a refusal for each row that is part of none, in order of the rows; `look` raises to interrupt."""
 
 
 _SHORT_KEY = 40
+_MOST_NAMES = 1024
+_plain_names: set[str] = set()
 PARTLY = 0.3
 """What a row counts for a format when it has the format's name on it but not its shape."""
 
@@ -170,7 +171,7 @@ def fields(row: Mapping[str, object]) -> Mapping[str, object]:
     Whole names are compared and never parts of them: "text" must not match "context". A key already spelled
     plainly wins over one that only becomes equal.
     """
-    if all(map(_is_plain, row)):
+    if row.keys() <= _plain_names or all(map(_is_plain, row)):
         return row
     return {**{plain_name(key): value for key, value in row.items()}, **row}
 
@@ -181,13 +182,11 @@ def plain_name(key: str) -> str:
 
 
 def _is_plain(key: str) -> bool:
-    return _plain_short(key) if len(key) <= _SHORT_KEY else plain_name(key) == key
-
-
-@functools.lru_cache(maxsize=1024)
-def _plain_short(key: str) -> bool:
-    """Remember the few names that come with every row; long ones are not kept, or a hostile file could fill the memory."""
-    return plain_name(key) == key
+    """Say whether a name is plain already, and remember the few that come with every row."""
+    plain = plain_name(key) == key
+    if plain and len(key) <= _SHORT_KEY and len(_plain_names) < _MOST_NAMES:  # or a hostile file could fill the memory
+        _plain_names.add(key)
+    return plain
 
 
 def read_role(value: object, field: str) -> Role:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from qlora_tui.engine.data.boilerplate import boilerplate
@@ -24,25 +25,36 @@ from qlora_tui.engine.data.tokenizer import Tokenizer
 from qlora_tui.engine.errors import DataError
 from qlora_tui.engine.spec import RunConfig, rows_per_step
 
+Tell = Callable[[str, int, int], None]
+_TOLD_EVERY = 1000
+
 
 def describe(
-    run: RunConfig, dataset: Dataset, tokenizer: Tokenizer | None, examples: int = 0, *, eval_dataset: Dataset | None = None
+    run: RunConfig,
+    dataset: Dataset,
+    tokenizer: Tokenizer | None,
+    examples: int = 0,
+    *,
+    eval_dataset: Dataset | None = None,
+    tell: Tell = lambda doing, done, total: None,
 ) -> dict[str, Any]:
     """Return the facts of `qlora-tui data` as JSON-ready values; what needs a tokenizer is null without one.
+
+    `tell` gets what is being done, and the rows it was done with, of how many.
 
     `prepared` equals the event of that name of a run. `tokens`, `histogram`, `limits` and `too_long` measure every row that can be
     rendered, whatever becomes of it. `duplicates.near` counts rows that share at least seven tenths of their word pairs with an
     earlier one, exact copies not included. Texts in it are the dataset's own: whoever shows them escapes them.
     """
     notes: list[str] = []
-    prepared = _prepare(run, dataset, tokenizer, eval_dataset, notes) if tokenizer else None
+    prepared = _prepare(run, dataset, tokenizer, eval_dataset, notes, tell) if tokenizer else None
     renderer = Renderer(tokenizer, mask_history=run.mask_history) if tokenizer else None
     measured = _survey(dataset, prepared, renderer) if renderer else Survey()
     if run.perplexity_filter:
         notes.append("perplexity_filter is not applied here: it needs the model, so a run may train fewer rows; --perplexity applies it.")
     faults = [asdict(refusal) for refusal in (*dataset.refused, *measured.refused)]
     unusable = {refusal.row for refusal in measured.refused}
-    counts = _Counts(dataset.rows, unusable)
+    counts = _Counts(dataset.rows, unusable, tell)
     tokens = measured.tokens() if tokenizer else None
     return {
         "format": dataset.format,
@@ -74,9 +86,11 @@ def steps_per_epoch(run: RunConfig, rows: int) -> int:
     return -(-rows // rows_per_step(run))
 
 
-def _prepare(run: RunConfig, dataset: Dataset, tokenizer: Tokenizer, eval_dataset: Dataset | None, notes: list[str]) -> Tokenized | None:
+def _prepare(
+    run: RunConfig, dataset: Dataset, tokenizer: Tokenizer, eval_dataset: Dataset | None, notes: list[str], tell: Tell
+) -> Tokenized | None:
     try:
-        return prepare(run, dataset, tokenizer, eval_dataset=eval_dataset)
+        return prepare(run, dataset, tokenizer, eval_dataset=eval_dataset, progress=partial(tell, "writing the rows out"))
     except DataError as error:
         notes.append(error.problem.message)
         return None
@@ -92,13 +106,15 @@ def _survey(dataset: Dataset, prepared: Tokenized | None, renderer: Renderer) ->
 class _Counts:
     """Turns and fingerprints, counted in one pass over the rows."""
 
-    def __init__(self, rows: Sequence[Row], unusable: set[int]) -> None:
+    def __init__(self, rows: Sequence[Row], unusable: set[int], tell: Tell) -> None:
         self.prints = Prints(sketches=True)
         self.read: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
         self.trained = self.usable = 0
         self.characters: list[int] = []
-        for row in rows:
+        for place, row in enumerate(rows):
+            if place % _TOLD_EVERY == 0:
+                tell("comparing the rows", place, len(rows))
             self.prints.add(row.chat)
             self.characters.append(sum(len(turn.content) for turn in row.chat.turns))
             said = Counter(turn.role for turn in row.chat.turns)

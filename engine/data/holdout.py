@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tui.engine.data.duplicates import groups
 from qlora_tui.engine.data.prints import Prints
+from qlora_tui.engine.data.tape import polled
 from qlora_tui.engine.spec import RunConfig
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ HOLDOUT_FLOOR, HOLDOUT_CAP = 20, 500
 """A share holds out no fewer and no more rows: below, the mean says little; above, measuring costs time and tells no more."""
 _QUARTERS = 4
 _LEEWAY = 1.1
+_TEXTS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def size_of(rows: int, wanted: float, notes: list[str]) -> int:
 
 def hold_out(
     prints: Prints,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | Numbers,
     run: RunConfig,
     notes: list[str],
     *,
@@ -85,7 +87,7 @@ def hold_out(
     if not wanted:
         return Held()
     roots = np.frombuffer(groups(prints, stopping=stopping), np.int64)
-    chosen = _draw(prints, roots, each, np.asarray(lengths, np.int64), wanted, run.seed)
+    chosen = _draw(prints, roots, each, np.asarray(lengths, np.int64), wanted, run.seed, stopping)
     inside = np.isin(roots, np.asarray(sorted(chosen), np.int64))
     held = int(each[inside].sum())
     if held < wanted:
@@ -96,19 +98,24 @@ def hold_out(
     return Held(frozenset(np.flatnonzero(inside).tolist()), overlap)
 
 
-def _draw(prints: Prints, roots: Numbers, weights: Numbers, lengths: Numbers, wanted: int, seed: int) -> set[int]:
+def _draw(
+    prints: Prints, roots: Numbers, weights: Numbers, lengths: Numbers, wanted: int, seed: int, stopping: Callable[[], None]
+) -> set[int]:
     """Return the roots of the groups drawn; those over the share of their length wait for a second round."""
     import numpy as np
 
+    stopping()
     texts, firsts = np.unique(np.frombuffer(bytes(prints.near), "S16"), return_index=True)
     order = list(range(len(texts)))
+    stopping()
     random.Random(seed).shuffle(order)
+    stopping()
     size = np.bincount(roots, weights=weights, minlength=len(roots)).astype(np.int64)
     quarter, room = _quarters(lengths, weights, wanted)
     chosen: set[int] = set()
     held = 0
     for fair in (True, False):
-        for text in order:
+        for text in polled(order, stopping, _TEXTS_AT_ONCE):
             root = int(roots[firsts[text]])
             if held >= wanted:
                 return chosen

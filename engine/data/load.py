@@ -43,7 +43,7 @@ class Dataset:
     """Usable rows and refused ones, the format and why, numbered over all sources from 1.
 
     Rows and refusals may lie on the disk: index them or go through them, and hold no more than needed. `notes` are
-    sentences about what was decided on the way, for whoever tells what is trained.
+    sentences about what was decided on the way, for whoever tells what is trained. `longest` is the characters of the longest row.
     """
 
     rows: Sequence[Row]
@@ -52,6 +52,7 @@ class Dataset:
     why: str = ""
     sources: tuple[Source, ...] = ()
     notes: tuple[str, ...] = ()
+    longest: int = 0
 
 
 def load(
@@ -113,6 +114,7 @@ class _Reading:
         self.stop = not (lenient or run.skip_bad_rows)
         self.rows, self.refused = row_store.rows(), row_store.refusals()
         self.keys = array("Q") if mixed else None
+        self.characters = array("Q")
         self.numbers = itertools.count(1)
         self.begins: list[int] = []
         self.shown: list[str] = []
@@ -132,7 +134,7 @@ class _Reading:
                     refusal(number, raw.line, raw.fields) if isinstance(raw.fields, BadRow) else Refusal(number, raw.line, "", why)
                 )
         else:
-            for row in form.read_all(self._usable(itertools.chain(ahead, raws))):
+            for row in form.read_all(self._usable(itertools.chain(ahead, raws)), self.tape.look):
                 self._take(row)
         self.whys.append(why)
         self.notes += found.notes
@@ -153,6 +155,7 @@ class _Reading:
             why="; ".join(dict.fromkeys(self.whys)),
             sources=tuple(self.sources),
             notes=tuple(dict.fromkeys(self.notes)),
+            longest=max(self.characters, default=0),
         )
 
     def _raws(self, found: sources.Found) -> Iterator[tuple[int, Raw]]:
@@ -190,6 +193,7 @@ class _Reading:
             self._refuse(row)
             return
         packed = self.rows.add(row)
+        self.characters.append(sum([len(turn.content) for turn in row.chat.turns]))
         if self.keys is not None:
             self.keys.append(mixture.draw_key(row_store.chat_part(packed), self.run.seed))
 
@@ -214,6 +218,7 @@ class _Reading:
         ]
         self.notes.append(f"data_weights: {', '.join(told)} are used, drawn by seed; no row is used twice.")
         self.sources = [replace(one, rows=some) for one, some in zip(self.sources, used, strict=True)]
+        self.characters = array("Q", map(self.characters.__getitem__, places))
         return row_store.picked(rows, places)
 
 

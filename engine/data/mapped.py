@@ -6,7 +6,7 @@ sound are refused in every format, and the conversation's own id is kept for gro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_tui.engine.columns import INNER_FIELDS
@@ -84,15 +84,15 @@ class Mapped:
         found = "" if chat.source_id else _source_id(plain)
         return replace(chat, source_id=found) if found else chat
 
-    def read_all(self, rows: Iterable[Placed]) -> Iterator[Row | Refusal]:
+    def read_all(self, rows: Iterable[Placed], look: Callable[[], None] = lambda: None) -> Iterator[Row | Refusal]:
         """Read rows as they come: each gives a `Row` or a `Refusal`, except those that become part of a later row's chat.
 
-        A chained format looks at all rows before it gives the first.
+        A chained format looks at all rows before it gives the first; meanwhile it calls `look`, which raises to interrupt.
         """
         if not isinstance(self.form, Chained):
             return (self._read_one(row) for row in rows)
         renamed = ((number, line, self.columns.renamed(row)) for number, line, row in rows)
-        found = self.form.chain(renamed)
+        found = self.form.chain(renamed, look)
         return (replace(one, field=self.columns.shown(one.field)) if isinstance(one, Refusal) else one for one in found)
 
     def _refuse_other(self, plain: Mapping[str, object], row: Mapping[str, object]) -> None:
@@ -140,6 +140,8 @@ def _under(row: Mapping[str, object], names: Mapping[str, str]) -> dict[str, obj
 
 def _refuse_media(row: Mapping[str, object]) -> None:
     plain = fields(row)
+    if plain.keys().isdisjoint(_MEDIA):
+        return
     name = next((name for name in _MEDIA if plain.get(name)), None)
     if name:
         raise BadRow("pictures and sound cannot be trained; the row would lose them", field=name, hint="remove the column or the row")
@@ -147,5 +149,7 @@ def _refuse_media(row: Mapping[str, object]) -> None:
 
 def _source_id(row: Mapping[str, object]) -> str:
     plain = fields(row)
+    if plain.keys().isdisjoint(_SOURCE_IDS):
+        return ""
     found = next((plain[name] for name in _SOURCE_IDS if plain.get(name) not in (None, "")), "")
     return str(found) if isinstance(found, (str, int)) else ""

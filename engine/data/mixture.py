@@ -6,12 +6,12 @@ heart. Which rows stay hangs on the seed and on their texts, not on the order of
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
 from qlora_tui.engine.errors import ConfigError
+from qlora_tui.engine.rules import weights_fault
 from qlora_tui.engine.spec import RunConfig
 
 
@@ -21,12 +21,9 @@ def weights_of(run: RunConfig) -> tuple[float, ...]:
     Raises:
         ConfigError: they are not as many as there are sources, or one is no positive number.
     """
-    if not run.data_weights:
-        return ()
-    if len(run.data_weights) != len(run.data):
-        told = f"{len(run.data_weights)} weights for {len(run.data)} sources of data"
-        raise ConfigError(told, hint="give each source one, in their order", where="data_weights")
-    return tuple(_weight(text) for text in run.data_weights)
+    if fault := weights_fault(run):
+        raise ConfigError(fault.message, hint=fault.hint, where=fault.where)
+    return tuple(map(float, run.data_weights))
 
 
 def quotas(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -57,13 +54,3 @@ def draw(keys: array[int], first: int, last: int, wanted: int) -> array[int]:
         return array("Q", range(first, last))
     ranks = numpy.argsort(numpy.frombuffer(keys, dtype=numpy.uint64)[first:last], kind="stable")[:wanted]
     return array("Q", (numpy.sort(ranks).astype(numpy.uint64) + numpy.uint64(first)).tobytes())
-
-
-def _weight(text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise ConfigError(f"{text!r} is no share", hint="a share is a number above 0, such as 0.7 or 2", where="data_weights")
-    return weight

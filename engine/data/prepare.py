@@ -6,17 +6,19 @@ and their tokens go to files, so that a million rows need no more memory than th
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from qlora_tui.engine.data import cache
+from qlora_tui.engine.data import cache, row_store
+from qlora_tui.engine.data.ahead import rendered
 from qlora_tui.engine.data.chat import Row
 from qlora_tui.engine.data.duplicates import copies
 from qlora_tui.engine.data.fitting import Fitter
@@ -26,10 +28,17 @@ from qlora_tui.engine.data.prints import Prints, exact_key
 from qlora_tui.engine.data.render import Renderer, TokenRow
 from qlora_tui.engine.data.store import ENDS, NUMBERS, Columns, TokenRows, Writer
 from qlora_tui.engine.data.survey import Survey
+from qlora_tui.engine.data.tape import Item, Progress, Stopping, polled
 from qlora_tui.engine.data.tokenizer import Tokenizer
 from qlora_tui.engine.errors import BadRow, DataError
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.spec import RunConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[np.int64]
 
 _LISTED_REASONS = 20
 _LOOK_UP_EVERY = 16
@@ -44,9 +53,6 @@ _DECIDING = (
     "seed",
 )
 """The settings that decide what is trained, next to the texts."""
-
-Stopping = Callable[[], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +158,16 @@ class _Work:
             OSError: the disk is full.
         """
         self.writer, self.survey, self.fitter = Writer.into(ids, mask), Survey(), Fitter(self.run, self.renderer.tokens)
-        self.refused: Counter[str] = Counter(refusal.reason for refusal in self.dataset.refused)
+        self.refused: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.lost, self.done = bytearray(), 0
         self.told: Mapping[str, str] = {}
-        for refusal in self.dataset.refused:
+        for refusal in self._polled(self.dataset.refused):
+            self.refused[refusal.reason] += 1
             self._lose(refusal.row, refusal.reason, line=refusal.line, field=refusal.field, source=refusal.source)
         notes: list[str] = []
         wanted = self.measured is not None or self.run.val_set_size > 0
-        prints = Prints(sketches=True) if wanted else None
+        prints = Prints(sketches=True, exact=False) if wanted else None
         weights = self._take(self.dataset.rows, self._chosen(), self.run.max_samples, prints)
         if not weights:
             raise self._nothing_left()
@@ -175,21 +182,24 @@ class _Work:
         numbers, ends = self.writer.numbers.tobytes(), self.writer.ends.tobytes()
         told = json.dumps({**asdict(facts), "highest": self.writer.highest}).encode()
         columns = {NUMBERS: numbers, ENDS: ends, "train": train.tobytes(), "holdout": holdout.tobytes()}
-        return {**columns, "facts": told, "lost": bytes(self.lost), **self.survey.columns()}
+        return {**columns, "facts": told, "lost": bytes(self.lost), **self.survey.columns(self.stopping)}
 
     def _take(self, rows: Sequence[Row], places: Sequence[int], enough: int, prints: Prints | None) -> array[int]:
         """Write usable rows until there are enough (0: all); return, by usable row, into how many it was split."""
         weights = array("i")
-        for row in self._looked_up(rows, places):
-            if enough and len(weights) >= enough:
-                break
-            parts = self._usable(row)
-            for part in parts:
-                self.writer.add(part)
-            if parts:
-                weights.append(len(parts))
-            if parts and prints is not None:
-                prints.add(row.chat)
+        source = self._looked_up(rows, places)
+        before = -1
+        while self.done != before and not (enough and len(weights) >= enough):
+            before = self.done
+            wanted = itertools.islice(source, enough - len(weights)) if enough else source  # rows are read ahead, but never too many
+            for row, tokens in rendered(self.renderer, wanted, self.stopping):
+                parts = self._usable(row, tokens)
+                for part in parts:
+                    self.writer.add(part)
+                if parts:
+                    weights.append(len(parts))
+                if parts and prints is not None:
+                    prints.add(row.chat)
         return weights
 
     def _looked_up(self, rows: Sequence[Row], places: Sequence[int]) -> Iterator[Row]:
@@ -202,13 +212,11 @@ class _Work:
             self.done += 1
             yield row
 
-    def _usable(self, row: Row) -> list[TokenRow]:
-        try:
-            tokens = self.renderer.tokens(row)
-        except BadRow as error:
-            self.survey.refuse(row, error)
-            self.refused[str(error)] += 1
-            self._lose(row.number, str(error), line=row.line)
+    def _usable(self, row: Row, tokens: TokenRow | BadRow) -> list[TokenRow]:
+        if isinstance(tokens, BadRow):
+            self.survey.refuse(row, tokens)
+            self.refused[str(tokens)] += 1
+            self._lose(row.number, str(tokens), line=row.line)
             return []
         self.survey.add(tokens)
         parts, reason = self.fitter.fit(row, tokens)
@@ -232,28 +240,27 @@ class _Work:
     def _copies(self, *, near: bool) -> Mapping[int, int]:
         rows = self.dataset.rows
         prints = Prints(sketches=near)
-        for place, row in enumerate(rows):
-            if place % _LOOK_UP_EVERY == 0:
-                self.stopping()
+        for row in self._polled(rows):
             prints.add(row.chat)
         found = copies(prints, rows, near=near, stopping=self.stopping)
-        first = {place: rows[place].number for place in {*found.values()}}
-        for place, other in sorted(found.items()):
+        first = {place: rows[place].number for place in self._polled({*found.values()})}
+        for place, other in self._polled(sorted(found.items())):
             self.dropped[f"{'near or exact' if near else 'exact'} copy of an earlier row"] += 1
             self._lose(rows[place].number, f"copy of row {first[other]}")
         return found
 
+    def _polled(self, items: Iterable[Item]) -> Iterator[Item]:
+        return polled(items, self.stopping)
+
     def _take_eval(self, rows: Sequence[Row], prints: Prints, notes: list[str]) -> int:
         """Write the rows of `eval_data` that are not trained on, at most the cap; return how many were."""
         trained = len(prints)
-        for place, row in enumerate(rows):
-            if place % _LOOK_UP_EVERY == 0:
-                self.stopping()
+        for row in self._polled(rows):
             prints.add(row.chat)
         leaked = {place - trained for place in leaks(prints, trained, self.stopping)}
         fresh = [place for place in range(len(rows)) if place not in leaked]
         self.told = {"of": "eval_data"}
-        for place in sorted(leaked):
+        for place in self._polled(sorted(leaked)):
             self._lose(rows[place].number, "also trained on, or nearly")
         before = len(self.writer)
         self._take(rows, _shuffled(rows, fresh, self.run.seed, self.stopping), HOLDOUT_CAP, None)
@@ -264,38 +271,44 @@ class _Work:
             notes.append(f"{used} of {len(fresh)} rows of eval_data are measured, drawn by seed.")
         return len(leaked)
 
-    def _longest(self, weights: Sequence[int]) -> list[int]:
+    def _longest(self, weights: array[int]) -> Numbers:
         """Return the tokens of each usable row, of a split one those of its last part."""
-        found, place = [], -1
-        ends = self.writer.ends
-        for weight in weights:
-            place += weight
-            found.append(ends[place] - (ends[place - 1] if place else 0))
-        return found
+        import numpy as np
 
-    def _sides(self, weights: Sequence[int], held: Held, trained: int) -> tuple[array[int], array[int]]:
+        return self._lengths()[np.cumsum(np.array(weights, np.int64)) - 1]
+
+    def _lengths(self) -> Numbers:
+        """Return the tokens of every row written."""
+        import numpy as np
+
+        ends = np.array(self.writer.ends, np.int64)
+        ends[1:] -= ends[:-1].copy()
+        return ends
+
+    def _sides(self, weights: array[int], held: Held, trained: int) -> tuple[Numbers, Numbers]:
         """Return the places of the token rows to train and to measure, each in the order of the source."""
-        sides = (array("q"), array("q"))
-        place = 0
-        for row, weight in enumerate(weights):
-            sides[row in held.places].extend(range(place, place + weight))
-            place += weight
-        sides[1].extend(range(trained, len(self.writer)))
-        numbers = self.writer.numbers
-        train, holdout = (array("q", sorted(side, key=lambda each: (numbers[each], each))) for side in sides)
+        import numpy as np
+
+        measured = np.ones(len(self.writer), bool)
+        inside = np.zeros(len(weights), bool)
+        inside[list(held.places)] = True
+        measured[:trained] = np.repeat(inside, np.array(weights, np.int64))
+        numbers = np.array(self.writer.numbers, np.int64)
+        train, holdout = (places[np.argsort(numbers[places], kind="stable")] for places in map(np.flatnonzero, (~measured, measured)))
         return train, holdout
 
-    def _facts(self, train: array[int], holdout: array[int], leaked: int, overlap: int, notes: list[str]) -> PreparedFacts:
-        ends, mask = self.writer.ends, self.writer.supervised
-        lengths = [[ends[place] - (ends[place - 1] if place else 0) for place in side] for side in (train, holdout)]
+    def _facts(self, train: Numbers, holdout: Numbers, leaked: int, overlap: int, notes: list[str]) -> PreparedFacts:
+        import numpy as np
+
+        lengths, supervised = self._lengths(), np.array(self.writer.supervised, np.int64)
         return PreparedFacts(
             rows=len(self.dataset.rows) + len(self.dataset.refused),
             train_rows=len(train),
             holdout_rows=len(holdout),
-            tokens=sum(lengths[0]),
-            supervised_tokens=sum(mask[place] for place in train),
-            holdout_tokens=sum(lengths[1]),
-            max_row_tokens=max(map(max, filter(None, lengths))),
+            tokens=int(lengths[train].sum()),
+            supervised_tokens=int(supervised[train].sum()),
+            holdout_tokens=int(lengths[holdout].sum()),
+            max_row_tokens=int(lengths.max()),
             leaks=leaked,
             refused=_listed(self.refused),
             dropped=_listed(self.dropped),
@@ -320,27 +333,27 @@ def _read(columns: Columns, notes: Sequence[str]) -> Tokenized:
 
 
 def _digest(dataset: Dataset, stopping: Stopping) -> str:
-    """Return a digest of all rows and refusals: their texts, numbers, and what the data says not to train."""
+    """Return a digest of all rows and refusals: everything that was read of them, and where each stood."""
     state = blake2b(digest_size=16)
-    for place, row in enumerate(dataset.rows):
-        if place % _LOOK_UP_EVERY == 0:
-            stopping()
-        chat = row.chat
-        about = (row.number, chat.plain, chat.source_id, [(turn.trained, turn.tool_call_id) for turn in chat.turns])
-        state.update(exact_key(chat) + repr(about).encode("utf-8", "replace"))
-    state.update(repr([(refusal.row, refusal.reason) for refusal in dataset.refused]).encode("utf-8", "replace"))
+    for packed in polled(row_store.packed(dataset.rows), stopping):
+        state.update(packed)
+    for refusal in polled(dataset.refused, stopping):
+        state.update(repr((refusal.row, refusal.reason)).encode("utf-8", "replace"))
     return state.hexdigest()
 
 
 def _shuffled(rows: Sequence[Row], places: Sequence[int], seed: int, stopping: Stopping) -> list[int]:
     """Return the positions in an order that the texts and the seed decide."""
-    keys: list[tuple[bytes, int, int]] = []
-    for place in places:
-        if len(keys) % _LOOK_UP_EVERY == 0:
-            stopping()
+    import numpy as np
+
+    keys, numbers = bytearray(), array("q")
+    for place in polled(places, stopping):
         row = rows[place]
-        keys.append((exact_key(row.chat), row.number, place))
-    order = [place for _, _, place in sorted(keys)]
+        keys += exact_key(row.chat)
+        numbers.append(row.number)
+    halves = np.frombuffer(bytes(keys), ">u8").reshape(-1, 2).astype(np.uint64)  # big-endian numbers compare as their bytes do
+    order: list[int] = np.asarray(places, np.int64)[np.lexsort((np.array(numbers, np.int64), halves[:, 1], halves[:, 0]))].tolist()
+    stopping()
     random.Random(seed).shuffle(order)
     return order
 

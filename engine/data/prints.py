@@ -24,6 +24,7 @@ KEPT = 64
 """Hashes of word pairs kept of a row."""
 _EVERYTHING = 2**32
 _WORDS_KNOWN = 2**20
+_WORDS_AT_ONCE = 2**15
 _WORD = re.compile(r"\w+")
 # Characters that are words of their own where nothing is put between words: Chinese, Japanese, Korean.
 _WIDE = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -67,15 +68,12 @@ def turn_words(turn: Turn) -> list[str]:
 class Prints:
     """The fingerprints of many rows, by position in the order they were added; about 350 bytes a row at most."""
 
-    def __init__(self, *, sketches: bool) -> None:
-        """Begin empty; without `sketches` only texts that are equal but for case and spaces count as near."""
-        self.sketches = sketches
+    def __init__(self, *, sketches: bool, exact: bool = True) -> None:
+        """Begin empty; without `sketches` only texts equal but for case and spaces count as near, without `exact` none as equal."""
+        self.sketches = Sketches() if sketches else None
+        self._exact = exact
         self.exact, self.near = bytearray(), bytearray()
         self.sources: array[int] = array("Q")
-        self.values: array[int] = array("I")
-        self.ends: array[int] = array("q")
-        self.tops: array[int] = array("q")
-        self._known = _Hashes()
 
     def __len__(self) -> int:
         """Return how many rows were added."""
@@ -83,31 +81,69 @@ class Prints:
 
     def add(self, chat: Chat) -> None:
         """Take the fingerprints of one more row."""
-        self.exact += exact_key(chat)
+        if self._exact:
+            self.exact += exact_key(chat)
         self.near += near_key(chat)
         self.sources.append(int.from_bytes(_digest([chat.source_id])[:8]) or 1 if chat.source_id else 0)
-        if self.sketches:
-            values, top = sketch(words_of(chat), self._known)
-            self.values.frombytes(values)
-            self.tops.append(top)
-            self.ends.append(len(self.values))
+        if self.sketches is not None:
+            self.sketches.add(words_of(chat))
 
 
-def sketch(words: list[str], known: _Hashes) -> tuple[bytes, int]:
-    """Return the smallest hashes of the word pairs as 32-bit numbers in order, and the number up to which none is left out."""
-    import numpy as np
+class Sketches:
+    """The smallest hashes of the word pairs of many rows, all in one array; worked out for some thousand words at a time.
 
-    if len(words) == 1:
-        words = [*words, _BORDER]
-    each = np.fromiter((known[word] for word in words), np.uint64, len(words))
-    pairs = each[:-1] * np.uint64(0x9E3779B97F4A7C15) + each[1:] * np.uint64(0xC2B2AE3D27D4EB4F)
-    pairs ^= pairs >> np.uint64(29)
-    pairs *= np.uint64(0xBF58476D1CE4E5B9)
-    found = np.sort((pairs >> np.uint64(32)).astype(np.uint32))
-    distinct = found[np.concatenate(([True], found[1:] != found[:-1]))] if len(found) else found
-    if len(distinct) <= KEPT:
-        return distinct.tobytes(), _EVERYTHING
-    return distinct[:KEPT].tobytes(), int(distinct[KEPT - 1])
+    `values` holds the hashes of a row in order as 32-bit numbers, `ends` where each row ends in it, and `tops` the number up to
+    which none of the row's is left out.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._values: array[int] = array("I")
+        self._ends: array[int] = array("q")
+        self._tops: array[int] = array("q")
+        self._known = _Hashes()
+        self._words: array[int] = array("Q")
+        self._sizes: array[int] = array("q")
+
+    def add(self, words: list[str]) -> None:
+        """Take one more row."""
+        if len(words) == 1:
+            words = [*words, _BORDER]
+        self._words.extend(map(self._known.__getitem__, words))
+        self._sizes.append(len(words))
+        if len(self._words) > _WORDS_AT_ONCE:
+            self._work_out()
+
+    @property
+    def columns(self) -> tuple[array[int], array[int], array[int]]:
+        """Return `values`, `ends` and `tops` of all rows so far."""
+        self._work_out()
+        return self._values, self._ends, self._tops
+
+    def _work_out(self) -> None:
+        import numpy as np
+
+        if not self._sizes:
+            return
+        each, sizes = np.array(self._words, np.uint64), np.array(self._sizes, np.int64)
+        del self._words[:], self._sizes[:]
+        owner = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
+        inside = owner[1:] == owner[:-1]
+        pairs = each[:-1] * np.uint64(0x9E3779B97F4A7C15) + each[1:] * np.uint64(0xC2B2AE3D27D4EB4F)
+        pairs ^= pairs >> np.uint64(29)
+        pairs *= np.uint64(0xBF58476D1CE4E5B9)
+        keys = np.sort((owner[1:] << np.uint64(32) | pairs >> np.uint64(32))[inside])  # by row, and in a row by hash
+        keys = keys[np.concatenate((np.ones(len(keys[:1]), bool), keys[1:] != keys[:-1]))]
+        row = (keys >> np.uint64(32)).astype(np.int64)
+        counts = np.bincount(row, minlength=len(sizes))
+        rank = np.arange(len(keys)) - (np.cumsum(counts) - counts)[row]
+        tops = np.full(len(sizes), _EVERYTHING, np.int64)
+        last = (rank == KEPT - 1) & (counts[row] > KEPT)
+        tops[row[last]] = keys[last] & np.uint64(0xFFFFFFFF)
+        before = self._ends[-1] if self._ends else 0
+        self._values.frombytes(keys[rank < KEPT].astype(np.uint32).tobytes())
+        self._tops.frombytes(tops.tobytes())
+        self._ends.frombytes((before + np.cumsum(np.minimum(counts, KEPT))).tobytes())
 
 
 def likeness(first: list[str], second: list[str]) -> float:
@@ -153,7 +189,5 @@ def _plain(text: str) -> str:
 
 
 def _digest(parts: Iterator[str] | list[str]) -> bytes:
-    state = blake2b(digest_size=16)
-    for part in parts:
-        state.update(part.encode("utf-8", "surrogatepass") + b"\1")
-    return state.digest()
+    text = "".join([f"{part}\1" for part in parts])
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

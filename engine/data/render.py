@@ -20,6 +20,8 @@ from qlora_tui.engine.data.tokenizer import Tokenizer
 from qlora_tui.engine.errors import BadRow
 from qlora_tui.engine.text import one_line
 
+Encoded = tuple[list[int], list[Span]]
+"""Token ids, and for each the characters it stands for."""
 _THOUGHT_TOKENS = ("<think>", "</think>")
 
 
@@ -50,7 +52,27 @@ class Renderer:
         Raises:
             BadRow: the reason why it cannot be trained; it counts rows of a kind, so it names no row.
         """
-        ids, mask = self._masked(row.chat)
+        written = self.begin(row.chat)
+        return self.finish(row, written, None if written is None else self._encode(written.text))
+
+    def begin(self, chat: Chat) -> Written | None:
+        """Write a chat out as the text that is to be encoded; None if it is no single text but token ids, or pieces.
+
+        Raises:
+            BadRow: as `tokens`.
+        """
+        return None if chat.ids is not None or chat.verbatim == "segments" else self._written(chat)
+
+    def finish(self, row: Row, written: Written | None, encoded: Encoded | None) -> TokenRow:
+        """Mask a row of which `begin` gave `written`, and the tokenizer `encoded` of its text.
+
+        Raises:
+            BadRow: as `tokens`.
+        """
+        if written is None or encoded is None:
+            ids, mask = self._given(row.chat.ids) if row.chat.ids is not None else self._pieces(row.chat.segments)
+        else:
+            ids, mask = self._placed(written, *encoded)
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id:
             ids, mask = ids[1:], mask[1:]
         if mask:
@@ -75,13 +97,6 @@ class Renderer:
         if stop := self._template.unknown_stop():
             found.append(f"Answers end with {stop}, no stop token by the model's files: whoever serves the adapter has to name it.")
         return tuple(found)
-
-    def _masked(self, chat: Chat) -> tuple[list[int], bytearray]:
-        if chat.ids is not None:
-            return self._given(chat.ids)
-        if chat.verbatim == "segments":
-            return self._pieces(chat.segments)
-        return self._encoded(self._written(chat))
 
     def _given(self, given: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[list[int], bytearray]:
         """Take token ids as they are, if they are this model's."""
@@ -134,15 +149,14 @@ class Renderer:
         turns = tuple(replace(turn, trained=index == answers[-1]) if index in answers else turn for index, turn in enumerate(chat.turns))
         return replace(chat, turns=turns)
 
-    def _encoded(self, written: Written) -> tuple[list[int], bytearray]:
-        ids, offsets = self._encode(written.text)
+    def _placed(self, written: Written, ids: list[int], offsets: list[Span]) -> tuple[list[int], bytearray]:
         self._refuse_control_tokens(written, ids, offsets)
         borders = sorted({place for span in written.trained for place in span if self._crossing(place, ids, offsets)})
         if borders:
             ids, offsets = self._cut(written, borders, ids, offsets)
         return ids, _mask(offsets, written.trained)
 
-    def _encode(self, text: str) -> tuple[list[int], list[Span]]:
+    def _encode(self, text: str) -> Encoded:
         try:
             return self.tokenizer.encode(text)
         except Exception as error:  # noqa: BLE001  (the Rust side raises plain Exception)
@@ -181,11 +195,15 @@ class Renderer:
     def _refuse_control_tokens(self, written: Written, ids: Sequence[int], offsets: Sequence[Span]) -> None:
         """Refuse text that holds a control token of the model: it would end a turn or begin one in the middle of a text."""
         control = self.tokenizer.control_ids
-        for place in [place for place, index in enumerate(ids) if index in control]:
-            start, end = offsets[place]
-            text = written.text[start:end].strip()
-            if any(first <= start < last for first, last in written.given) and self.tokenizer.added.get(text) == ids[place]:
-                raise _holds(text)
+        for first, last in written.given:
+            begin, stop = bisect_left(offsets, (first, -1)), bisect_left(offsets, (last, -1))
+            if control.isdisjoint(ids[begin:stop]):
+                continue
+            for place in range(begin, stop):
+                start, end = offsets[place]
+                text = written.text[start:end].strip()
+                if ids[place] in control and self.tokenizer.added.get(text) == ids[place]:
+                    raise _holds(text)
         for part in written.loose:
             if found := self._control.search(part):
                 raise _holds(found.group())

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import weakref
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from operator import attrgetter
@@ -135,18 +136,25 @@ class Stored(Sequence[Item]):
         return self._unpack(os.pread(self._owned.file.fileno(), self._ends[place] - begin, begin))  # pread: any thread, no shared place
 
     def __iter__(self) -> Iterator[Item]:
-        first, count = 0, len(self._ends)
-        while first < count:
-            begin, last = (self._ends[first - 1] if first else 0), first
-            while last + 1 < count and self._ends[last + 1] - begin <= _BLOCK_BYTES:
-                last += 1
-            block = os.pread(self._owned.file.fileno(), self._ends[last] - begin, begin)
+        for block, begin, rows in self._blocks():
             place = 0
-            for index in range(first, last + 1):
+            for index in rows:
                 end = self._ends[index] - begin
                 yield self._unpack(block[place:end])
                 place = end
-            first = last + 1
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield all items as they are written, many at a time."""
+        return (block for block, _, _ in self._blocks())
+
+    def _blocks(self) -> Iterator[tuple[bytes, int, range]]:
+        """Yield about a mebibyte after the other, with the place in the file where it begins and the items it holds."""
+        first, count = 0, len(self._ends)
+        while first < count:
+            begin = self._ends[first - 1] if first else 0
+            last = max(first + 1, bisect_right(self._ends, begin + _BLOCK_BYTES, first))
+            yield os.pread(self._owned.file.fileno(), self._ends[last - 1] - begin, begin), begin, range(first, last)
+            first = last
 
 
 class Picked(Sequence[Item]):
@@ -184,6 +192,11 @@ def picked(whole: Sequence[Row], places: Sequence[int]) -> Sequence[Row]:
     return Picked(whole, places) if isinstance(whole, Stored) else tuple(whole[place] for place in places)
 
 
+def packed(whole: Sequence[Row]) -> Iterator[bytes]:
+    """Yield the rows as they are written to the disk, one after the other or many at a time: joined, the bytes are the same."""
+    return whole.blocks() if isinstance(whole, Stored) else map(_pack_row, whole)
+
+
 def chat_part(packed: bytes) -> bytes:
     """Return the part of a packed row that does not tell where it stood."""
     return packed.split(b",", 2)[2]
@@ -196,6 +209,8 @@ def _names_and_defaults(record: type[Any]) -> tuple[Callable[[Any], tuple[Any, .
 
 _TURN, _TURN_DEFAULTS = _names_and_defaults(Turn)
 _CHAT, _CHAT_DEFAULTS = _names_and_defaults(Chat)
+_PLAIN_FIELDS = 4
+"""Fields of a turn before its tool calls: none of them is a tuple."""
 _REFUSAL, _ = _names_and_defaults(Refusal)
 
 
@@ -214,7 +229,7 @@ def _pack_row(row: Row) -> bytes:
 
 def _unpack_row(packed: bytes) -> Row:
     number, line, turns, *rest = _load(packed)
-    chat = Chat(tuple(Turn(*map(_tuples, turn)) for turn in turns), *map(_tuples, rest))
+    chat = Chat(tuple([Turn(*(turn if len(turn) <= _PLAIN_FIELDS else map(_tuples, turn))) for turn in turns]), *map(_tuples, rest))
     return Row(number, line, chat)
 
 

@@ -72,9 +72,7 @@ def find(name: str) -> Found:
         raise DataError("no such data is built in", hint=hint, where=one_line(name))
     path, part = _path(name)
     if path is None:
-        return (
-            Found(name, (_stream(name, lambda: read_hub(name)),)) if is_hub_name(name) else Found(name, (_file(Path(name).expanduser()),))
-        )
+        return Found(name, (_hub(name),)) if is_hub_name(name) else Found(name, (_file(Path(name).expanduser()),))
     if path.is_dir():
         return _folder(name, path, part)
     if path.name == registry.FILE:
@@ -217,7 +215,7 @@ def _entry(name: str, path: Path, entries: Mapping[str, Mapping[str, object]], p
     entry = registry.find_entry(path, entries, part)
     if entry.file is None:
         hub = f"{entry.hub}:{entry.split}" if entry.split else entry.hub
-        pieces: tuple[Piece, ...] = (_stream(hub, lambda: read_hub(hub, subset=entry.subset)),)
+        pieces: tuple[Piece, ...] = (_hub(hub, entry.subset),)
     elif entry.file.is_dir():
         pieces = tuple(_file(file) for file in _files(entry.file))
         if not pieces:
@@ -230,6 +228,10 @@ def _entry(name: str, path: Path, entries: Mapping[str, Mapping[str, object]], p
 def _file(path: Path) -> Piece:
     size = path.stat().st_size if path.is_file() else 0
     return Piece(str(path), size, lambda tape, note: read_file(path, tape, note))
+
+
+def _hub(name: str, subset: str = "") -> Piece:
+    return Piece(name, 0, lambda tape, _note: read_hub(name, tape, subset=subset))
 
 
 def _stream(name: str, rows: Callable[[], Iterator[Mapping[str, object]]]) -> Piece:

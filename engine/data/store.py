@@ -62,8 +62,11 @@ class TokenRows(Sequence[TokenRow]):
     @property
     def lengths(self) -> array[int]:
         """Tokens of each row."""
-        ends = self._ends
-        return array("i", (ends[place] - (ends[place - 1] if place else 0) for place in self._places))
+        import numpy as np
+
+        ends = np.concatenate((np.zeros(1, np.int64), np.frombuffer(self._ends, np.int64)))
+        places = np.asarray(self._places, np.int64)
+        return array("i", (ends[places + 1] - ends[places]).astype(np.int32).tobytes())
 
     @property
     def numbers(self) -> array[int]:
@@ -122,7 +125,7 @@ class Writer:
         self.numbers.append(row.row)
         self.supervised.append(row.trained.count(1))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(row.input_ids))
-        self.highest = max(self.highest, *row.input_ids)
+        self.highest = max(self.highest, max(row.input_ids))
 
 
 def mapped(path: Path) -> memoryview:

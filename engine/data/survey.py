@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qlora_tui.engine.data.ahead import rendered
 from qlora_tui.engine.data.chat import Refusal, Row
 from qlora_tui.engine.data.render import Renderer, TokenRow
+from qlora_tui.engine.data.tape import Stopping, polled
 from qlora_tui.engine.errors import BadRow
 
 _LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -46,9 +48,9 @@ class Survey:
         """Return how many rows were looked at."""
         return len(self.lengths) + len(self.refused)
 
-    def columns(self) -> dict[str, bytes]:
-        """Return it as bytes, to be kept."""
-        refused = json.dumps([asdict(refusal) for refusal in self.refused]).encode()
+    def columns(self, stopping: Stopping = lambda: None) -> dict[str, bytes]:
+        """Return it as bytes, to be kept; `stopping` raises to interrupt."""
+        refused = "".join(f"{json.dumps(asdict(refusal))}\n" for refusal in polled(self.refused, stopping)).encode()
         each = {"lengths": self.lengths, "supervised": self.supervised, "first": self.first}
         return {**{name: numbers.tobytes() for name, numbers in each.items()}, "refused": refused}
 
@@ -56,7 +58,7 @@ class Survey:
     def read(cls, columns: Mapping[str, memoryview]) -> Survey:
         """Return what `columns` gave."""
         lengths, supervised, first = (array("i", bytes(columns[name])) for name in ("lengths", "supervised", "first"))
-        return cls(lengths, supervised, first, [Refusal(**refusal) for refusal in json.loads(bytes(columns["refused"]))])
+        return cls(lengths, supervised, first, [Refusal(**json.loads(line)) for line in bytes(columns["refused"]).splitlines()])
 
     def tokens(self) -> dict[str, int]:
         """Return percentiles of the lengths and sums."""
@@ -109,14 +111,14 @@ def histogram(ordered: Sequence[int]) -> list[dict[str, int]]:
     return bins[bisect_left(edges, ordered[0]) - 1 :]
 
 
-def survey(rows: Iterable[Row], renderer: Renderer) -> Survey:
-    """Render all rows and keep only their measures."""
+def survey(rows: Iterable[Row], renderer: Renderer, stopping: Stopping = lambda: None) -> Survey:
+    """Render all rows and keep only their measures; `stopping` raises to interrupt."""
     found = Survey()
-    for row in rows:
-        try:
-            found.add(renderer.tokens(row))
-        except BadRow as error:
-            found.refuse(row, error)
+    for row, tokens in rendered(renderer, polled(rows, stopping), stopping):
+        if isinstance(tokens, BadRow):
+            found.refuse(row, tokens)
+        else:
+            found.add(tokens)
     return found
 
 

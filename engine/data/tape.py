@@ -10,9 +10,9 @@ import gzip
 import io
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_tui.engine.errors import DataError
 from qlora_tui.engine.text import one_line
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
 Stopping = Callable[[], None]
 Progress = Callable[[int, int], None]
 
+Item = TypeVar("Item")
+
 BLOCK_BYTES = 2**20
 _LOOK_EVERY_SECONDS = 0.1
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _PACKED: Mapping[bytes, str] = {_GZIP: "gzip", _ZSTD: "zstd"}
+
+
+def polled(items: Iterable[Item], stopping: Stopping, every: int = 16) -> Iterator[Item]:
+    """Yield the items, letting the caller stop before the first and then each so many of them."""
+    for place, item in enumerate(items):
+        if place % every == 0:
+            stopping()
+        yield item
 
 
 class Tape:

@@ -320,6 +320,8 @@ _NO_ARGUMENTS: Mapping[str, object] = {"type": "object", "properties": {}}
 
 def _message(turn: Turn) -> dict[str, Any]:
     message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if not (turn.tool_calls or turn.name or turn.tool_call_id or turn.thoughts):
+        return message
     if turn.tool_calls:
         message["tool_calls"] = [dict(call) for call in turn.tool_calls]
     extra = {"name": turn.name, "tool_call_id": turn.tool_call_id, **dict.fromkeys(_THOUGHTS, turn.thoughts)}
@@ -375,7 +377,8 @@ def _match(text: str, place: int, turn: Turn, literal: str, *, last: bool) -> Sp
 def _spellings(turn: Turn) -> Iterator[str]:
     """Yield the ways a template may write a text: as it is, trimmed, and what a tool gave back also as JSON writes it."""
     content = turn.content
-    yield from dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip(), content.strip("\n"), content.rstrip("\n")))
+    yield content
+    yield from (content.strip(), content.rstrip(), content.lstrip(), content.strip("\n"), content.rstrip("\n"))
     if turn.role == "tool":
         yield json.dumps(content, ensure_ascii=False)[1:-1]
         yield json.dumps(content)[1:-1]

@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine.data.jinja import compiled, fixed_date
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.text import one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 FILES = (
     "tokenizer.json",
@@ -70,6 +73,7 @@ class Tokenizer:
         self._tool_template = _tool_template(inner) if chat_template == "auto" else ""
         self.note = " ".join(part for part in (note, told) if part)
         self._special: Mapping[str, Any] = dict(inner.special_tokens_map)
+        self._date = fixed_date()
         self._compiled: dict[str, Callable[..., str]] = {}
         self.eos_id: int | None = inner.eos_token_id
         self.bos_id: int | None = inner.bos_token_id
@@ -99,7 +103,7 @@ class Tokenizer:
             tools=tools or None,
             documents=None,
             add_generation_prompt=answer_next,
-            date_string=fixed_date(),
+            date_string=self._date,
             **self._special,
         )
 
@@ -107,6 +111,15 @@ class Tokenizer:
         """Return the token ids and, for each, the characters of `text` it stands for."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def encode_many(self, texts: Sequence[str]) -> Sequence[Encoding]:
+        """Return what the tokenizer makes of each text, `ids` and `offsets` as of `encode`; other threads of Python run meanwhile.
+
+        Raises:
+            Exception: it cannot read one of them; which, it does not say.
+        """
+        found: Sequence[Encoding] = self._backend.encode_batch(texts, add_special_tokens=False)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens included, nothing tidied."""

@@ -92,7 +92,8 @@ def _turn(item: object, field: str) -> Turn:
     if not isinstance(item, Mapping):
         raise BadRow("a message must be an object with role and content", field=field)
     plain = fields(item)
-    unread = next((name for name in _UNREAD if plain.get(name)), None)
+    bare = plain.keys() <= _BARE  # as nearly all are
+    unread = None if bare else next((name for name in _UNREAD if plain.get(name)), None)
     if unread:
         raise BadRow(f"{unread} cannot be trained yet", field=f"{field}.{unread}", hint="remove it or the row")
     if spans := next((name for name in _SPANS if plain.get(name)), None):
@@ -107,7 +108,7 @@ def _turn(item: object, field: str) -> Turn:
         calls, role, text = read_call_text(plain.get(text_key), f"{field}.{text_key}"), "assistant", ""
         return Turn("assistant", text, _trained(plain, "assistant", field), tool_calls=calls)
     role = read_role(plain.get(role_key), f"{field}.{role_key}")
-    if plain.keys() <= _BARE:
+    if bare:
         return Turn(role, _content(plain.get(text_key), role, f"{field}.{text_key}", calls=False))
     calls = read_calls(plain, field)
     if calls and role != "assistant":

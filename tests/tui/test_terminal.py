@@ -254,7 +254,7 @@ from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.errors import ConfigErrors, Problem
 from qlora_tui.tui.app import run_app
 nasty = Path(sys.argv[2]).read_text(encoding="utf-8", errors="surrogateescape")
-def start(run):
+def start(run, reading):
     raise ConfigErrors([Problem(nasty, nasty, nasty)])
 draft = RunConfig(model_name_or_path=nasty, data=(sys.argv[1],), runs_dir=nasty, skip_bad_rows=True)
 shown = run_app(start=start, draft=draft, follow=None)

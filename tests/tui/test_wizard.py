@@ -14,6 +14,7 @@ from qlora_tui.engine.places import place
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import RunConfig, from_values, read_text, values_of
 from qlora_tui.tui.app import TunerApp
+from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import complete
 from qlora_tui.tui.screens.dialogs import HelpDialog
@@ -35,7 +36,7 @@ def make(desk, write_run, run_config):
     asked: list[RunConfig] = []
 
     def build(draft=None, *, start=None, **more) -> TunerApp:
-        def begin(run: RunConfig) -> Path:
+        def begin(run: RunConfig, reading: Reading) -> Path:
             asked.append(run)
             return write_run([*opening(run), *middle()])[0]
 
@@ -251,7 +252,7 @@ async def test_data_that_are_not_there_keep_the_page(make, until, run_config):
 
 
 async def test_faults_at_the_start_are_listed_and_nothing_is_lost(make, until, run_config):
-    def refuse(run: RunConfig) -> Path:
+    def refuse(run: RunConfig, reading: Reading) -> Path:
         raise ConfigErrors([Problem("data", "no usable row", "mend it"), Problem("runs_dir", "not writable", "choose another")])
 
     app = make(run_config, start=refuse)
@@ -265,7 +266,7 @@ async def test_faults_at_the_start_are_listed_and_nothing_is_lost(make, until, r
 
 
 async def test_an_unexpected_fault_at_the_start_is_shown_too(make, until, run_config):
-    def broken(run: RunConfig) -> Path:
+    def broken(run: RunConfig, reading: Reading) -> Path:
         raise RuntimeError("something [/odd] happened")
 
     app = make(run_config, start=broken)
@@ -295,12 +296,81 @@ async def test_an_unfinished_run_is_offered_the_next_time_and_forgotten_once_sta
     assert not (place("state") / "draft.toml").exists()
 
 
+async def test_the_check_before_a_start_tells_how_far_it_is_and_can_be_given_up(make, until, run_config):
+    import threading
+
+    gate = threading.Event()
+
+    def check(run: RunConfig, reading: Reading) -> Path:
+        reading.progress(3 * 2**30, 4 * 2**30)
+        gate.wait(20)
+        reading.stopping()
+        raise AssertionError("nobody stopped it")
+
+    app = make(run_config, start=check)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "go")
+        await pilot.press("enter")
+        told = app.screen.query_one("#go-faults")
+        await until(pilot, lambda: "reading the data  75 % of 4.0 GiB" in words(app) and told.region.bottom <= 19)
+        await pilot.press("escape")
+        gate.set()
+        await until(pilot, lambda: "the start was given up; nothing was begun" in words(app))
+        assert wizard_of(app).page.title == "go"
+        assert not wizard_of(app).starting
+
+
+async def test_leaving_gives_up_the_check_before_a_start(make, until, run_config):
+    import threading
+
+    gate = threading.Event()
+
+    def check(run: RunConfig, reading: Reading) -> Path:
+        gate.wait(20)
+        reading.stopping()
+        raise AssertionError("nobody stopped it")
+
+    app = make(run_config, start=check)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "go")
+        await pilot.press("enter")
+        await until(pilot, lambda: wizard_of(app).starting)
+        await pilot.press("ctrl+c")
+        gate.set()
+        await until(pilot, lambda: app.left is not None)
+    assert app.left.kind == "no-run"
+
+
+async def test_going_on_while_large_data_are_read_does_not_read_them_again(make, until, run_config, desk, monkeypatch):
+    import threading
+
+    gate = threading.Event()
+    asked: list[RunConfig] = []
+    looked = desk.look_at_data
+
+    def look(run, progress=lambda done, total: None):
+        asked.append(run)
+        progress(1, 4)
+        gate.wait(20)
+        return looked(run)
+
+    monkeypatch.setattr(type(desk), "look_at_data", lambda self, *given: look(*given))
+    app = make(run_config)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "data")
+        await until(pilot, lambda: "25 %" in words(app))
+        await pilot.press("enter", "enter")
+        gate.set()
+        await until(pilot, lambda: wizard_of(app).page.title == "numbers")
+    assert len(asked) == 1
+
+
 async def test_leaving_while_a_run_is_being_started_stops_it(make, until, run_config, write_run):
     import threading
 
     gate = threading.Event()
 
-    def slow(run: RunConfig) -> Path:
+    def slow(run: RunConfig, reading: Reading) -> Path:
         gate.wait(20)
         return write_run([*opening(run), *middle()])[0]
 

@@ -471,7 +471,7 @@ import sys
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.tui.app import run_app
 run = RunConfig(model_name_or_path=sys.argv[1], data=(sys.argv[2],), skip_bad_rows=True)
-run_app(start=lambda run: None, draft=run, follow=None, on_abort=lambda: None, ascii_only=False)
+run_app(start=lambda run, reading: None, draft=run, follow=None, on_abort=lambda: None, ascii_only=False)
 """
 
 

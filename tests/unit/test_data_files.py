@@ -150,7 +150,7 @@ def test_one_changed_byte_never_breaks_the_reader(tmp_path: Path, name: str, pla
         data = load(run(path, skip_bad_rows=True, data_format="prompt-completion"), lenient=True)
     except DataError:
         return
-    assert len(data.rows) + len(data.refused) <= 6
+    assert len(data.rows) + len(data.refused) <= len(content)  # a byte that unpacks to line breaks breaks every line
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.csv.zst"])

@@ -289,7 +289,7 @@ def test_rows_of_a_hub_dataset_are_read_in_order(
         "".join(json.dumps({"prompt": f"q{n}", "completion": n}) + "\n" for n in range(5))
     )
     monkeypatch.chdir(tmp_path)
-    assert [row["completion"] for row in read_hub("owner/name")] == [0, 1, 2, 3, 4]
+    assert [raw.fields["completion"] for raw in read_hub("owner/name") if isinstance(raw.fields, dict)] == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match="Unknown split"):
         list(read_hub("owner/name:nowhere"))
     assert capfd.readouterr() == ("", "")

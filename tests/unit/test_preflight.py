@@ -117,7 +117,7 @@ def test_a_single_fault_keeps_its_kind(good: RunConfig, write_jsonl: Writer, tmp
 
 
 def test_a_hub_is_asked_nothing_for_a_run_that_cannot_be(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(name: str, revision: str) -> None:
+    def asked(name: str, revision: str, look: object) -> None:
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr(hub, "small_files", asked)
@@ -125,7 +125,7 @@ def test_a_hub_is_asked_nothing_for_a_run_that_cannot_be(good: RunConfig, monkey
 
 
 def test_a_hub_out_of_reach_is_not_a_fault_of_the_config(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str, revision: str) -> None:
+    def unreachable(name: str, revision: str, look: object) -> None:
         raise FetchError("the hub cannot be reached")
 
     monkeypatch.setattr(hub, "small_files", unreachable)

@@ -17,6 +17,7 @@ from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, gib
 from qlora_tui.tui.printer import Streams, table
+from qlora_tui.tui.reading import on_a_line
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Dataset
@@ -37,7 +38,8 @@ def budget(options: argparse.Namespace) -> int:
     spec = preflight.find_spec(run)
     preflight.bounded(run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec))
     streams = Streams()
-    needs = planning.needs(run, spec, device)
+    with on_a_line(streams.talk) as reading:
+        needs = planning.needs(run, spec, device, reading=reading)
     probed = _probe(options, needs.plan.run, streams) if options.probe else None
     if probed is not None:
         needs = planning.needs(run, spec, device)  # again, now that this machine's speed is known
@@ -88,9 +90,11 @@ def data(options: argparse.Namespace) -> int:
         streams.talk.line(f"without a tokenizer: {error}")
     if options.examples and tokenizer is None:
         streams.talk.line("examples need the model's tokenizer: name it with --model")
-    held, rows = room.load_eval(run, lenient=True), room.load(run, lenient=True)
     blind = dataclasses.replace(run, perplexity_filter=0.0) if options.perplexity else run
-    found = room.describe(blind, rows, tokenizer, options.examples, eval_dataset=held)
+    with on_a_line(streams.talk) as reading:
+        rows = room.load(run, lenient=True, progress=reading.progress)
+        held = room.load_eval(run, lenient=True, progress=reading.progress)
+        found = room.describe(blind, rows, tokenizer, options.examples, eval_dataset=held, tell=reading.rows)
     if options.perplexity and found["usable"]:
         found |= _scores(run, rows, found, streams)
     cost, time = _estimates(run, found)
@@ -201,7 +205,8 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
     from qlora_tui.engine import preflight
     from qlora_tui.tui.commands import planning
 
-    checked = preflight.check(run, fit=False)
+    with on_a_line(streams.talk) as reading:
+        checked = preflight.check(run, fit=False, stopping=reading.stopping, progress=reading.progress)
     measured = len(checked.eval_dataset.rows) if checked.eval_dataset else None
     needs = planning.needs(run, checked.model_spec, checked.machine, rows=checked.dataset.rows, measured=measured)
     found, usable, refused = checked.dataset, len(checked.dataset.rows), len(checked.dataset.refused)

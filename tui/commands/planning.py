@@ -23,6 +23,7 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import billions, count, gib, words
 from qlora_tui.tui.lengths import Lengths, guess, measure, triage_remark, used_rows
 from qlora_tui.tui.probe import Probed
+from qlora_tui.tui.reading import NOBODY, Reading
 
 _SAMPLE_ROWS = 1000
 _BAR = 30
@@ -82,11 +83,18 @@ class Needs:
         return lines + [f"{label if not index else '':<7} {fix.options}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
 
 
-def needs(run: RunConfig, spec: ModelSpec, device: Machine, rows: Sequence[Row] | None = None, measured: int | None = None) -> Needs:
+def needs(
+    run: RunConfig,
+    spec: ModelSpec,
+    device: Machine,
+    rows: Sequence[Row] | None = None,
+    measured: int | None = None,
+    reading: Reading = NOBODY,
+) -> Needs:
     """Plan `run` on `device`, and estimate memory and, where data are named, time; `measured` rows come with `rows` to be measured on."""
     if rows is None and run.data:
-        rows = data.load(run, lenient=True).rows
-        held_apart = data.load_eval(run, lenient=True)
+        rows = data.load(run, lenient=True, progress=reading.progress).rows
+        held_apart = data.load_eval(run, lenient=True, progress=reading.progress)
         measured = len(held_apart.rows) if held_apart else None
     lengths = lengths_of(run, rows) if rows else Lengths()
     fitted = lengths.fitted(run)

@@ -27,6 +27,7 @@ from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.printer import Printer, Streams
+from qlora_tui.tui.reading import Reading, on_a_line
 
 LOOKS_A_SECOND = 4
 _BEGIN_SECONDS = 120.0
@@ -41,6 +42,9 @@ class Plan:
     name: str
     folder: Path | None = None
     demo: bool = False
+
+
+Begin = Callable[[Plan, RunConfig, Reading], Session]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -156,14 +160,14 @@ def _without_terminal(run: RunConfig) -> None:
         raise ConfigError(f"there is no terminal for the wizard, and the options alone do not make a run:\n{missing}")
 
 
-def begin(plan: Plan, run: RunConfig, train: Train = train_for_real) -> Session:
-    """Check `run`, make its folder and return its session, not yet started.
+def begin(plan: Plan, run: RunConfig, reading: Reading, train: Train = train_for_real) -> Session:
+    """Check `run`, make its folder and return its session, not yet started; `reading` is told how far it is and may end it.
 
     Raises:
         EngineError: the run cannot be, in one sentence or a list of them.
     """
     placed = anchored(run)
-    checked = preflight.check(placed)
+    checked = preflight.check(placed, stopping=reading.stopping, progress=reading.progress)
     folder = plan.folder or runs.new_run_folder(placed, plan.name or placed.model_name_or_path.removeprefix(BUILTIN))
     try:
         return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists(), train=train)
@@ -186,10 +190,11 @@ def anchored(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, model_name_or_path=fixed(run.model_name_or_path), data=data, eval_data=absolute(run.eval_data))
 
 
-def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:
+def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Begin = begin) -> int:
     """Run without a screen: the main thread prints what the journal says and never touches the run."""
     with Signals() as signals:
-        session = signals.session = begin(plan, plan.run)
+        with on_a_line(streams.talk) as reading:
+            session = signals.session = begin(plan, plan.run, reading)
         with streams.apart(session.folder / LOG):
             signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
             follower = Follower(session.folder, streams, as_json=as_json)
@@ -249,19 +254,22 @@ class Follower:
         self._seq = records[-1].seq if records else self._seq
 
 
-def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:
+def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Begin = begin) -> int:
     """Open the wizard or the run screen; whatever becomes of it, the run is seen to its end here."""
     from qlora_tui.tui.app import run_app
     from qlora_tui.tui.terminal import restore_terminal
 
     with Signals(say=lambda text: None, restore=restore_terminal) as signals:
 
-        def start(run: RunConfig) -> Path:
-            session = signals.session = begin(plan, run)
+        def start(run: RunConfig, reading: Reading) -> Path:
+            session = signals.session = begin(plan, run, reading)
             session.start()
             return session.folder
 
-        follow = start(plan.run) if plan.folder else None
+        follow = None
+        if plan.folder:
+            with on_a_line(streams.talk) as reading:
+                follow = start(plan.run, reading)
         try:
             kind = run_app(
                 start=None if follow else start,
@@ -301,7 +309,8 @@ def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) ->
 def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     """Start the run in a process of its own session, wait until it has begun, and say how to watch it."""
     placed = anchored(plan.run)
-    preflight.check(placed)
+    with on_a_line(streams.talk) as reading:
+        preflight.check(placed, stopping=reading.stopping, progress=reading.progress)
     folder = plan.folder or runs.new_run_folder(placed, plan.name)
     replace_file(folder / runs.RUN_FILE, preset.to_toml(placed))
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)

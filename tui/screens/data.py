@@ -124,9 +124,10 @@ class DataPage(Page):
         if not self.wizard.run.data:
             self._tell([("✖ name the data", cells.BAD)])
             return False
-        if look is None or look.problem:  # a file may have come meanwhile: look again
+        if look is None or look.problem:
             self._going_on = True
-            self._busy = ()
+            if look is not None:  # a file may have come meanwhile: look again; a reading under way goes on
+                self._busy = ()
             self._look_now()
             return False
         blocked = bool(look.problem) or look.unwritable or (look.refused > 0 and not self.wizard.run.skip_bad_rows)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.engine import units
-from qlora_tui.engine.errors import Problem
+from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.text import one_line
+from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import used_rows
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import on_lines
 from qlora_tui.tui.screens.desk import Outlook
 from qlora_tui.tui.screens.pages import Page
@@ -47,7 +51,9 @@ class GoPage(Page):
 
     def say(self, news: str) -> None:
         """Show what is happening, in place of faults."""
-        self.query_one("#go-faults", Static).update(self.text(Content.styled(news, cells.DIM)))
+        told = self.query_one("#go-faults", Static)
+        told.update(self.text(Content.styled(news, cells.MAIN)))
+        self.call_after_refresh(told.scroll_visible, animate=False)  # on 24 lines it lies beneath the summary
 
     def show_problems(self, problems: list[Problem]) -> None:
         """List what is wrong, all at once; nothing that was chosen is lost."""
@@ -110,3 +116,15 @@ def _choices(outlook: Outlook) -> str:
 
 def _line(label: str, parts: list[Part]) -> Content:
     return cells.assemble([(f" {label:<{_LABEL}}", cells.DIM), *parts])
+
+
+def begun(start: Callable[[RunConfig, Reading], Path], run: RunConfig, reading: Reading) -> tuple[Path | None, list[Problem]]:
+    """Return the folder of the run that `start` began, or what is wrong; whatever it raises is told, and what was chosen stays."""
+    try:
+        return start(run, reading), []
+    except ConfigErrors as error:
+        return None, error.problems
+    except EngineError as error:
+        return None, [error.problem]
+    except Exception as error:  # noqa: BLE001  a fault of ours must not take the choices with it
+        return None, [Problem(type(error).__name__, redact(one_line(error)) or "no message", "this is a fault of the program")]

@@ -19,7 +19,7 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer, Static
 
-from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem, Stopped
+from qlora_tui.engine.errors import EngineError, Problem, Stopped
 from qlora_tui.engine.fixes import Fix
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import RunConfig, from_values, values_of
@@ -30,11 +30,12 @@ from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import draw_outlook
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.probe import probe_lines
+from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import DataPage
 from qlora_tui.tui.screens.desk import Desk, Outlook
 from qlora_tui.tui.screens.dialogs import HelpDialog, keys_of
-from qlora_tui.tui.screens.go import GoPage
+from qlora_tui.tui.screens.go import GoPage, begun
 from qlora_tui.tui.screens.model import ModelPage
 from qlora_tui.tui.screens.numbers import NumbersPage
 from qlora_tui.tui.screens.pages import GoalPage, Page
@@ -66,7 +67,7 @@ class WizardScreen(Screen[None]):
     ]
 
     def __init__(
-        self, desk: Desk, given: RunConfig | None, *, start: Callable[[RunConfig], Path] | None, demo: bool, ascii_only: bool
+        self, desk: Desk, given: RunConfig | None, *, start: Callable[[RunConfig, Reading], Path] | None, demo: bool, ascii_only: bool
     ) -> None:
         """Begin with `given`, what the command line already says.
 
@@ -94,7 +95,7 @@ class WizardScreen(Screen[None]):
         self.starting = False
         self.probing = False
         self._stop_probe = threading.Event()
-        self.stop_at_start = False
+        self.stop_at_start = self._given_up = False
 
     def compose(self) -> ComposeResult:
         """Lay out the steps, the pages and the bar."""
@@ -163,8 +164,10 @@ class WizardScreen(Screen[None]):
             self._show_page(self._page + 1)
 
     def action_previous(self) -> None:
-        """Go one page back."""
-        if not self.starting and self._page > 0:
+        """Go one page back, or give up the start that is under way."""
+        if self.starting:
+            self._given_up = True
+        elif self._page > 0:
             self._show_page(self._page - 1)
 
     def action_fix(self) -> None:
@@ -364,23 +367,19 @@ class WizardScreen(Screen[None]):
         elif self._start is None:
             self._show_problems([Problem("", "nothing here can start a run", "use the command above")])
         else:
-            self.starting = True
+            self.starting, self._given_up = True, False
             self._say("checking the run …")
             self._start_run(self.run)
 
     @work(thread=True, group="start", exit_on_error=False)
     def _start_run(self, run: RunConfig) -> None:
-        found: list[Problem] = []
-        folder: Path | None = None
-        try:
-            folder = self._start(run) if self._start else None
-        except ConfigErrors as error:
-            found = error.problems
-        except EngineError as error:
-            found = [error.problem]
-        except Exception as error:  # noqa: BLE001  whatever the start raises is shown; what was chosen stays
-            found = [Problem(type(error).__name__, redact(one_line(error)) or "no message", "this is a fault of the program")]
+        reading = Reading(lambda share, text: self.app.call_from_thread(self._say, text), self._go_on_starting)
+        folder, found = begun(self._start, run, reading) if self._start else (None, [])
         self.app.call_from_thread(self._started, folder, found)
+
+    def _go_on_starting(self) -> None:
+        if self.stop_at_start or self._given_up:
+            raise Stopped("the start was given up; nothing was begun")
 
     def _started(self, folder: Path | None, found: list[Problem]) -> None:
         self.starting = False
