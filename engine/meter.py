@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy
 import torch
 
 from qlora_tui.engine.machine import Machine, resident_bytes, sample
@@ -129,9 +130,10 @@ def in_use(device: torch.device) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """Every generator that training draws from, as it was when this was made."""
+    """Every generator that training or a library beside it draws from, as it was when this was made."""
 
     python: Any
+    numpy: Any
     cpu: torch.Tensor
     cuda: list[torch.Tensor]
 
@@ -139,14 +141,20 @@ class RandomState:
     def now() -> RandomState:
         """Remember the generators."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return RandomState(random.getstate(), torch.get_rng_state(), cuda)
+        return RandomState(random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
         """Put them back."""
         random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+
+    def same(self, other: RandomState) -> bool:
+        """Say whether torch's generators, the ones that training draws from, stand at the same numbers."""
+        mine, others = (self.cpu, *self.cuda), (other.cpu, *other.cuda)
+        return len(mine) == len(others) and all(torch.equal(one, two) for one, two in zip(mine, others, strict=True))
 
 
 def _resident_peak() -> int:

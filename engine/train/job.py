@@ -105,9 +105,10 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     with meter.phase("load", fresh=True):
         loaded = load(choices.run, folder, job.machine)
     yield Phase("load", "end", seconds=time.monotonic() - began, **meter.told("load"))
+    fence = Fence(loaded)
     if choices.run.perplexity_filter:
-        tokenized = yield from _sift(job, choices, loaded, folder, tokenized, meter)
-    loop = _loop(job, choices, loaded, tokenized, meter)
+        tokenized = yield from _sift(job, choices, loaded, fence, folder, tokenized, meter)
+    loop = _loop(job, choices, loaded, fence, tokenized, meter)
     rehearsed = yield from _rehearse(job, choices, loop, tokenized)
     if job.resume:
         yield from _resume(job, loop)
@@ -152,7 +153,7 @@ def _data(job: Job, folder: Path) -> Generator[Event, None, Tokenized]:
     tokenized = prepare(
         job.run,
         job.dataset,
-        load_tokenizer(folder, job.run.chat_template),
+        load_tokenizer(folder, job.run.chat_template).claim(),
         eval_dataset=job.eval_dataset,
         stopping=lambda: poll_for(job.wishes),
         progress=_teller(job.say, "data", "rows"),
@@ -227,7 +228,7 @@ def _total(run: RunConfig, tokenized: Tokenized) -> int:
 
 
 def _sift(
-    job: Job, choices: Choices, loaded: Loaded, folder: Path, tokenized: Tokenized, meter: Meter
+    job: Job, choices: Choices, loaded: Loaded, fence: Fence, folder: Path, tokenized: Tokenized, meter: Meter
 ) -> Generator[Event, None, Tokenized]:
     """Leave out the answers that the base knows, list them, and say anew what will be trained."""
     run, began = choices.run, time.monotonic()
@@ -237,6 +238,7 @@ def _sift(
         weights=folder,
         device_name=job.machine.name,
         loaded=loaded,
+        fence=fence,
         halving=Halving("the triage", rows_at_once(run), loaded.device, choices.refuse),
         wishes=job.wishes,
         say=job.say,
@@ -253,11 +255,11 @@ def _sift(
     return left
 
 
-def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, meter: Meter) -> Loop:
+def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: Tokenized, meter: Meter) -> Loop:
     run, total, device = choices.run, _total(choices.run, tokenized), loaded.device
-    fence = Fence(loaded)
     halving = partial(Halving, rows=rows_at_once(run), device=device, refuse=choices.refuse)
     optimizer = build_optimizer(run, trainable(loaded.model), device)
+    fence.attach(optimizer)
     loaded.model.train()
     return Loop(
         run=run,

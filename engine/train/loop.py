@@ -115,10 +115,11 @@ class Loop:
         """Take one step and say what memory made of it; when it does not fit at all, the steps before are saved first."""
         stepped: Stepped | WontFit
         try:
-            stepped = self._step(step)
+            with self.fence.step():
+                stepped = self._step(step)
         except WontFit as error:
             stepped = error
-        yield from self.gradient.tell(step)
+        yield from (*self.gradient.tell(step), *self.fence.tell(step))
         if isinstance(stepped, WontFit):
             yield from self.save()
             raise stepped
@@ -150,7 +151,7 @@ class Loop:
         finite = math.isfinite(loss) and math.isfinite(norm)
         clipped = False
         if finite:
-            self.fence.before_step(supervised)
+            self.fence.before_step(supervised, loss, norm, lr)
             clipped = clip(parameters, norm, self.run.max_grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

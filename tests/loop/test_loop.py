@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
 from qlora_tui.engine import checkpoint
-from qlora_tui.engine.errors import CheckpointError, Diverged, FenceError, ModelError
+from qlora_tui.engine.errors import CheckpointError, Diverged, ModelError
 from qlora_tui.engine.events import Evaluated, Finding, Phase, Planned, Prepared, Resumed, Saved, Stepped
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import loop
@@ -311,56 +310,3 @@ def test_the_adapter_loads_with_plain_peft_and_gives_the_tuned_loss(run_of: Make
         tokens += int(kept.sum())
     assert nll / tokens == pytest.approx(ran.of(Evaluated)[-1].loss, abs=1e-4)
     assert (ran.folder / "adapter/tokenizer.json").exists()
-
-
-def _from_another_thread(action: Callable[[], object]) -> BaseException | None:
-    caught: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001  the test looks at it
-            caught.append(error)
-
-    thread = threading.Thread(target=body, name="intruder")
-    thread.start()
-    thread.join()
-    return caught[0] if caught else None
-
-
-RACES: dict[str, Callable[[loop.Loop], object]] = {
-    "adapter switched off": lambda it: it.loaded.model.base_model.disable_adapter_layers(),
-    "eval mode left on": lambda it: it.loaded.model.eval(),
-    "gradients dropped": lambda it: it.optimizer.zero_grad(set_to_none=True),
-    "adapter frozen": lambda it: it.fence.trained[0].requires_grad_(False),
-}
-
-
-@pytest.mark.parametrize("race", RACES)
-def test_a_race_between_backward_and_step_is_caught(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, race: str) -> None:
-    real = loop.Loop._backward
-
-    def raced(self: loop.Loop, rows: list[object], supervised: int) -> tuple[float, float]:
-        found = real(self, rows, supervised)  # type: ignore[arg-type]
-        if self.step == 1:
-            assert _from_another_thread(lambda: RACES[race](self)) is None
-        return found
-
-    monkeypatch.setattr(loop.Loop, "_backward", raced)
-    ran = drive(run_of(), tmp_path / "run")
-    assert isinstance(ran.error, FenceError)
-    assert len(ran.of(Stepped)) == 1
-
-
-def test_a_foreign_thread_may_not_use_the_model(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    caught: list[BaseException | None] = []
-    real = loop.Loop._step
-
-    def spied(self: loop.Loop, step: int) -> Stepped:
-        caught.append(_from_another_thread(lambda: self.loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.long))))
-        return real(self, step)
-
-    monkeypatch.setattr(loop.Loop, "_step", spied)
-    drive(run_of(max_steps=1), tmp_path / "run")
-    assert isinstance(caught[0], FenceError)
-    assert "intruder" in str(caught[0])
