@@ -134,27 +134,30 @@ class RandomState:
 
     python: Any
     numpy: Any
-    cpu: torch.Tensor
-    cuda: list[torch.Tensor]
+    torch: list[torch.Tensor]
 
     @staticmethod
     def now() -> RandomState:
         """Remember the generators."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return RandomState(random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda)
+        return RandomState(random.getstate(), numpy.random.get_state(), torch_generators())
 
     def restore(self) -> None:
         """Put them back."""
         random.setstate(self.python)
         numpy.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+        set_torch_generators(self.torch)
 
-    def same(self, other: RandomState) -> bool:
-        """Say whether torch's generators, the ones that training draws from, stand at the same numbers."""
-        mine, others = (self.cpu, *self.cuda), (other.cpu, *other.cuda)
-        return len(mine) == len(others) and all(torch.equal(one, two) for one, two in zip(mine, others, strict=True))
+
+def torch_generators() -> list[torch.Tensor]:
+    """Return where torch's generators stand, the processor's first: the ones that training draws from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def set_torch_generators(states: list[torch.Tensor]) -> None:
+    """Put torch's generators where `torch_generators` said they stood."""
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _resident_peak() -> int:

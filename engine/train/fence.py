@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from peft.tuners.lora import LoraLayer
 from qlora_tui.engine.errors import FenceError
 from qlora_tui.engine.events import Finding
 from qlora_tui.engine.load import Loaded, trainable
-from qlora_tui.engine.meter import RandomState
+from qlora_tui.engine.meter import RandomState, set_torch_generators, torch_generators
 from qlora_tui.engine.train.lent import Lent, switches
 
 _SETUP, _IDLE, _STEP, _EXCURSION = "the preparations", "the time between steps", "an optimizer step", "an evaluation"
 _ADVICE = ("nothing was changed; please report it, with log.txt",)
 _MOST_TOLD = 20
+_training, _switched_off, _merged, _asks = map(attrgetter, ("training", "disable_adapters", "merged_adapters", "requires_grad"))
 
 _BORROWED, _SAVED, _BEFORE = (_SETUP, _EXCURSION), (_SETUP, _IDLE), (_SETUP,)
 _Doors = dict[str, tuple[str, ...]]
@@ -56,13 +58,14 @@ class Fence:
         self._frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         self._modules = list(model.modules())
         self._layers = [module for module in self._modules if isinstance(module, LoraLayer)]
-        self._adapters = [len(layer.lora_A) for layer in self._layers]
+        self._adapters = [(layer.lora_A, len(layer.lora_A)) for layer in self._layers]
+        self._dropouts = [module for module in self._modules if isinstance(module, torch.nn.Dropout)]
         self._device = loaded.device
         self._lent = Lent(loaded)
         self._switches = switches()
         self._optimizer: torch.optim.Optimizer | None = None
         self._looked = False
-        self._random: RandomState | None = None
+        self._drawn: list[torch.Tensor] = []  # where torch's generators stood after the last step
         self._refused: list[str] = []
         self._refusals = 0
         self._close(loaded)
@@ -110,7 +113,7 @@ class Fence:
             yield
         finally:
             self._phase = _IDLE
-            self._random = RandomState.now()
+            self._drawn = torch_generators()
 
     def before_step(self, supervised: int, loss: float, norm: float, rate: float) -> None:
         """Check what must hold before an optimizer step.
@@ -150,15 +153,15 @@ class Fence:
             self._phase = self._rest
         if left := self._lent.difference(before, self._lent.now()):
             raise FenceError(f"an evaluation left {left} changed", hint="the last checkpoint is good; please report this")
-        if not random_state.same(RandomState.now()):
+        if not all(map(torch.equal, random_state.torch, torch_generators())):
             raise FenceError("random numbers could not be put back after an evaluation")
 
     def _close(self, loaded: Loaded) -> None:
         """Put a guard at every door."""
         model = loaded.model
         tuner, base = model.base_model, model.get_base_model()
-        loaded.decoder.register_forward_pre_hook(lambda *_: self._before_forward())
-        loaded.decoder.register_forward_hook(lambda *_: self._modes("after"))
+        loaded.decoder.register_forward_pre_hook(lambda *_: self.check("a forward pass", (_SETUP, _STEP, _EXCURSION)))
+        loaded.decoder.register_forward_hook(lambda *_: self._after_forward())
         for module in (model, tuner, base):
             module.register_state_dict_pre_hook(lambda *_: self.check("state_dict", (_SETUP, _IDLE)))
         model.register_load_state_dict_pre_hook(lambda *_: self._before_load())
@@ -187,13 +190,14 @@ class Fence:
             self._refused.append(sentence)
         return FenceError(sentence, hint="please report this")
 
-    def _before_forward(self) -> None:
-        self.check("a forward pass", (_SETUP, _STEP, _EXCURSION))
-        self._modes("before")
+    def _after_forward(self) -> None:
+        """Check what a second thread could change and change back while a step is under way, in the parts that act on it."""
+        if self._phase == _STEP:
+            self._hold(next(self._mode_faults([*self._layers, *self._dropouts]), ""), "in a forward pass")
 
     def _before_load(self) -> None:
         self.check("load_state_dict", (_SETUP, _IDLE))
-        self._random = None  # a checkpoint brings random numbers of its own
+        self._drawn = []  # a checkpoint brings random numbers of its own
 
     def _before_update(self) -> None:
         self.check("optimizer.step", (_SETUP, _STEP))
@@ -201,37 +205,32 @@ class Fence:
             raise FenceError("optimizer.step was called without the check before it")
         self._looked = False
 
-    def _modes(self, when: str) -> None:
-        """Check what a second thread could change and change back while a step is under way."""
-        if self._phase == _STEP:
-            self._hold(next(self._mode_faults(), ""), f"{when} a forward pass")
-
     def _hold(self, fault: str, when: str = "before an optimizer step") -> None:
         if fault:
             raise FenceError(f"{when}: {fault}", hint="the last checkpoint is good; please report this")
 
-    def _mode_faults(self) -> Iterator[str]:
-        if not all(module.training for module in self._modules):
+    def _mode_faults(self, modules: Sequence[torch.nn.Module]) -> Iterator[str]:
+        if not all(map(_training, modules)):
             yield "the model is not in training mode"
-        if any(layer.disable_adapters for layer in self._layers):
+        if any(map(_switched_off, self._layers)):
             yield "an adapter layer is switched off"
-        if any(layer.merged for layer in self._layers):
+        if any(map(_merged, self._layers)):
             yield "an adapter is merged into its base"
 
     def _set_faults(self) -> Iterator[str]:
         missing = [name for name, parameter in self._trained.items() if parameter.grad is None]
         if missing:
             yield f"{len(missing)} of {len(self._trained)} trained tensors have no gradient ({', '.join(missing[:2])})"
-        if not all(parameter.requires_grad for parameter in self._trained.values()):
+        if not all(map(_asks, self._trained.values())):
             yield "a trained tensor no longer asks for gradients"
-        if any(parameter.requires_grad for parameter in self._frozen):
+        if any(map(_asks, self._frozen)):
             yield "a frozen tensor asks for gradients"
-        if [len(layer.lora_A) for layer in self._layers] != self._adapters:
+        if any(len(adapters) != number for adapters, number in self._adapters):
             yield "adapters were added or taken away"
 
     def _faults(self, supervised: int, loss: float, norm: float, rate: float) -> Iterator[str]:
         yield from self._set_faults()
-        yield from self._mode_faults()
+        yield from self._mode_faults(self._modules)
         if supervised <= 0:
             yield "no token is supervised"
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -246,7 +245,8 @@ class Fence:
 
     def _put_back_random_numbers(self) -> None:
         """Undo draws between steps: a preview that draws from training's numbers would change the run."""
-        if self._random is not None and not self._random.same(RandomState.now()):
-            self._random.restore()
+        now = torch_generators()
+        if self._drawn and not all(map(torch.equal, self._drawn, now)):
+            set_torch_generators(self._drawn)
             self._refusals += 1
             self._refused.append("random numbers were drawn between two steps, outside an evaluation; they were put back")

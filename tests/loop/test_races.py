@@ -255,12 +255,12 @@ def test_modes_changed_and_changed_back_around_one_forward_are_caught(
 
     def toggle(it: loop.Loop) -> None:
         eval_by_hand(it)
-        it.loaded.decoder.register_forward_hook(lambda *_: setattr(first_layer(it), "training", True))
+        it.loaded.decoder.register_forward_hook(lambda *_: setattr(first_layer(it), "training", True))  # after the fence's own
 
     Strike(monkeypatch, "forward", toggle)
     ran = drive(run_of(**SETTINGS), tmp_path / "raced")
     assert isinstance(ran.error, FenceError)
-    assert "before a forward pass: the model is not in training mode" in str(ran.error)
+    assert "in a forward pass: the model is not in training mode" in str(ran.error)
 
 
 def test_gradients_of_something_else_are_not_added_to_a_step(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
