@@ -129,6 +129,12 @@ def sample(baseline_bytes: int | None = None) -> Device:
     return _sample_cuda(*card, baseline_bytes) if card else _sample_cpu()
 
 
+def temperature() -> float | None:
+    """Return the degrees Celsius of the card in use; None where no sensor answers."""
+    card = _nvml_card()
+    return _degrees(*card) if card else None
+
+
 class Sampler:
     """A thread that writes a `device` event about once a second; it never touches torch."""
 
@@ -238,6 +244,10 @@ def _throttle(driver: Any, handle: Any) -> str:
     return next((words for name, words in _THROTTLES.items() if bits & known.get(f"nvmlClocksThrottleReason{name}", 0)), "")
 
 
+def _degrees(driver: Any, handle: Any) -> float | None:
+    return ask(lambda: float(driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU)))
+
+
 def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
     memory = ask(lambda: driver.nvmlDeviceGetMemoryInfo(handle))
     used = int(memory.used) if memory else None
@@ -253,7 +263,7 @@ def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
         utilization=ask(lambda: float(driver.nvmlDeviceGetUtilizationRates(handle).gpu)),
         power_watts=milliwatts / 1000 if milliwatts is not None else None,
         power_limit_watts=limit / 1000 if limit is not None else None,
-        temperature_c=ask(lambda: float(driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU))),
+        temperature_c=_degrees(driver, handle),
         throttle=_throttle(driver, handle),
     )
 

@@ -10,12 +10,13 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tui.engine import builtin, data, fixes, hub, machine, models, planner
+from qlora_tui.engine import builtin, data, fixes, hub, machine, models, planner, until
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
@@ -140,6 +141,9 @@ _ON_RESUME: Mapping[str, str] = {
     "max_steps": "the run ends there, and the rest of the learning rate schedule is stretched to it",
     "num_train_epochs": "the run ends there, and the rest of the learning rate schedule is stretched to it",
     "max_time": "counted anew from this resume",
+    "until": "the run ends by then",
+    "max_temperature": "watched from now on",
+    "end_if_hung": "watched from now on",
     "eval_steps": "measured at those steps from now on",
     "save_steps": "saved at those steps from now on",
     "save_total_limit": "older checkpoints beyond it go at the next save",
@@ -210,7 +214,18 @@ def device_problems(run: RunConfig, device: Machine) -> list[Problem]:
         found.append(Problem("optim", "paged_adamw_8bit pages GPU memory and there is no GPU here", "say auto, adamw_8bit or adamw_torch"))
     if device.kind == "cuda" and run.dtype == "bfloat16" and not device.bf16:
         found.append(Problem("dtype", f"{one_line(device.name)} cannot compute in bfloat16", "say auto or float32"))
+    if run.max_temperature and machine.temperature() is None:
+        found.append(Problem("max_temperature", "no sensor of a GPU answers here", "leave it out"))
+    if run.until and _is_past(run.until):
+        found.append(Problem("until", f"{one_line(run.until)} has passed", "name a later time"))
     return found
+
+
+def _is_past(text: str) -> bool:
+    try:
+        return until.moment(text, time.time()) <= time.time()
+    except ValueError:  # no time at all: `problems` says so
+        return False
 
 
 def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[Problem]:

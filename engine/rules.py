@@ -6,9 +6,14 @@ anything is loaded and a screen can show it beside the field.
 
 from __future__ import annotations
 
+from qlora_tui.engine import until
 from qlora_tui.engine.columns import fault
 from qlora_tui.engine.errors import Problem
 from qlora_tui.engine.spec import KEYS, Key, RunConfig, Value, nearest
+from qlora_tui.engine.units import words
+
+SHORTEST_HANG_SECONDS = 60.0
+"""A run may be silent for so long without being ill."""
 
 
 def problems(run: RunConfig) -> list[Problem]:
@@ -35,7 +40,26 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_without_effect(run), *_combinations(run)]
+    return [*found, *_limits(run), *_without_effect(run), *_combinations(run)]
+
+
+def _limits(run: RunConfig) -> list[Problem]:
+    """Return times that are none, or that would end a run which is well."""
+    found = []
+    if run.until and (sentence := _not_a_time(run.until)):
+        found.append(Problem("until", sentence, "say 07:00, or 2026-11-28 07:00"))
+    if 0 < run.end_if_hung < SHORTEST_HANG_SECONDS:
+        told = f"{words(run.end_if_hung)} is less than a long step can take"
+        found.append(Problem("end_if_hung", told, f"say at least {words(SHORTEST_HANG_SECONDS)}, or 0"))
+    return found
+
+
+def _not_a_time(text: str) -> str:
+    try:
+        until.read(text)
+    except ValueError:
+        return f"{text!r} is no time of day"
+    return ""
 
 
 def _without_effect(run: RunConfig) -> list[Problem]:

@@ -33,6 +33,7 @@ from qlora_tui.engine.preset import to_toml
 from qlora_tui.engine.runs import RUN_FILE, claim
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.watchdog import Watchdog
 from qlora_tui.engine.wishes import Asked
 
 LOG = "log.txt"
@@ -111,6 +112,8 @@ class Session:
         self._stop_code = ExitCode.INTERRUPTED
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._own, name="owner", daemon=False)
+        self.hung: Callable[[str], object] = lambda told: self.end_now(ExitCode.FAILED, told=told)
+        self._watchdog = Watchdog(self._write_beside, self._thread, end_after=run.end_if_hung, end=lambda told: self.hung(told))
 
     def start(self) -> None:
         """Start the owner thread."""
@@ -136,12 +139,14 @@ class Session:
         self._stop_code = code
         self.wishes.ask(name, cause)
 
-    def end_now(self, code: int, restore: Callable[[], object] = lambda: None) -> NoReturn:
+    def end_now(self, code: int, restore: Callable[[], object] = lambda: None, told: str = "") -> NoReturn:
         """End the process within two seconds whatever the owner thread does: last word, terminal, exit.
 
-        The word is written by a thread of its own, since the owner may hold the journal's lock in a stuck disk.
+        The word is written by a thread of its own, since the owner may hold the journal's lock in a stuck disk. With
+        `told`, which says why nobody had to ask, the run counts as failed.
         """
-        word = Finished("aborted", code, "ended at once: what came after the last checkpoint is not saved")
+        lost = "what came after the last checkpoint is not saved"
+        word = Finished("failed" if told else "aborted", code, f"{told or 'ended at once'}: {lost}")
         writer = threading.Thread(target=self._journal.write, args=(word,), name="last word", daemon=True)
         writer.start()
         writer.join(1.0)
@@ -164,11 +169,13 @@ class Session:
     def _through(self) -> Finished:
         """Run the attempt from its first event to the last one before `finished`."""
         self._write(self._started())
-        sampler = Sampler(self._write_device)
+        sampler = Sampler(self._write_beside)
         sampler.start()
+        self._watchdog.start()
         try:
             ended = self._drain()
         finally:
+            self._watchdog.stop()
             sampler.stop()
         code = {"done": ExitCode.DONE, "stopped": self._stop_code, "aborted": self._stop_code}.get(ended.outcome, ExitCode.FAILED)
         return Finished(ended.outcome, int(code), one_line(ended.reason), adapter=ended.adapter)
@@ -235,10 +242,12 @@ class Session:
 
     def _write(self, event: Event) -> None:
         self._journal.write(event)
+        for finding in self._watchdog.see(event):
+            self._journal.write(finding)
         if isinstance(event, Command) and not event.obeyed:
             _log.info("refused: %s: %s", event.name, event.why)
 
-    def _write_device(self, event: Event) -> None:
+    def _write_beside(self, event: Event) -> None:
         try:
             self._journal.write(event)
         except (OSError, ValueError):  # the owner thread meets the same full disk and says so

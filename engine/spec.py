@@ -140,6 +140,7 @@ class RunConfig:
     num_train_epochs: float = _key(2.0, "training", "Passes over the data; most tasks peak after 1-2.", low=0.0, high=1000.0)
     max_steps: int = _key(0, "training", "Stop after so many optimizer steps; 0: by epochs.", low=0)
     max_time: float = _key(0.0, "training", "Stop and save after this long, such as 90m or 2h; 0: no limit.", kind="duration", low=0.0)
+    until: str = _key("", "training", "Be done, measured and saved by then: 07:00, the next one, or 2026-11-28 07:00; empty: no limit.")
     learning_rate: float = _key(2e-4, "training", "Step size; 1e-4 to 3e-4 is usual for LoRA.", low=0.0, high=1.0)
     lr_scheduler_type: str = _key(
         "cosine", "training", "How the learning rate falls after warm-up.", choices=("cosine", "linear", "constant")
@@ -164,6 +165,13 @@ class RunConfig:
     loss_chunk_size: int = _key(0, "memory", "Tokens whose logits are held at once; 0: chosen by the vocabulary.", low=0, high=1_048_576)
     rehearsal: bool = _key(True, "memory", "Before step 1, run the longest batch and measure it; off only to save seconds on CUDA.")
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
+
+    max_temperature: float = _key(
+        0.0, "safety", "Pause between steps while the GPU is hotter than this, in °C; goes on 5 below. 0: never.", low=0.0, high=120.0
+    )
+    end_if_hung: float = _key(
+        0.0, "safety", "End the run when it shows no sign of life for this long, such as 30m; 0: only say so.", kind="duration", low=0.0
+    )
 
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
     save_steps: int = _key(0, "saving", "Checkpoint every so many steps; 0: about ten times a run.", low=0)

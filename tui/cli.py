@@ -158,6 +158,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", action=_Data, metavar="PATH_OR_ID", help="JSONL file, hub dataset or builtin:python-docs; repeat for more")
     _flag(what, "--max-steps", "max_steps", "N", "stop after N optimizer steps")
     _flag(what, "--max-time", "max_time", "TIME", "stop and save after this long: 90m, 2h")
+    _flag(what, "--until", "until", "TIME", "be done and saved by then: 07:00")
     what.add_argument("--skip-bad-rows", action=_Switch, nargs=0, dest="skip_bad_rows", help="leave broken rows out, counted")
     _flag(what, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
     what.add_argument("--set", action=_Set, metavar="KEY=VALUE", help="any setting, such as lora_r=32; repeatable")

@@ -43,6 +43,7 @@ class Holdout:
     wishes: Wishes
     base: list[RowLoss] = field(default_factory=list)
     newest: list[RowLoss] = field(default_factory=list)
+    seconds: float = 0.0  # that the last measurement took
 
     def measure_base(self, loaded: Loaded, fence: Fence) -> Iterator[Event]:
         """Measure the base, adapter off; a resumed run reads what the first attempt measured."""
@@ -73,6 +74,7 @@ class Holdout:
                 yield self.halving.halve(step, words)
                 losses, words = yield from self._attempt(step, loaded, fence)
         seconds, told = time.monotonic() - began, self.meter.told("eval")
+        self.seconds = seconds if losses else self.seconds
         yield Phase("eval", "end", done=len(losses), total=len(self.rows), unit="rows", seconds=seconds, **told)
         if losses:
             yield self._remember(step, losses)

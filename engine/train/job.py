@@ -32,12 +32,14 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
+from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
 from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash
 from qlora_tui.engine.train.triage import Triage
 from qlora_tui.engine.units import gib
+from qlora_tui.engine.until import Deadline
 from qlora_tui.engine.watch import Watch
 
 DROPPED = "dropped.jsonl"
@@ -272,6 +274,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
         watch=Watch(total, warmup_steps(run, total)),
         fence=fence,
         wishes=job.wishes,
+        limits=Limits(run, Deadline(run.until)),
         total=total,
     )
 

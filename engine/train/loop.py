@@ -22,13 +22,14 @@ from qlora_tui.engine.errors import Diverged, SpaceError, WontFit
 from qlora_tui.engine.events import Event, Finding, Phase, Saved, Stepped, Wishes
 from qlora_tui.engine.forecast import Pace
 from qlora_tui.engine.load import Loaded
-from qlora_tui.engine.meter import Meter, in_use
+from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout
+from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.optim import clip, gradient_norm, set_rate
 from qlora_tui.engine.train.schedule import cadence, learning_rate
-from qlora_tui.engine.train.step import Gradient
+from qlora_tui.engine.train.step import Gradient, Took
 from qlora_tui.engine.watch import Watch
 
 EVALS, SAVES = 5, 10
@@ -49,6 +50,7 @@ class Loop:
     watch: Watch
     fence: Fence
     wishes: Wishes
+    limits: Limits
     total: int
     step: int = 0
     saved_step: int = -1
@@ -130,13 +132,17 @@ class Loop:
 
         However short the time, every attempt takes one step, so that it ends with something saved.
         """
-        for wish in self.wishes.take():
-            if wish.name == "save":
-                yield from self.save()
+        yield from self._obey()
+        yield from self.limits.rest(self.step, self._obey, self.wishes.urgent)
         urgent = self.wishes.urgent()
         if urgent:
             return urgent
-        return "time" if self.run.max_time and trained_seconds >= self.run.max_time else "done"
+        return "time" if self.limits.up(trained_seconds, self.timed, self.holdout.seconds) else "done"
+
+    def _obey(self) -> Iterator[Event]:
+        for wish in self.wishes.take():
+            if wish.name == "save":
+                yield from self.save()
 
     def _step(self, step: int) -> Stepped:
         """Compute one optimizer step and apply it if it is finite."""
@@ -155,21 +161,9 @@ class Loop:
             clipped = clip(parameters, norm, self.run.max_grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        took = Took(supervised, time.monotonic() - began, data_seconds)
         return Stepped(
-            step=step,
-            total_steps=self.total,
-            epoch=step / self.order.per_epoch,
-            loss=loss,
-            grad_norm=norm,
-            clipped=clipped,
-            skipped=not finite,
-            lr=lr,
-            tokens=sum(len(row.input_ids) for row in rows),
-            supervised_tokens=supervised,
-            seconds=time.monotonic() - began,
-            data_seconds=data_seconds,
-            rows=tuple(row.row for row in rows),
-            **in_use(self.loaded.device),
+            step, self.total, step / self.order.per_epoch, loss, norm, clipped, not finite, lr, **took.told(rows, self.loaded.device)
         )
 
     def _backward(self, rows: list[TokenRow], supervised: int) -> tuple[float, float]:

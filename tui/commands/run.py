@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,9 +75,19 @@ def child(options: argparse.Namespace) -> int:
 def _not_begun(folder: Path, error: EngineError) -> None:
     """Leave a last word where the run could not begin after all: without one it would count as crashed."""
     outcome: Outcome = "will_not_fit" if error.exit_code is ExitCode.WILL_NOT_FIT else "failed"
+    _last_word(folder, Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+
+
+def _last_word(folder: Path, word: Finished) -> None:
     journal = Journal(folder)
-    journal.write(Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+    journal.write(word)
     journal.close()
+
+
+def _stopped_early(plan: Plan, code: int, why: str) -> None:
+    """Leave a last word in the folder that `--detach` made, when a signal came before its run began."""
+    if plan.folder is not None and not (plan.folder / EVENTS).exists():
+        _last_word(plan.folder, Finished("stopped", code, why))
 
 
 def _new(options: argparse.Namespace) -> Plan:
@@ -180,8 +191,8 @@ def anchored(run: RunConfig) -> RunConfig:
 
 def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Callable[[Plan, RunConfig], Session] = begin) -> int:
     """Run without a screen: the main thread prints what the journal says and never touches the run."""
-    with Signals() as signals:
-        session = signals.session = begin(plan, plan.run)
+    with Signals(too_early=lambda code, why: _stopped_early(plan, code, why)) as signals:
+        session = signals.mind(begin(plan, plan.run))
         with streams.apart(session.folder / LOG):
             signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
             follower = Follower(session.folder, streams, as_json=as_json)
@@ -249,7 +260,7 @@ def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begi
     with Signals(say=lambda text: None, restore=restore_terminal) as signals:
 
         def start(run: RunConfig) -> Path:
-            session = signals.session = begin(plan, run)
+            session = signals.mind(begin(plan, run))
             session.start()
             return session.folder
 
@@ -303,7 +314,7 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     os.close(log)
-    first = _first_event(tail, process)
+    first = _first_event(tail, process) or _killed(folder, process)
     if isinstance(first, Finished):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
@@ -318,6 +329,16 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     streams.data.line(folder.name)
     streams.talk.line(f"running in process {process.pid}; watch it with: qlora-tui attach {folder.name}")
     return int(ExitCode.DONE)
+
+
+def _killed(folder: Path, process: subprocess.Popen[bytes]) -> Event | None:
+    """Return, and leave in the folder, the last word of a run whose process a signal ended before it could do so itself."""
+    number = -(process.poll() or 0)
+    if number <= 0 or (folder / EVENTS).exists() or is_running(folder):
+        return None
+    word = Finished("stopped", 128 + number, f"{signal.Signals(number).name}: stopped before the run began")
+    _last_word(folder, word)
+    return word
 
 
 def _first_event(tail: Tail, process: subprocess.Popen[bytes]) -> Event | None:
