@@ -272,7 +272,7 @@ def decode(line: str) -> Record | None:
     """
     try:
         raw = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(raw, dict) or not isinstance(raw.get("v"), int):
         return None
@@ -286,7 +286,7 @@ def decode(line: str) -> Record | None:
     try:
         fields = {item.name: _revive(raw[item.name], str(item.type)) for item in dataclasses.fields(kind) if item.name in raw}
         return Record(int(raw["attempt"]), int(raw["seq"]), float(raw["t"]), kind(**fields))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

@@ -128,7 +128,7 @@ def _read_wish(line: str) -> Wish | None:
     try:
         raw = json.loads(line)
         return Wish(str(raw["id"]), float(raw["t"]), int(raw.get("attempt", 0)), str(raw["name"]), dict(raw.get("args") or {}))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # whatever lies there, it must not end a run
         return None
 
 
