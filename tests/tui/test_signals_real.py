@@ -156,6 +156,26 @@ def test_a_detached_run_that_is_killed_in_its_first_instant_is_told_by_who_start
     assert (info.state, word(info.path).exit_code) == ("stopped", 143)
 
 
+def test_ctrl_c_while_a_detached_run_begins_takes_it_back(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = run._first_event, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "_first_event", interrupted)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".pkg"))
+    assert cli.main(["--detach", *options]) == 130
+    out, err = capsys.readouterr()
+    (info,) = list_runs(tmp_path / "runs")
+    assert (out, f"Ctrl+C: run {info.id} is stopped" in err) == ("", True)
+    assert (word(info.path).outcome, word(info.path).exit_code, is_running(info.path)) == ("stopped", 143, False)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -94,7 +94,9 @@ def test_an_old_wish_is_never_read_again(tmp_path: Path) -> None:
 
 def test_lines_that_are_no_wish_are_passed_over(tmp_path: Path) -> None:
     inbox = Inbox(tmp_path)
-    (tmp_path / COMMANDS).write_text('nonsense\n{"id":1}\n[]\n{"v":1,"id":"a","t":1,"name":"stop"}\n')
+    rubbish = ["nonsense", '{"id":1}', "[]", "[" * 100_000, '{"id":"a","t":[],"name":"stop"}']
+    rubbish.append('{"id":"a","t":1,"name":"stop","attempt":1e999}')
+    (tmp_path / COMMANDS).write_text("\n".join([*rubbish, '{"v":1,"id":"a","t":1,"name":"stop"}\n']))
     assert [wish.name for wish in inbox.take()] == ["stop"]
 
 

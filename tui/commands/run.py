@@ -314,7 +314,14 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     os.close(log)
-    first = _first_event(tail, process) or _killed(folder, process)
+    try:
+        first = _first_event(tail, process) or _killed(folder, process)
+    except KeyboardInterrupt:  # whoever waits for a run to begin and takes it back does not want it to begin
+        process.terminate()
+        if _first_event(tail, process) is None:
+            _killed(folder, process)
+        streams.talk.line(f"Ctrl+C: run {folder.name} is stopped")
+        return int(ExitCode.INTERRUPTED)
     if isinstance(first, Finished):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
