@@ -132,7 +132,7 @@ def sample(baseline_bytes: int | None = None) -> Device:
 def temperature() -> float | None:
     """Return the degrees Celsius of the card in use; None where no sensor answers."""
     card = _nvml_card()
-    return _degrees(*card) if card else None
+    return nvml.temperature(*card) if card else None
 
 
 class Sampler:
@@ -244,10 +244,6 @@ def _throttle(driver: Any, handle: Any) -> str:
     return next((words for name, words in _THROTTLES.items() if bits & known.get(f"nvmlClocksThrottleReason{name}", 0)), "")
 
 
-def _degrees(driver: Any, handle: Any) -> float | None:
-    return ask(lambda: float(driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU)))
-
-
 def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
     memory = ask(lambda: driver.nvmlDeviceGetMemoryInfo(handle))
     used = int(memory.used) if memory else None
@@ -263,7 +259,7 @@ def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
         utilization=ask(lambda: float(driver.nvmlDeviceGetUtilizationRates(handle).gpu)),
         power_watts=milliwatts / 1000 if milliwatts is not None else None,
         power_limit_watts=limit / 1000 if limit is not None else None,
-        temperature_c=_degrees(driver, handle),
+        temperature_c=nvml.temperature(driver, handle),
         throttle=_throttle(driver, handle),
     )
 

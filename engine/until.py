@@ -58,12 +58,19 @@ class Deadline:
         self._text, self._wall, self._steady = text, wall, steady
         self._apart = wall() - steady()
         self._at = moment(text, wall()) if text else math.inf
+        self._moved = 0.0
 
     def left(self) -> float:
         """Return the seconds left, negative once the time has passed."""
         now = self._wall()
         apart = now - self._steady()
         if self._text and abs(apart - self._apart) > _JUMP_SECONDS:
+            self._moved += apart - self._apart
             self._at = moment(self._text, now)
         self._apart = apart
         return self._at - now
+
+    def moved(self) -> float:
+        """Return by how many seconds somebody set the clock since the last call, so that it can be told once."""
+        moved, self._moved = self._moved, 0.0
+        return moved

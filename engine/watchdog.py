@@ -23,6 +23,8 @@ _TIMES_A_STEP = 10
 _OTHER_SECONDS = 300.0
 """Patience where there is no pace to compare with: loading, the first steps, a measurement's next batch."""
 _STEPS = 32
+_STOPPED_SECONDS = 10.0
+"""Between two looks a second apart, this much means that the whole process stood still: a suspended laptop, or Ctrl+Z."""
 _PHASES = {"fetch": "the download", "load": "loading", "data": "reading the data", "plan": "planning", "probe": "the rehearsal"}
 _PHASES |= {"eval": "a measurement", "save": "saving", "export": "the export"}
 _log = logging.getLogger("qlora_tui.watchdog")
@@ -51,7 +53,7 @@ class Watchdog:
         """
         self._write, self._owner, self._clock = write, owner, clock
         self._end_after, self._end = end_after, end
-        self._beat = clock()
+        self._beat = self._looked = clock()
         self._open: list[str] = []
         self._step = 0
         self._seconds: deque[float] = deque(maxlen=_STEPS)
@@ -86,7 +88,10 @@ class Watchdog:
 
     def look(self) -> None:
         """Say once that the run is silent for too long, and end it where that was asked for."""
-        quiet, patience = self._clock() - self._beat, self._patience()
+        since, self._looked = self._clock() - self._looked, self._clock()
+        if since > _STOPPED_SECONDS:
+            self._beat += since  # nobody could give a sign of life meanwhile
+        quiet, patience = self._looked - self._beat, self._patience()
         if patience is None:
             return
         told = f"no sign of life for {words(quiet)} in {self._where()}"

@@ -25,7 +25,7 @@ def read_hub(name: str, *, subset: str = "") -> Iterator[Mapping[str, object]]:
     The hub is asked once, briefly, before anything else: an unreachable one costs seconds, not minutes.
 
     Raises:
-        DataError: no such dataset or split, or one that may not be read.
+        DataError: no such dataset or split, or one that may not be read; or HF_HUB_OFFLINE is set and it is not in the cache.
         FetchError: the hub could not be reached, or went away.
     """
     from datasets import disable_progress_bars, load_dataset
@@ -42,14 +42,21 @@ def read_hub(name: str, *, subset: str = "") -> Iterator[Mapping[str, object]]:
             f"the dataset cannot be read ({one_line(error, limit=200)})", hint="name a split: owner/name:split", where=name
         ) from None
     except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers do)
+        if _offline():
+            told = "there is no such file, HF_HUB_OFFLINE is set, and the cache of datasets does not hold it"
+            raise DataError(told, hint="unset it once, or name a file", where=name) from None
         raise FetchError(f"the dataset could not be fetched ({one_line(error, limit=200)})", where=name) from None
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def _ask(repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if _offline():
         return  # datasets then reads its cache alone, and says so itself
     try:
         HfApi().dataset_info(repo, timeout=_PATIENCE_SECONDS)

@@ -44,7 +44,7 @@ class Limits:
         return self.deadline.left() < step + measuring_seconds + _SAVING_SECONDS
 
     def rest(self, step: int, between: Callable[[], Iterator[Event]], over: Callable[[], object]) -> Iterator[Event]:
-        """Wait while the device is hotter than `max_temperature`.
+        """Wait while the device is hotter than `max_temperature`; and tell of a clock that was set, where it matters.
 
         A sensor that stops answering ends the wait: a run must not hang on it.
 
@@ -53,6 +53,11 @@ class Limits:
             between: called about once a second; obeys what may be obeyed meanwhile.
             over: true ends the wait at once.
         """
+        if moved := self.deadline.moved():
+            told = f"the clock was set {'forward' if moved > 0 else 'back'} by {words(abs(moved))}"
+            left = self.deadline.left()
+            message = f"{told}: until {self.run.until} there is {words(left)} now"
+            yield Finding("clock", "info", step, message, (), {"moved_seconds": moved, "left_seconds": left})
         limit = self.run.max_temperature
         hot = self.temperature() if limit else None
         if hot is None or hot <= limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_the_run_ends_in_time_for_a_step_a_measurement_and_saving(
     assert len(ran.of(Stepped)) == steps
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert ("time was up" in ran.result.reason) is (steps < 6)
+
+
+def test_a_clock_that_is_set_under_a_run_is_told_and_the_run_goes_on(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 22:00 a run is to be done by 07:00; after its second step somebody sets the clock to 08:00 of the next day."""
+    ten = time.mktime((2026, 11, 26, 22, 0, 0, 0, 0, -1))
+    wall = [ten]
+    monkeypatch.setattr(job, "Deadline", lambda text: Deadline(text, lambda: wall[0], lambda: 0.0))
+
+    def jump(step: Stepped) -> None:
+        wall[0] = ten + (36_000 if step.step >= 2 else 0)
+
+    ran = drive(run_of(until="07:00"), tmp_path / "run", on_step=jump)
+    assert ran.error is None
+    assert len(ran.of(Stepped)) == 6
+    told = [finding.message for finding in ran.of(Finding) if finding.detector == "clock"]
+    assert told == ["the clock was set forward by 10 h: until 07:00 there is 23 h now"]
 
 
 def test_what_is_left_has_to_hold_the_slowest_recent_step_and_the_measurement() -> None:

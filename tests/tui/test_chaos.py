@@ -24,6 +24,8 @@ from qlora_tui.engine.journal import COMMANDS, EVENTS, Tail, leave_wish, read_re
 from qlora_tui.engine.runs import list_runs
 
 ROOT = Path(__file__).parents[2]
+REAL_HOME = os.environ.get("QLORA_TUI_HOME")
+"""Read while tests are collected, before each of them gets a home of its own."""
 PROGRAM = "import sys\nfrom qlora_tui.tui.cli import main\nsys.exit(main(sys.argv[1:]))\n"
 # Without s, d and enter: q asks how to leave, and asking again is the answer that leaves nothing.
 KEYS = [bytes([code]) for code in range(32, 127) if chr(code) not in "sd"]
@@ -136,8 +138,8 @@ def test_a_tiny_model_under_chaos(
 @pytest.mark.slow
 @pytest.mark.demo
 def test_the_demo_under_chaos(tmp_path: Path) -> None:
-    """All 30 steps of the demo on its real model, fetched once; QLORA_TUI_DEMO_HOME names a home that has it already."""
+    """All 30 steps of the demo on its real model, from the cache of whoever runs the tests."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".pkg")}
-    environment["QLORA_TUI_HOME"] = os.environ.get("QLORA_TUI_DEMO_HOME", str(tmp_path / "home"))
+    environment["QLORA_TUI_HOME"] = REAL_HOME or str(tmp_path / "home")
     plain = quiet(["demo"], tmp_path / "plain", environment)
     compare(plain, disturbed(["demo"], tmp_path / "screen", environment, 4, 3000), 30)

@@ -184,6 +184,7 @@ def test_ctrl_c_while_a_detached_run_begins_takes_it_back(
         (["--set", "max_temperature=80"], "max_temperature: no sensor of a GPU answers here; leave it out"),
         (["--set", "end_if_hung=5s"], "end_if_hung: 5.0 s is less than a long step can take; say at least 60 s, or 0"),
         (["--model", "nobody/nothing"], "there is no folder nobody/nothing, HF_HUB_OFFLINE is set"),
+        (["--data", "nobody/nothing"], "nobody/nothing: there is no such file, HF_HUB_OFFLINE is set"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_sentence_and_exit_2(

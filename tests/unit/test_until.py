@@ -90,13 +90,14 @@ def test_a_clock_that_is_set_gives_the_next_0700_of_the_new_time(hours: float) -
     due = clocks.wall + deadline.left()
     assert datetime.fromtimestamp(due).strftime("%H:%M") == "07:00"
     assert 0 < due - clocks.wall <= DAY
+    assert (deadline.moved(), deadline.moved()) == (hours * 3600, 0.0)
 
 
 def test_a_machine_that_slept_past_the_time_has_missed_it() -> None:
     clocks = Clocks("2026-11-26 22:00")
     deadline = clocks.deadline("07:00")
     clocks.go_on(10 * 3600)  # the steady clock goes on in sleep
-    assert deadline.left() == -3600
+    assert (deadline.left(), deadline.moved()) == (-3600, 0.0)
 
 
 def test_a_clock_that_a_time_server_corrects_little_by_little_changes_nothing() -> None:
@@ -106,4 +107,4 @@ def test_a_clock_that_a_time_server_corrects_little_by_little_changes_nothing() 
         clocks.go_on(10)
         clocks.wall += 0.5
         deadline.left()
-    assert deadline.left() == 9 * 3600 - 1000 - 50
+    assert (deadline.left(), deadline.moved()) == (9 * 3600 - 1000 - 50, 0.0)

@@ -126,6 +126,15 @@ def test_it_ends_a_run_only_where_that_was_asked_for() -> None:
     assert asked.ended == ["no sign of life for 30 min in step 6, and end_if_hung is 30 min"]
 
 
+def test_a_process_that_stood_still_as_a_whole_is_not_blamed() -> None:
+    dog = Dog(end_after=1800)
+    training(dog, 0.5)
+    dog.silent(30)
+    dog.now += 100_000  # suspended; the watchdog's own thread slept too
+    assert dog.silent(29) == []
+    assert (len(dog.silent(3)), dog.ended) == (1, [])
+
+
 def test_it_stops_though_it_was_never_started() -> None:
     Dog().dog.stop()
     dog = Dog().dog
