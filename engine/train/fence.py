@@ -66,6 +66,7 @@ class Fence:
         self._optimizer: torch.optim.Optimizer | None = None
         self._looked = False
         self._drawn: list[torch.Tensor] = []  # where torch's generators stood after the last step
+        self._draws: bool | None = None  # whether a step draws random numbers at all; the first one shows it
         self._refused: list[str] = []
         self._refusals = 0
         self._close(loaded)
@@ -105,7 +106,9 @@ class Fence:
             FenceError: the caller is not the owner, or gradients of something else lie there.
         """
         self.check("a step", (_SETUP, _IDLE))
-        self._put_back_random_numbers()
+        if self._drawn:
+            self._undo_draws(self._drawn, "between two steps, outside an evaluation")
+        before = torch_generators()
         if any(parameter.grad is not None for parameter in self._trained.values()):
             raise FenceError("before a step: gradients were left that do not belong to it")
         self._phase, self._rest, self._looked = _STEP, _IDLE, False
@@ -113,6 +116,7 @@ class Fence:
             yield
         finally:
             self._phase = _IDLE
+            self._undo_draws_within(before)
             self._drawn = torch_generators()
 
     def before_step(self, supervised: int, loss: float, norm: float, rate: float) -> None:
@@ -243,10 +247,16 @@ class Fence:
         if self._device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
             yield "work runs on another CUDA stream than the default one"
 
-    def _put_back_random_numbers(self) -> None:
-        """Undo draws between steps: a preview that draws from training's numbers would change the run."""
-        now = torch_generators()
-        if self._drawn and not all(map(torch.equal, self._drawn, now)):
-            set_torch_generators(self._drawn)
+    def _undo_draws_within(self, before: list[torch.Tensor]) -> None:
+        """Undo draws of somebody else in a step; where dropout draws as well, they cannot be told apart."""
+        if self._draws is None:
+            self._draws = not all(map(torch.equal, before, torch_generators()))
+        elif not self._draws:
+            self._undo_draws(before, "in a step that draws none")
+
+    def _undo_draws(self, before: list[torch.Tensor], when: str) -> None:
+        """Put generators back that moved: a preview that draws from training's numbers would change the run."""
+        if not all(map(torch.equal, before, torch_generators())):
+            set_torch_generators(before)
             self._refusals += 1
-            self._refused.append("random numbers were drawn between two steps, outside an evaluation; they were put back")
+            self._refused.append(f"random numbers were drawn {when}; they were put back")

@@ -279,6 +279,19 @@ def test_an_update_without_its_check_is_refused(run_of: Make, tmp_path: Path, mo
     assert not ran.of(Stepped)
 
 
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_random_numbers_drawn_in_a_step_that_needs_none_are_put_back_and_told(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    settings = SETTINGS | {"lora_dropout": 0.0}
+    whole = drive(run_of(**settings), tmp_path / "whole")
+    Strike(monkeypatch, moment, lambda it: intruder(lambda: torch.rand(3)))
+    ran = drive(run_of(**settings), tmp_path / "raced")
+    assert ran.error is None
+    assert same_bits(tensors(ran), tensors(whole))
+    assert ["in a step that draws none" in finding.message for finding in ran.of(Finding)] == [True]
+
+
 @pytest.mark.parametrize("who", ["owner", "intruder"])
 def test_random_numbers_drawn_between_steps_are_put_back_and_told(
     run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: dict[str, torch.Tensor], who: str
@@ -437,7 +450,7 @@ def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fence, "_close", lambda *_: None)
     monkeypatch.setattr(Fence, "_before_update", lambda *_: None)
     monkeypatch.setattr(Fence, "_faults", lambda *_: iter(()))
-    monkeypatch.setattr(Fence, "_put_back_random_numbers", lambda *_: None)
+    monkeypatch.setattr(Fence, "_undo_draws", lambda *_: None)
 
 
 def merged_and_back(it: loop.Loop) -> None:

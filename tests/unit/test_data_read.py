@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.engine.data import FORMATS, Chat, Turn, detect, load, load_eval, raw
 from qlora_tui.engine.data.hub_rows import is_hub_name, read_hub
-from qlora_tui.engine.errors import BadRow, DataError, FetchError
+from qlora_tui.engine.errors import BadRow, DataError
 from qlora_tui.engine.spec import RunConfig
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
