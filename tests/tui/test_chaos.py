@@ -44,8 +44,8 @@ RUBBISH = [
 ]
 
 
-def chaos(terminal: Terminal, folder: Path, over: Callable[[], bool], dice: random.Random, patience: float) -> None:
-    """Treat the screen of a run badly until `over`."""
+def chaos(terminal: Terminal, folder: Path, over: Callable[[], bool], dice: random.Random, patience: float, pace: float) -> None:
+    """Treat the screen of a run badly until `over`; between two blows `pace` seconds, or keys pile up that it still has to take."""
     deadline = time.monotonic() + patience
     while not over():
         assert time.monotonic() < deadline, terminal.seen[-2000:]
@@ -63,7 +63,7 @@ def chaos(terminal: Terminal, folder: Path, over: Callable[[], bool], dice: rand
                     file.write(dice.choice(RUBBISH))
             case _:
                 terminal.type(b"".join(dice.choices(KEYS, k=dice.randint(1, 12))))
-        terminal.read_some(0.05)
+        terminal.read_some(pace)
 
 
 def quiet(options: list[str], runs: Path, environment: dict[str, str]) -> Path:
@@ -73,7 +73,7 @@ def quiet(options: list[str], runs: Path, environment: dict[str, str]) -> Path:
     return list_runs(runs)[0].path
 
 
-def disturbed(options: list[str], runs: Path, environment: dict[str, str], seed: int, patience: float) -> Path:
+def disturbed(options: list[str], runs: Path, environment: dict[str, str], seed: int, patience: float, pace: float) -> Path:
     """Run the program on a terminal, treat it badly to its end, and return the run's folder."""
     terminal = Terminal(PROGRAM, *options, "--runs-dir", str(runs), size=(100, 30), **environment)
     try:
@@ -84,7 +84,7 @@ def disturbed(options: list[str], runs: Path, environment: dict[str, str], seed:
             terminal.read_some(0.5)
         folder = list_runs(runs)[0].path
         tail = Tail(folder / EVENTS)
-        chaos(terminal, folder, lambda: any(isinstance(one.event, Finished) for one in tail.records()), random.Random(seed), patience)
+        chaos(terminal, folder, lambda: any(isinstance(one.event, Finished) for one in tail.records()), random.Random(seed), patience, pace)
         while terminal.process.poll() is None:
             assert time.monotonic() < deadline + patience, terminal.seen[-2000:]
             for key in (b"\x1b", b"q"):  # apart: together they are one key, alt+q
@@ -132,7 +132,7 @@ def test_a_tiny_model_under_chaos(
     options = ["--model", str(tiny_model), "--data", str(write_jsonl(chat_rows)), *flags]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".pkg")}
     plain = quiet(options, tmp_path / "plain", environment)
-    compare(plain, disturbed(options, tmp_path / "screen", environment, seed, 600), steps)
+    compare(plain, disturbed(options, tmp_path / "screen", environment, seed, 600, 0.05), steps)
 
 
 @pytest.mark.slow
@@ -142,4 +142,4 @@ def test_the_demo_under_chaos(tmp_path: Path) -> None:
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".pkg")}
     environment["QLORA_TUI_HOME"] = REAL_HOME or str(tmp_path / "home")
     plain = quiet(["demo"], tmp_path / "plain", environment)
-    compare(plain, disturbed(["demo"], tmp_path / "screen", environment, 4, 3000), 30)
+    compare(plain, disturbed(["demo"], tmp_path / "screen", environment, 4, 3000, 1.0), 30)
