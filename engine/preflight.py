@@ -143,6 +143,8 @@ _ON_RESUME: Mapping[str, str] = {
     "eval_steps": "measured at those steps from now on",
     "save_steps": "saved at those steps from now on",
     "save_total_limit": "older checkpoints beyond it go at the next save",
+    "watch_stop": "they stop the run from now on",
+    "watch_rollback": "they take the run back from now on",
 }
 
 

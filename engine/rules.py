@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qlora_tui.engine.columns import fault
 from qlora_tui.engine.errors import Problem
-from qlora_tui.engine.spec import KEYS, Key, RunConfig, Value, nearest
+from qlora_tui.engine.spec import KEYS, WATCHED, Key, RunConfig, Value, nearest
 
 
 def problems(run: RunConfig) -> list[Problem]:
@@ -35,7 +35,7 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_without_effect(run), *_combinations(run)]
+    return [*found, *_without_effect(run), *_combinations(run), *_detectors(run)]
 
 
 def _without_effect(run: RunConfig) -> list[Problem]:
@@ -62,6 +62,15 @@ def _combinations(run: RunConfig) -> list[Problem]:
         told = "with DoRA the base's part would have to be computed twice, with and without dropout"
         found.append(Problem("lora_dropout", told, "say lora_dropout=0, or use_dora=false"))
     return found
+
+
+def _detectors(run: RunConfig) -> list[Problem]:
+    """Return the names that no detector has."""
+    asked = {"watch_stop": run.watch_stop, "watch_rollback": run.watch_rollback}
+    unknown = [(key, name) for key, names in asked.items() for name in names if name not in WATCHED]
+    return [
+        Problem(key, f"no detector is called {name!r}", nearest(name, WATCHED) or f"there are {', '.join(WATCHED)}") for key, name in unknown
+    ]
 
 
 def _never_empty(run: RunConfig) -> list[tuple[str, Value]]:
