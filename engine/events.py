@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from qlora_tui.engine.errors import JournalError
 
@@ -147,7 +147,15 @@ class Saved:
     step: int
     path: str
     bytes: int
-    kind: Literal["checkpoint", "adapter"] = "checkpoint"
+    kind: Literal["checkpoint", "adapter", "diagnostic"] = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedHealthy:
+    """The checkpoint of `step` was followed by enough clean steps: a roll back may go there."""
+
+    type: ClassVar[str] = "marked_healthy"
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +226,24 @@ class Finished:
     report: str = ""
 
 
-Event = Started | Phase | Prepared | Planned | Stepped | Evaluated | Saved | Resumed | Device | Forecast | Finding | Command | Finished
+Event = (
+    Started
+    | Phase
+    | Prepared
+    | Planned
+    | Stepped
+    | Evaluated
+    | Saved
+    | MarkedHealthy
+    | Resumed
+    | Device
+    | Forecast
+    | Finding
+    | Command
+    | Finished
+)
 
-EVENT_TYPES: Mapping[str, type[Event]] = {
-    kind.type: kind
-    for kind in (Started, Phase, Prepared, Planned, Stepped, Evaluated, Saved, Resumed, Device, Forecast, Finding, Command, Finished)
-}
+EVENT_TYPES: Mapping[str, type[Event]] = {kind.type: kind for kind in get_args(Event)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,7 @@ def test_any_order_of_events_folds(kinds: list[str]):
         "stepped": step(3),
         "evaluated": ev.Evaluated(3, math.nan, 1, 0.0),
         "saved": ev.Saved(3, "p", 1),
+        "marked_healthy": ev.MarkedHealthy(2),
         "resumed": ev.Resumed(1),
         "device": ev.Device(),
         "forecast": ev.Forecast((1.0, 2.0, 3.0), "b"),

@@ -21,6 +21,7 @@ SAMPLES: list[ev.Event] = [
     ev.Stepped(1, 30, 0.03, math.nan, math.inf, True, True, 2e-4, 900, 500, 1.5, 0.1, (3, 4), 1, 2, 3),
     ev.Evaluated(30, 2.8, 24, 0.1, "eval/x.jsonl", 4.5, 1.7, (1.2, 2.1), 0.9, "a measurable improvement"),
     ev.Saved(10, "checkpoints/step-000010", 99),
+    ev.MarkedHealthy(10),
     ev.Resumed(10),
     ev.Device(1, 2, 3, 0.5, None, None, 61.0, "power"),
     ev.Forecast((1.0, 2.0, 3.0), "measured steps"),
