@@ -167,6 +167,20 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Training went back to the checkpoint of `to_step`; what came after it is void.
+
+    From here on the schedule's learning rate is taken times `rate_factor`; `times` counts what the run did by itself.
+    """
+
+    type: ClassVar[str] = "rolled_back"
+    to_step: int
+    rate_factor: float
+    times: int
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """One look at the device, about once a second; a sensor that is missing is None, never a made-up zero."""
 
@@ -236,6 +250,7 @@ Event = (
     | Saved
     | MarkedHealthy
     | Resumed
+    | RolledBack
     | Device
     | Forecast
     | Finding

@@ -66,6 +66,15 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / name_of(step)
 
 
+def step_of(path: Path) -> int:
+    """Return the step of the checkpoint at `path`.
+
+    >>> step_of(Path("checkpoints/step-000100"))
+    100
+    """
+    return int(path.name.removeprefix(_STEP))
+
+
 def write_manifest(path: Path, step: int, digests: Mapping[str, str]) -> None:
     """List the files of a checkpoint that is being written; `digests` are those of files whose bytes were at hand.
 

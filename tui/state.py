@@ -275,6 +275,13 @@ def _marked_healthy(state: RunState, event: ev.MarkedHealthy, t: float) -> Chang
     return {"log": _say(state, t, f"checkpoint of step {event.step} is healthy: the steps after it were clean", "good")}
 
 
+def _rolled_back(state: RunState, event: ev.RolledBack, t: float) -> Changes:
+    """Cut off what came after the checkpoint, but keep what the watch said: it is the reason."""
+    text = f"back to step {event.to_step}, with {event.rate_factor:g} times the learning rate: {event.why}"
+    cut = _resumed(state, ev.Resumed(event.to_step), t)
+    return cut | {"findings": state.findings, "log": _say(state, t, text, "bad")}
+
+
 def _resumed(state: RunState, event: ev.Resumed, t: float) -> Changes:
     """Cut off what came after the checkpoint: those steps are void and will be done again."""
     at = event.to_step
@@ -333,6 +340,7 @@ _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
     ev.Saved.type: _saved,
     ev.MarkedHealthy.type: _marked_healthy,
     ev.Resumed.type: _resumed,
+    ev.RolledBack.type: _rolled_back,
     ev.Device.type: _device,
     ev.Forecast.type: _forecast,
     ev.Finding.type: _finding,

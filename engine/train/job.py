@@ -27,6 +27,7 @@ from qlora_tui.engine.meter import Meter, out_of_memory
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
@@ -39,7 +40,7 @@ from qlora_tui.engine.train.step import Gradient, Halving, Thrash
 from qlora_tui.engine.train.triage import Triage
 from qlora_tui.engine.train.worst import worst_first
 from qlora_tui.engine.units import gib
-from qlora_tui.engine.watch import Watch
+from qlora_tui.engine.watch import Setting, Watch
 
 DROPPED = "dropped.jsonl"
 """In the run folder: the rows that are not used, with the reason."""
@@ -112,9 +113,9 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     planned = partial(_planned, job, choices, loop.total)
     rehearsed = yield from worst_first(choices, loop, tokenized, planned, on_cpu=job.rehearse_on_cpu)
     if job.resume:
-        yield from resume(job.folder, loop)
+        yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
     yield from loop.keeper.prove(loop.state())
-    yield from loop.holdout.measure_base(loaded, loop.fence)
+    yield from verdict.measure_base(loop)
     with meter.phase("train", fresh=True):
         ending = yield from loop.train()
     result = yield from _finish(job, loop, folder, ending)
@@ -270,7 +271,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, mete
         order=Order(tokenized.train, rows_per_step(run), run.seed),
         holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes),
         meter=meter,
-        watch=Watch(total, warmup_steps(run, total)),
+        watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
         fence=fence,
         wishes=job.wishes,
         keeper=Keeper(job.folder, run.save_total_limit, loaded.model, optimizer, meter),
@@ -289,7 +290,7 @@ def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event,
     yield Saved(loop.step, path.name, checkpoint.folder_bytes(path), "adapter")
     if ending == "stop":
         return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}", path.name)
-    yield from loop.measure()
+    yield from verdict.told((yield from loop.measure()))
     reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
     return Result("done", reason, path.name)
 

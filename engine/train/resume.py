@@ -15,10 +15,11 @@ from typing import Any
 from qlora_tui.engine import checkpoint, shelf
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import CheckpointError
-from qlora_tui.engine.events import Event, Finding, Resumed
+from qlora_tui.engine.events import Event, Finding, Record, Resumed
 from qlora_tui.engine.resume import ON_RESUME, readable, resumable
 from qlora_tui.engine.spec import RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.loop import Loop
 from qlora_tui.engine.train.schedule import learning_rate
 
@@ -59,24 +60,31 @@ def base_print(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def resume(folder: Path, loop: Loop) -> Iterator[Event]:
+def resume(folder: Path, loop: Loop, records: Sequence[Record]) -> Iterator[Event]:
     """Go on from the newest checkpoint that proves sound; without any, start again and say so.
+
+    A run that the watch stopped goes back to its last healthy one, with half the learning rate; `records` tell of it.
 
     Raises:
         CheckpointError: none is sound, or the run no longer finds its rows or its base.
         ConfigErrors: settings changed that would make it another run.
     """
+    healthy = shelf.last_healthy(folder) if verdict.stopped_by(records) in loop.watch.acting else None
+    if healthy is not None:
+        shelf.roll_back(folder, shelf.step_of(healthy))
     _, damaged = shelf.newest(folder)
     path = shelf.newest_sound(folder)
     for sentence in damaged:
         yield Finding("checkpoint", "warn", 0, f"{sentence}; an older checkpoint is used", ("check the disk",))
     if path is None:
         yield Resumed(0)
+        yield from verdict.resumed_after_stop(loop, records)
         return
     check(checkpoint.read_state(path), loop.origin, str(path))
     state = checkpoint.restore(path, loop.loaded.model, loop.optimizer)
     loop.restore(state)
     yield Resumed(loop.step)
+    yield from verdict.resumed_after_stop(loop, records)
     yield from tell(state, loop.origin, loop.run, loop.total)
 
 

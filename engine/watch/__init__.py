@@ -23,6 +23,7 @@ from qlora_tui.engine.watch.overfitting import Overfitting
 from qlora_tui.engine.watch.rule import HeldRow, Rule, Setting
 from qlora_tui.engine.watch.spike import Spike
 from qlora_tui.engine.watch.throughput import Throughput
+from qlora_tui.engine.watch.witness import Witness, cleared, confirmed
 
 __all__ = ["DETECTORS", "HeldRow", "Setting", "Watch"]
 
@@ -42,14 +43,20 @@ DETECTORS: tuple[type[Rule], ...] = (
 )
 
 
+CLEARABLE = frozenset({Spike.name, Drift.name})
+"""What a change of the data can look like."""
+
+
 class Watch:
     """All detectors together, and what the user wants done when one of them is sure."""
 
     def __init__(self, setting: Setting, stop: Iterable[str] = WATCH_STOP, roll_back: Iterable[str] = ()) -> None:
         """Start every detector afresh; those named in `roll_back` go before those in `stop`."""
-        self._rules = [kind(setting) for kind in DETECTORS]
+        self._witness = Witness(setting)
+        self._rules = [self._witness, *(kind(setting) for kind in DETECTORS)]
         self._roll_back = frozenset(roll_back)
-        self._stop = {NonFinite.name, *stop}
+        self.acting = frozenset({NonFinite.name, *stop, *self._roll_back})
+        """The detectors that do more than tell."""
 
     def see(self, step: Stepped) -> list[Finding]:
         """Return what the detectors say about `step`."""
@@ -62,6 +69,22 @@ class Watch:
     def adapter(self, step: int, zero: Sequence[str], total: int) -> list[Finding]:
         """Return what there is to say about the `zero` ones of `total` adapter layers whose B is still zero at `step`."""
         return self._settled(rule.adapter(step, zero, total) for rule in self._rules if isinstance(rule, NotLearning))
+
+    def asks_holdout(self, found: Iterable[Finding]) -> bool:
+        """Say whether a measurement made now would decide about one of `found`."""
+        return self._witness.present and any(self._open(item) for item in found)
+
+    def weighed(self, found: Sequence[Finding], rows: Sequence[HeldRow]) -> list[Finding]:
+        """Return findings in the light of held-out rows measured just now."""
+        told = self._witness.testimony(rows)
+        if told is None:
+            return list(found)
+        rise, well = told
+        opened = {item.detector: item.step for item in found if self._open(item)}
+        for rule in self._rules:
+            if well and rule.name in opened:
+                rule.cleared(opened[rule.name])
+        return [(cleared if well else confirmed)(item, rise) if self._open(item) else item for item in found]
 
     def action(self, finding: Finding) -> Action:
         """Return what is to be done about a finding."""
@@ -79,11 +102,15 @@ class Watch:
             if rule.name in state:
                 rule.restore(state[rule.name])
 
+    def _open(self, finding: Finding) -> bool:
+        """Say whether held-out rows decide about a finding: one to act on, or one that only a calm gradient speaks against."""
+        grave = finding.severity == "stop" or bool(finding.numbers.get("calm"))
+        return grave and finding.detector in CLEARABLE and finding.detector in self.acting
+
     def _settled(self, found: Iterable[Finding | None]) -> list[Finding]:
         """Turn "sure enough to act" into a warning where the user only wants to be told."""
-        acting = self._stop | self._roll_back
         return [
-            finding if finding.severity != "stop" or finding.detector in acting else dataclasses.replace(finding, severity="warn")
+            finding if finding.severity != "stop" or finding.detector in self.acting else dataclasses.replace(finding, severity="warn")
             for finding in found
             if finding is not None
         ]

@@ -22,6 +22,7 @@ def calmer(rate: float) -> tuple[str, ...]:
     )
 
 
+CALM = "and the gradient norm did not move, as when the rows change and not the model"
 DATA = (
     "look at the rows of these steps: another source, longer or harder rows begin here",
     "if that is not what you want, let them be shuffled with the rest",

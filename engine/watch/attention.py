@@ -95,4 +95,8 @@ def _advice(seen: Seen) -> tuple[str, ...]:
     if seen.asked == "eager":
         return ("attn_implementation=sdpa",)
     shorter = f"a shorter max_length: cost grows with its square, now {seen.length}"
-    return (shorter, "dtype=bfloat16", "update torch and transformers") if seen.dtype == "float32" else (shorter, "update torch and transformers")
+    return (
+        (shorter, "dtype=bfloat16", "update torch and transformers")
+        if seen.dtype == "float32"
+        else (shorter, "update torch and transformers")
+    )

@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from qlora_tui.engine.events import Evaluated, Finding, Stepped
-from qlora_tui.engine.watch.advice import DATA, calmer
-from qlora_tui.engine.watch.rule import MEDIAN_ERROR, HeldRow, Rolling, Rule, log_norm, paired, usable
+from qlora_tui.engine.watch.advice import CALM, DATA, calmer
+from qlora_tui.engine.watch.rule import MEDIAN_ERROR, HeldRow, Rolling, Rule, grown, log_norm, paired, usable
 
 WINDOW = 32
 RISE, DEVIATIONS = 0.3, 6.0
 BASE_RISE, BASE_ERRORS = 0.3, 4.0
-NORM_FACTOR, NORM_ERRORS = math.log(1.3), 5.0
+NORM_FACTOR, NORM_ERRORS = math.log(1.3), 4.0
 GIVE_UP = 96
+ASK_AGAIN = 20
+FIRST, EARLY_SHARE = 8, 0.75
+"""The first losses are the base's, since an adapter begins as no change: until there is a better one, theirs is the best median. So few
+say little of their own spread, so it counts for less than that of a whole window."""
 
 
 @dataclass
@@ -29,10 +33,11 @@ class Drift(Rule):
     name: ClassVar[str] = "drift"
     rule: ClassVar[str] = (
         "median of 32 losses over the best such median by max(0.3, 6 standard errors) while the gradient norm left "
-        "its median by a factor 1.3 and 5 standard errors; or held-out rows worse than under the base by 0.3 nats and 4 paired standard errors"
+        "its median by a factor 1.3 and 4 standard errors; or held-out rows worse than under the base by 0.3 nats and 4 paired standard errors"
     )
     losses: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     norms: Rolling = field(default_factory=lambda: Rolling(WINDOW))
+    begun: bool = False
     best: float | None = None
     best_error: float = 0.0
     best_norm: float | None = None
@@ -43,6 +48,7 @@ class Drift(Rule):
     told: bool = False
     told_data: bool = False
     rate: float = 0.0
+    asked_until: int = 0
 
     def see(self, step: Stepped) -> Finding | None:
         """Judge the last 32 steps."""
@@ -52,6 +58,11 @@ class Drift(Rule):
         self.losses.add(step.loss)
         if (norm := log_norm(step)) is not None:
             self.norms.add(norm)
+        if len(self.losses) == FIRST and self.best is None and not self.begun:
+            self.begun = True
+            self.best, self.best_norm = self.losses.median, self.norms.median if len(self.norms) == FIRST else None
+            self.best_error = EARLY_SHARE * MEDIAN_ERROR * self.losses.sigma / math.sqrt(FIRST)
+            self.best_norm_error = MEDIAN_ERROR * self.norms.sigma / math.sqrt(FIRST) if len(self.norms) else 0.0
         if not self.losses.full:
             return None
         middle, error = self.losses.median, MEDIAN_ERROR * self.losses.sigma / math.sqrt(WINDOW)
@@ -74,18 +85,21 @@ class Drift(Rule):
         if self.best_norm is not None and self.norms.full:
             errors = math.hypot(self.best_norm_error, self._norm_error())
             moved = abs(self.norms.median - self.best_norm) > max(NORM_FACTOR, NORM_ERRORS * errors)
-        norm = math.exp(self.norms.median) if self.norms.full else None
-        was = math.exp(self.best_norm) if self.best_norm is not None else None
+        norm = grown(self.norms.median) if self.norms.full else None
+        was = grown(self.best_norm) if self.best_norm is not None else None
         numbers = {"median": middle, "best": best, "limit": limit, "grad_norm": norm, "grad_norm_then": was}
         over = f"the median loss of {WINDOW} steps is {middle:.2f}, {middle - best:.2f} above its best"
-        if moved and not self.told:
+        if moved and not self.told and step.step >= self.asked_until:
             self.told = True
             return self.found("stop", step.step, over, calmer(self.rate), numbers)
         if not moved and not self.told_data:
             self.told_data = True
-            message = f"{over}, and the gradient norm did not move: the rows changed, not the model"
-            return self.found("info", step.step, message, DATA, numbers)
+            return self.found("info", step.step, f"{over}, {CALM}", DATA, numbers | {"calm": True, "learning_rate": self.rate})
         return None
+
+    def cleared(self, step: int) -> None:
+        """Be quiet for a while, then judge again."""
+        self.told, self.asked_until = False, step + ASK_AGAIN
 
     def _norm_error(self) -> float:
         return MEDIAN_ERROR * self.norms.sigma / math.sqrt(WINDOW) if len(self.norms) else 0.0

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from qlora_tui.engine.events import Finding, Stepped
 from qlora_tui.engine.watch.advice import calmer
-from qlora_tui.engine.watch.rule import Rolling, Rule, log_norm, usable
+from qlora_tui.engine.watch.rule import Rolling, Rule, grown, log_norm, usable
 
 WINDOW, ENOUGH = 64, 20
 DEVIATIONS, FACTOR = 8.0, math.log(4.0)
@@ -57,8 +57,8 @@ class Gradient(Rule):
         if len(self.high) < TIMES or self.told:
             return None
         self.told = True
-        numbers = {"grad_norm": step.grad_norm, "median": math.exp(middle), "sigma_log": sigma, "rows": list(self.rows)}
-        message = f"gradient norm {step.grad_norm:.3g}, {math.exp(norm - middle):.0f} times its median of {len(self.norms)} steps"
+        numbers = {"grad_norm": step.grad_norm, "median": grown(middle), "sigma_log": sigma, "rows": list(self.rows)}
+        message = f"gradient norm {step.grad_norm:.3g}, {grown(norm - middle):.0f} times its median of {len(self.norms)} steps"
         return self.found("stop", step.step, f"{message}, {len(self.high)} times in {WITHIN} steps", calmer(step.lr), numbers)
 
     def _clipping(self, step: Stepped) -> Finding | None:
@@ -66,6 +66,8 @@ class Gradient(Rule):
         if self.told_clipped or not self.clipped.full or share <= CLIPPED:
             return None
         self.told_clipped = True
-        message = f"{share:.0%} of the last {CLIP_WINDOW} steps were clipped: the length of a step is set by max_grad_norm, not by the gradient"
-        numbers = {"share": share, "median": math.exp(self.norms.median)}
+        message = (
+            f"{share:.0%} of the last {CLIP_WINDOW} steps were clipped: the length of a step is set by max_grad_norm, not by the gradient"
+        )
+        numbers = {"share": share, "median": grown(self.norms.median)}
         return self.found("info", step.step, message, ("usual for small adapters; a lower learning rate if the loss is rough",), numbers)

@@ -6,14 +6,13 @@ A training perplexity under 1.3, with held-out rows at twice that or not measure
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from qlora_tui.engine.events import Evaluated, Finding, Stepped
 from qlora_tui.engine.watch.advice import BEST
-from qlora_tui.engine.watch.rule import HeldRow, Rolling, Rule, usable
+from qlora_tui.engine.watch.rule import HeldRow, Rolling, Rule, grown, usable
 
 WINDOW = 64
 KNOWN_PERPLEXITY, KNOWN_SHARE, EXEMPT_TOKENS, FEWEST = 3.0, 0.2, 16, 10
@@ -40,8 +39,8 @@ class Memorisation(Rule):
         self.losses.add(step.loss)
         if self.told or not self.losses.full or step.epoch <= 1.0:
             return None
-        train = math.exp(min(self.losses.median, 50.0))
-        held = math.exp(min(self.held, 50.0)) if self.held is not None else None
+        train = grown(self.losses.median)
+        held = grown(self.held) if self.held is not None else None
         if train >= HEART_PERPLEXITY or (held is not None and held <= HELD_FACTOR * train):
             return None
         self.told = True
@@ -55,7 +54,7 @@ class Memorisation(Rule):
             self.held = found.loss
             return None
         long = [row for row in rows if row.tokens >= EXEMPT_TOKENS]
-        known = sum(math.exp(min(row.loss, 50.0)) < KNOWN_PERPLEXITY for row in long)
+        known = sum(grown(row.loss) < KNOWN_PERPLEXITY for row in long)
         if len(long) < FEWEST or known <= KNOWN_SHARE * len(long):
             return None
         message = f"the base knows {known} of {len(long)} held-out answers already (perplexity under {KNOWN_PERPLEXITY:g}): little is left to learn"

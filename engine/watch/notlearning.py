@@ -12,7 +12,7 @@ from qlora_tui.engine.watch.rule import MEDIAN_ERROR, HeldRow, Rolling, Rule, pa
 
 WINDOW, FLAT_STEPS = 64, 300
 STILL = 3
-HELD_ERRORS = 2.0
+HELD_ERRORS, SURE_ERRORS, FLAT_ERRORS = 2.0, 3.0, 3.0
 FALL = 0.3
 IN_A_ROW, FLAT_IN_A_ROW = 2, 64
 
@@ -24,7 +24,7 @@ class NotLearning(Rule):
     name: ClassVar[str] = "not_learning"
     rule: ClassVar[str] = (
         "an adapter matrix B all zero, or a gradient of zero, after two steps; after 300 steps, the median loss of 64 steps not "
-        "below the first 64 by a standard error (two, where held-out rows agree), 64 times in a row; or after an epoch, training loss down by 0.3 nats and held-out rows no better than under the base, "
+        "below the first 64 by a standard error (three, where held-out rows agree), 64 times in a row; or after an epoch, training loss down by 0.3 nats and held-out rows no better than under the base, "
         "twice in a row"
     )
     first: Rolling = field(default_factory=lambda: Rolling(WINDOW))
@@ -50,7 +50,7 @@ class NotLearning(Rule):
         if self.seen < WINDOW + FLAT_STEPS or self.held_better or step.lr <= 0:
             return None
         fall, error = self.first.median - self.last.median, MEDIAN_ERROR * self.first.sigma * (2 / WINDOW) ** 0.5
-        self.flat = self.flat + 1 if fall < error * (HELD_ERRORS if self.base else 1.0) else 0
+        self.flat = self.flat + 1 if fall < error * (FLAT_ERRORS if self.base else 1.0) else 0
         if self.flat < FLAT_IN_A_ROW:
             return None
         message = f"the loss is where it was at the start: {self.first.median:.2f} then, {self.last.median:.2f} now"
@@ -66,10 +66,10 @@ class NotLearning(Rule):
             return None
         change, error = paired(self.base, losses)
         better = sum(now < then for then, now in zip(self.base, losses, strict=True)) / len(losses)
-        gained = -change > HELD_ERRORS * error or better > 0.5 + HELD_ERRORS / 2 / len(losses) ** 0.5  # by size, or by a sign test
-        self.held_better = self.held_better or gained
+        gained = max(-change / error if error else 0.0, (2 * better - 1) * len(losses) ** 0.5)  # by size, or by a sign test
+        self.held_better = self.held_better or gained > SURE_ERRORS
         fall = self.first.median - self.last.median if len(self.last) >= WINDOW // 2 else 0.0
-        vain = self.epoch > 1.0 and fall > FALL and not gained
+        vain = self.epoch > 1.0 and fall > FALL and gained <= HELD_ERRORS
         self.in_vain = self.in_vain + 1 if vain else 0
         if self.in_vain < IN_A_ROW:
             return None

@@ -34,6 +34,7 @@ class Oscillation(Rule):
     late_norms: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     rough: int = 0
     told: bool = False
+    told_data: bool = False
 
     def see(self, step: Stepped) -> Finding | None:
         """Judge the last 50 changes, once the early ones are known."""
@@ -52,17 +53,19 @@ class Oscillation(Rule):
             return None
         reference, now = self.early.median, self.late.median
         self.rough = self.rough + 1 if now > ROUGHER * reference else 0
-        self.told = self.told and now > (1 + ROUGHER) / 2 * reference
-        if self.told or self.rough < LASTS:
-            return None
-        self.told = True
-        return self._tell(step, now / max(reference, _LEAST))
+        still = now > (1 + ROUGHER) / 2 * reference
+        self.told, self.told_data = self.told and still, self.told_data and still
+        return self._tell(step, now / max(reference, _LEAST)) if self.rough >= LASTS and not self.told else None
 
-    def _tell(self, step: Stepped, ratio: float) -> Finding:
+    def _tell(self, step: Stepped, ratio: float) -> Finding | None:
         known = self.early_norms.full and self.late_norms.full
         rose = not known or self.late_norms.median - self.early_norms.median > NORM_FACTOR
         numbers = {"ratio": ratio, "limit": ROUGHER, "steps": WINDOW}
         message = f"the loss swings {ratio:.1f} times as far from step to step as it did early in the run"
         if rose:
+            self.told = True
             return self.found("stop", step.step, message, calmer(step.lr), numbers)
+        if self.told_data:
+            return None
+        self.told_data = True
         return self.found("info", step.step, f"{message}, and the gradient norm did not rise: look at the order of the rows", DATA, numbers)

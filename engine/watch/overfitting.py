@@ -6,6 +6,7 @@ nothing in a hold-out of usual size. The change of every row, from the best meas
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from qlora_tui.engine.watch.rule import MEDIAN_ERROR, HeldRow, Rolling, Rule, pa
 
 WINDOW = 32
 FEWEST, MOST = 20, 500
-ERRORS, NATS = 2.0, 0.01
+ERRORS, NATS = 2.5, 0.01
 IN_A_ROW = 2
 FIRST = 8
 """So many first losses stand for training before it began."""
@@ -31,7 +32,7 @@ class Overfitting(Rule):
 
     name: ClassVar[str] = "overfitting"
     rule: ClassVar[str] = (
-        "held-out rows worse than at the best measurement by 0.01 nats and 2 paired standard errors, twice in a row, while the "
+        "held-out rows worse than at the best measurement by 0.01 nats and 2.5 paired standard errors, twice in a row, while the "
         "median training loss did not rise by two standard errors (by the mean alone: 2 % worse, three times in a row)"
     )
     losses: Rolling = field(default_factory=lambda: Rolling(WINDOW))
@@ -58,6 +59,8 @@ class Overfitting(Rule):
 
     def measured(self, found: Evaluated, rows: Sequence[HeldRow]) -> Finding | None:
         """Compare row by row with the best measurement; the base, measured before step 1, is the first of them."""
+        if not math.isfinite(found.loss):
+            return None
         losses = [row.loss for row in rows[:MOST]]
         train = self.losses.median if len(self.losses) else None
         if self.best is None or found.loss < self.best:
@@ -73,7 +76,13 @@ class Overfitting(Rule):
         if self.told or self.worse < (IN_A_ROW if by_row else MEAN_IN_A_ROW):
             return None
         self.told = True
-        numbers = {"rise": rise, "stderr": error if by_row else None, "best_step": self.best_step, "best": self.best, "held_rows": len(losses)}
+        numbers = {
+            "rise": rise,
+            "stderr": error if by_row else None,
+            "best_step": self.best_step,
+            "best": self.best,
+            "held_rows": len(losses),
+        }
         message = f"held-out rows are {rise:.2f} nats worse than at step {self.best_step}, and training rows are still getting better"
         return self.found("stop", found.step, message, BEST, numbers)
 

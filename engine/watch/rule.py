@@ -75,6 +75,16 @@ class Rolling:
         middle = self.median
         return TO_SIGMA * statistics.median(abs(value - middle) for value in self._values)
 
+    def falling(self, newest: int) -> tuple[float, float]:
+        """Return median and deviation of a window that may be falling: of the newest part, and of what changes from number to number.
+
+        Where nothing falls both are those of the whole window, but for noise.
+        """
+        values = self.values
+        steps = [abs(late - early) for early, late in zip(values, values[1:], strict=False)]
+        rough = TO_SIGMA * statistics.median(steps) / math.sqrt(2) if len(steps) > 1 else math.inf
+        return min(self.median, statistics.median(values[-newest:])), min(self.sigma, rough)
+
     def again(self, values: Iterable[float]) -> Self:
         """Return a window of this size over `values`."""
         assert self._values.maxlen is not None
@@ -101,6 +111,9 @@ class Rule:
         """Look at one measurement of the hold-out; `rows` is empty where a log tells the mean alone."""
         return None
 
+    def cleared(self, step: int) -> None:
+        """Take in that held-out rows spoke against the finding of `step`: what it saw may still come to be an illness."""
+
     def state(self) -> dict[str, Any]:
         """Return what has to be remembered, as JSON can hold it."""
         kept = {name: vars(self)[name] for name in self._memory()}
@@ -126,6 +139,15 @@ def usable(step: Stepped) -> bool:
     return not step.skipped and math.isfinite(step.loss)
 
 
+def grown(log: float) -> float:
+    """Return exp of `log`, which no foreign number makes overflow.
+
+    >>> grown(0.0), grown(1e9) > 1e300
+    (1.0, True)
+    """
+    return math.exp(min(log, 700.0))
+
+
 def log_norm(step: Stepped) -> float | None:
     """Return the logarithm of the gradient norm; None where it is unknown or zero."""
     return math.log(step.grad_norm) if math.isfinite(step.grad_norm) and step.grad_norm > 0 else None
@@ -134,5 +156,7 @@ def log_norm(step: Stepped) -> float | None:
 def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
     """Return the mean of `after` minus `before` over the same rows, and its standard error (infinite below two rows)."""
     changes = [late - early for early, late in zip(before, after, strict=True)]
+    if not all(map(math.isfinite, changes)):
+        return math.inf, 0.0  # a loss that is no number is as bad as can be
     error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.inf
     return statistics.fmean(changes), error

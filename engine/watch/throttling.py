@@ -48,5 +48,7 @@ class Throttling:
             else ""
         )
         message = f"the card slows itself down: {reason}{heat}{watts}, {times} of the last {len(self._reasons)} seconds"
-        advice = ("better air for the card", "a lower power limit costs little: nvidia-smi -pl") if hot else ("no harm: it runs at its limit",)
+        advice = (
+            ("better air for the card", "a lower power limit costs little: nvidia-smi -pl") if hot else ("no harm: it runs at its limit",)
+        )
         return Finding(NAME, "warn" if hot else "info", step, message, advice, numbers)

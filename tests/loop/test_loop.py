@@ -158,7 +158,7 @@ def test_a_non_finite_step_is_never_applied_and_three_end_the_run(run_of: Make, 
     ran = drive(run_of(max_steps=10, save_steps=3), tmp_path / "run")
     assert isinstance(ran.error, Diverged)
     assert [step.skipped for step in ran.of(Stepped)] == [False] * 3 + [True] * 3
-    assert [finding.severity for finding in ran.of(Finding)] == ["warn", "warn", "stop"]
+    assert [finding.severity for finding in ran.of(Finding) if finding.detector == "non_finite"] == ["warn", "warn", "stop"]
     good = load_file(ran.folder / "checkpoints/step-000003/adapter_model.safetensors")
     diagnostic = load_file(ran.folder / "checkpoints/diagnostic-000006/adapter_model.safetensors")
     assert same_bits(good, diagnostic)

@@ -160,6 +160,7 @@ def test_any_order_of_events_folds(kinds: list[str]):
         "saved": ev.Saved(3, "p", 1),
         "marked_healthy": ev.MarkedHealthy(2),
         "resumed": ev.Resumed(1),
+        "rolled_back": ev.RolledBack(1, 0.5, 1),
         "device": ev.Device(),
         "forecast": ev.Forecast((1.0, 2.0, 3.0), "b"),
         "finding": ev.Finding("d", "info", 3, "m"),

@@ -23,6 +23,7 @@ SAMPLES: list[ev.Event] = [
     ev.Saved(10, "checkpoints/step-000010", 99),
     ev.MarkedHealthy(10),
     ev.Resumed(10),
+    ev.RolledBack(10, 0.5, 1, "spike"),
     ev.Device(1, 2, 3, 0.5, None, None, 61.0, "power"),
     ev.Forecast((1.0, 2.0, 3.0), "measured steps"),
     ev.Finding("spike", "warn", 7, "loss rose", ("lower the rate",), {"loss": 9.0}),

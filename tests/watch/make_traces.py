@@ -139,7 +139,11 @@ HEALTHY = ((1, 1000, RATE / 3), (4, 1000, RATE), (16, 250, RATE))
 """Rows a step, steps and rate; a thousand steps of 16 would be twenty epochs, and overfit."""
 ILL = {"learning_rate": RATE * 30}
 RECIPES: dict[str, Recipe] = {
-    **{f"healthy-b{batch}-{seed}": Recipe(batch, steps, {"seed": seed, "learning_rate": rate}) for batch, steps, rate in HEALTHY for seed in (1, 2)},
+    **{
+        f"healthy-b{batch}-{seed}": Recipe(batch, steps, {"seed": seed, "learning_rate": rate})
+        for batch, steps, rate in HEALTHY
+        for seed in (1, 2)
+    },
     **{f"rate-b{batch}": Recipe(batch, 400, {**ILL}) for batch in (1, 4, 16)},
     "rate-late-b4": Recipe(4, 400, {**ILL, "warmup_steps": 200.0, "lr_scheduler_type": "constant"}),
     "shuffled-b4": Recipe(4, 600, {"max_samples": 160}, shuffled),

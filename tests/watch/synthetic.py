@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from qlora_tui.engine.events import Evaluated, Stepped
 from qlora_tui.engine.watch import HeldRow
+from qlora_tui.engine.watch.replay import Held, Moment
 
 STEPS = 1000
 ONSET = 400
 EVERY = 50
 HELD_ROWS = 40
 PER_EPOCH = 250
-Moment = tuple[Stepped, tuple[Evaluated, list[HeldRow]] | None]
 
 
 @dataclass
@@ -38,18 +38,27 @@ class Trace:
     seconds: Callable[[int], float] = lambda step: 1.0
     data_seconds: Callable[[int], float] = lambda step: 0.01
     swing: Callable[[int], float] = lambda step: 0.0
+    ill: bool = False
 
     def moments(self) -> Iterator[Moment]:
         """Yield every step, and after some of them a measurement of the hold-out."""
         noise = random.Random(self.seed)
         rows = [noise.lognormvariate(0, 0.4) for _ in range(HELD_ROWS)]
-        yield self._step(0, 0.0, noise), self._held(0, rows, noise)
+        yield from self._held(0, rows, noise)
         for step in range(1, self.steps + 1):
             sizes = [noise.lognormvariate(-0.15, 0.55) for _ in range(self.batch)]
             factors = [size * (3 if noise.random() < self.hard_share else 1) for size in sizes]
             loss = (1.1 + self.learns(step)) * sum(factors) / self.batch
             loss = (loss + self.add(step)) * self.times(step) * math.exp(self.swing(step) * (1 if step % 2 else -1))
-            yield self._step(step, loss, noise), self._held(step, rows, noise) if step % EVERY == 0 else None
+            yield self._step(step, loss, noise)
+            if step % EVERY == 0:
+                yield from self._held(step, rows, noise)
+
+    def look(self, step: int) -> Held | None:
+        """Return the hold-out as measured at any `step`, as the loop does before it stops a run."""
+        noise = random.Random(self.seed)
+        rows = [noise.lognormvariate(0, 0.4) for _ in range(HELD_ROWS)]
+        return next(self._held(step, rows, random.Random(self.seed * 10_007 + step)), None)
 
     def _step(self, step: int, loss: float, noise: random.Random) -> Stepped:
         norm = self.norm(step) * noise.lognormvariate(0, 0.25 * (16 / self.batch) ** 0.25)
@@ -59,13 +68,15 @@ class Trace:
             2000, 1000, self.seconds(step), self.data_seconds(step), (step * 2, step * 2 + 1),
         )  # fmt: skip
 
-    def _held(self, step: int, rows: list[float], noise: random.Random) -> tuple[Evaluated, list[HeldRow]] | None:
+    def _held(self, step: int, rows: list[float], noise: random.Random) -> Iterator[Held]:
         if self.held is None:
-            return None
+            return
         level = self.held(step) if step else 1.85
+        if self.ill and step:
+            level = (level + self.add(step)) * self.times(step)
         losses = [HeldRow(level * size + noise.gauss(0, 0.03), 60) for size in rows]
         mean = sum(row.loss for row in losses) / len(losses)
-        return Evaluated(step, mean, len(losses), 0.05), losses
+        yield Held(Evaluated(step, mean, len(losses), 0.05), losses)
 
 
 def after(step: int, then: Callable[[int], float], before: float = 0.0) -> Callable[[int], float]:
@@ -88,25 +99,25 @@ HEALTHY: dict[str, Callable[[int], Trace]] = {
 
 ILL: dict[str, tuple[Callable[[int], Trace], tuple[str, ...], int]] = {
     "loss +3.0 and stays": (
-        lambda seed: Trace(seed, add=after(ONSET, lambda n: 3.0), norm=after(ONSET, lambda n: 4.0, 1.0)), ("spike",), 2),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 3.0), norm=after(ONSET, lambda n: 4.0, 1.0)), ("spike",), 2),
     "bump of +2.5 for 8 steps": (
-        lambda seed: Trace(seed, add=after(ONSET, lambda n: 2.5 if n < 8 else 0.0), norm=after(ONSET, lambda n: 4.0 if n < 8 else 1.0, 1.0)),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 2.5 if n < 8 else 0.0), norm=after(ONSET, lambda n: 4.0 if n < 8 else 1.0, 1.0)),
         ("spike",), 3),
     "loss +1.0 and stays": (
-        lambda seed: Trace(seed, add=after(ONSET, lambda n: 1.0), norm=after(ONSET, lambda n: 2.0, 1.0)), ("spike", "drift"), 32),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 1.0), norm=after(ONSET, lambda n: 2.0, 1.0)), ("spike", "drift"), 32),
     "divergence, 5 % a step": (
-        lambda seed: Trace(seed, times=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0), norm=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0)),
+        lambda seed: Trace(seed, ill=True, times=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0), norm=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0)),
         ("spike", "drift"), 24),
     "slow rise, 0.4 % a step": (
-        lambda seed: Trace(seed, times=after(ONSET, lambda n: 1.004**n, 1.0), norm=after(ONSET, lambda n: 1.006**n, 1.0)),
+        lambda seed: Trace(seed, ill=True, times=after(ONSET, lambda n: 1.004**n, 1.0), norm=after(ONSET, lambda n: 1.006**n, 1.0)),
         ("drift",), 110),
     "blown up, gradients vanish": (
-        lambda seed: Trace(seed, add=after(ONSET, lambda n: 6.0), norm=after(ONSET, lambda n: 0.03, 1.0)), ("spike",), 2),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 6.0), norm=after(ONSET, lambda n: 0.03, 1.0)), ("spike",), 2),
     "ill from step 3": (
-        lambda seed: Trace(seed, add=after(3, lambda n: min(3.0, n)), norm=after(3, lambda n: 5.0, 1.0), held=lambda step: 4.0),
+        lambda seed: Trace(seed, ill=True, add=after(3, lambda n: min(3.0, n)), norm=after(3, lambda n: 5.0, 1.0)),
         ("spike", "drift"), 50),
     "oscillation of 45 %": (
-        lambda seed: Trace(seed, swing=after(ONSET, lambda n: 0.3), norm=after(ONSET, lambda n: 1.6, 1.0)), ("oscillation",), 64),
+        lambda seed: Trace(seed, swing=after(ONSET, lambda n: math.log(1.45)), norm=after(ONSET, lambda n: 1.6, 1.0)), ("oscillation",), 64),
     "gradient norm times 30, loss normal": (
         lambda seed: Trace(seed, norm=after(ONSET, lambda n: 30.0 if n % 3 == 0 else 1.0, 1.0)), ("gradient",), 8),
     "overflow: every fifth step is NaN": (
@@ -117,7 +128,7 @@ ILL: dict[str, tuple[Callable[[int], Trace], tuple[str, ...], int]] = {
     "learnt by heart, no hold-out": (
         lambda seed: Trace(seed, 16, learns=lambda step: -min(0.95, step / 500), held=None), ("memorisation",), 100),
     "not learning at all": (
-        lambda seed: Trace(seed, learns=lambda step: 0.7, held=lambda step: 1.85), ("not_learning",), 450),
+        lambda seed: Trace(seed, learns=lambda step: 0.7, held=lambda step: 1.85), ("not_learning",), 600),
     "noise that repeats every epoch": (
         lambda seed: Trace(seed, learns=lambda step: 0.7 - 0.8 * min(1.0, step / ONSET), held=lambda step: 1.9), ("not_learning",), 200),
     "four times slower": (

@@ -21,15 +21,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
-from synthetic import EVERY, HEALTHY, ILL, ONSET, ONSETS, Moment, Trace
+from synthetic import EVERY, HEALTHY, ILL, ONSET, ONSETS, Trace
 
 from qlora_tui.engine.events import Evaluated, Finding, Stepped
 from qlora_tui.engine.spec import WATCHED
 from qlora_tui.engine.watch import HeldRow, Setting, Watch
+from qlora_tui.engine.watch.replay import Held, Moment, replay
 
 README = HERE.parents[1] / "engine/watch/README.md"
 BEGIN, END = "<!-- table: python tests/watch/table.py -->", "<!-- end of table -->"
 
+NOTE, ALONE = " (note)", ", losses alone"
 RECORDED: dict[str, tuple[int, tuple[str, ...], int, int]] = {
     "healthy-b1-1": (1, (), 0, 0),
     "healthy-b1-2": (1, (), 0, 0),
@@ -46,13 +48,17 @@ RECORDED: dict[str, tuple[int, tuple[str, ...], int, int]] = {
     "rate-b1": (1, ("spike", "drift"), 1, 80),
     "rate-b4": (4, ("spike", "drift"), 1, 50),
     "rate-b16": (16, ("spike", "drift"), 1, 50),
+    "rate-b1, losses alone": (1, ("spike", "drift"), 1, 80),
+    "rate-b4, losses alone": (4, ("spike", "drift"), 1, 80),
+    "rate-b16, losses alone": (16, ("spike", "drift"), 1, 80),
+    "demo-rate-b4, losses alone": (4, ("spike", "drift"), 1, 40),
     "rate-late-b4": (4, ("spike", "drift", "gradient"), 1, 200),
     "demo-rate-b4": (4, ("spike", "drift"), 1, 40),
     "shuffled-b4": (4, ("not_learning", "overfitting"), 1, 400),
     "noise-b4": (4, ("not_learning", "overfitting"), 1, 400),
     "overflow-b4": (4, ("non_finite",), 1, 400),
-    "poisoned-b1": (1, ("spike",), 1, 100),
-    "poisoned-b4": (4, ("spike",), 1, 100),
+    "poisoned-b1": (1, ("spike (note)",), 1, 100),
+    "poisoned-b4": (4, ("spike (note)",), 1, 100),
     "overfit-b4": (4, ("overfitting", "memorisation"), 1, 600),
     "no-holdout-b4": (4, ("memorisation", "overfitting"), 1, 600),
     "frozen-b4": (4, ("not_learning",), 1, 450),
@@ -69,8 +75,12 @@ class Outcome:
 
     def named(self, names: Iterable[str], onset: int) -> int | None:
         """Return how many steps after its onset one of `names` was sure enough to act, or None."""
-        steps = [found.step - onset + 1 for found in self.stops(names) if found.step >= onset]
+        steps = [found.step - onset + 1 for found in self.sure(names) if found.step >= onset]
         return min(steps, default=None)
+
+    def sure(self, names: Iterable[str]) -> list[Finding]:
+        """Return what `names` said with enough evidence to act on; a note counts only of those marked so."""
+        return [found for found in self.findings if found.detector in names and found.severity == "stop" or found.detector + NOTE in names]
 
     def stops(self, names: Iterable[str] = WATCHED) -> list[Finding]:
         """Return the findings of `names` that would have ended the run."""
@@ -79,30 +89,18 @@ class Outcome:
 
 def judge(moments: Iterable[Moment], batch: int, warmup: int = 0) -> Outcome:
     """Let every detector see a run; all of them may say that they are sure."""
-    watch, outcome = Watch(Setting(0, warmup, batch), stop=WATCHED), Outcome(0)
-    for step, held in moments:
-        if step.step:
-            outcome.findings += watch.see(step)
-            outcome.steps = step.step
-        if held is not None:
-            outcome.findings += watch.measured(*held)
-    return outcome
+    told = replay(moments, Watch(Setting(0, warmup, batch), stop=WATCHED), on=True)
+    return Outcome(told.steps, told.findings)
 
 
 def recorded(name: str) -> Iterator[Moment]:
     """Yield a recorded run as the loop would have told it."""
-    waiting: Stepped | None = None
+    name, alone, _ = name.partition(ALONE)
     with (HERE / "traces" / f"{name}.csv").open(newline="") as file:
         for line in csv.DictReader(file):
-            if line["eval_loss"]:
-                yield waiting or _step({**line, "loss": "0", "grad_norm": "0"}, 0), _held(line)
-                waiting = None
+            if alone and line["eval_loss"]:
                 continue
-            if waiting is not None:
-                yield waiting, None
-            waiting = _step(line, int(line["step"]))
-    if waiting is not None:
-        yield waiting, None
+            yield _held(line) if line["eval_loss"] else _step(line, int(line["step"]))
 
 
 def _step(line: dict[str, str], number: int) -> Stepped:
@@ -113,19 +111,29 @@ def _step(line: dict[str, str], number: int) -> Stepped:
     return Stepped(number, 0, epoch, loss, norm, norm > 1, not finite, rate, tokens, 0, 0.0, 0.0, rows)
 
 
-def _held(line: dict[str, str]) -> tuple[Evaluated, list[HeldRow]]:
+def _held(line: dict[str, str]) -> Held:
     rows = [HeldRow(float(loss), 60) for loss in line["eval_rows"].split()]
-    return Evaluated(int(line["step"]), float(line["eval_loss"]), len(rows), 0.0), rows
+    return Held(Evaluated(int(line["step"]), float(line["eval_loss"]), len(rows), 0.0), rows)
 
 
-def runs_of(trace: Trace, batch: int) -> Outcome:
-    """Judge one made-up run."""
-    return judge(trace.moments(), batch, warmup=20)
+def runs_of(trace: Trace) -> Outcome:
+    """Judge one made-up run as the loop does: before a stop the hold-out is asked."""
+    watch, outcome = Watch(Setting(0, 20, trace.batch), stop=WATCHED), Outcome(0)
+    for moment in trace.moments():
+        if not isinstance(moment, Stepped):
+            outcome.findings += watch.measured(moment.found, moment.rows)
+            continue
+        found, outcome.steps = watch.see(moment), moment.step
+        looked = trace.look(moment.step) if watch.asks_holdout(found) else None
+        if looked is not None:
+            found = [*watch.weighed(found, looked.rows), *watch.measured(looked.found, looked.rows)]
+        outcome.findings += found
+    return outcome
 
 
 def healthy_row(name: str, seeds: int) -> str:
     """Return the table's line of a healthy made-up run."""
-    outcomes = [runs_of(trace, trace.batch) for trace in (HEALTHY[name](seed) for seed in range(seeds))]
+    outcomes = [runs_of(trace) for trace in (HEALTHY[name](seed) for seed in range(seeds))]
     return f"| {name} | {seeds} | {_share(outcomes, ['spike'])} | {_share(outcomes, WATCHED)} | {_who(outcomes)} |"
 
 
@@ -145,7 +153,7 @@ def ill_row(name: str, seeds: int) -> str:
     """Return the table's line of an ill made-up run."""
     make, names, within = ILL[name]
     onset = ONSETS.get(name, ONSET)
-    delays = [runs_of(trace, trace.batch).named(names, onset) for trace in (make(seed) for seed in range(seeds))]
+    delays = [runs_of(trace).named(names, onset) for trace in (make(seed) for seed in range(seeds))]
     known = [delay for delay in delays if delay is not None and delay <= within]
     middle = f"{statistics.median(known):.0f}" if known else "-"
     return f"| {name} | {', '.join(names)} | {len(known) / seeds:.1%} | {middle} | {within} |"
@@ -159,7 +167,7 @@ def recorded_row(name: str) -> str:
     if not names:
         return f"| {name} | {outcome.steps} | healthy | {stops} |"
     delay = outcome.named(names, onset)
-    first = next((found for found in outcome.findings if found.detector in names and found.step >= onset), None)
+    first = next((found for found in outcome.sure(names) if found.step >= onset), None)
     said = f"{first.detector} at step {first.step} ({first.severity})" if first and delay and delay <= within else "**missed**"
     return f"| {name} | {outcome.steps} | {said}, within {within} asked | {stops} |"
 
@@ -176,7 +184,7 @@ def table(seeds: int) -> str:
         *(ill_row(name, seeds) for name in ILL), "",
         "Recorded: real runs, see `tests/watch/traces/README.md`.", "",
         "| trace | steps | named | would stop, with every detector in `watch_stop` |", "|---|---|---|---|",
-        *(recorded_row(name) for name in RECORDED if (HERE / "traces" / f"{name}.csv").exists()),
+        *(recorded_row(name) for name in RECORDED if (HERE / "traces" / f"{name.removesuffix(ALONE)}.csv").exists()),
     ]  # fmt: skip
     return "\n".join(lines)
 
