@@ -68,9 +68,8 @@ def _detectors(run: RunConfig) -> list[Problem]:
     """Return the names that no detector has."""
     asked = {"watch_stop": run.watch_stop, "watch_rollback": run.watch_rollback}
     unknown = [(key, name) for key, names in asked.items() for name in names if name not in WATCHED]
-    return [
-        Problem(key, f"no detector is called {name!r}", nearest(name, WATCHED) or f"there are {', '.join(WATCHED)}") for key, name in unknown
-    ]
+    known = f"there are {', '.join(WATCHED)}"
+    return [Problem(key, f"no detector is called {name!r}", nearest(name, WATCHED) or known) for key, name in unknown]
 
 
 def _never_empty(run: RunConfig) -> list[tuple[str, Value]]:

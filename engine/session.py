@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 from qlora_tui.engine import report, shelf
 from qlora_tui.engine.data.tokenizer import IMPORTING
 from qlora_tui.engine.errors import EngineError, ExitCode, SpaceError, Stopped
-from qlora_tui.engine.events import Command, Event, Finished, Outcome, Phase, Started
+from qlora_tui.engine.events import Command, Device, Event, Finished, Outcome, Phase, Started, Stepped
 from qlora_tui.engine.journal import FULL, Journal, RunLock, read_records
 from qlora_tui.engine.logfile import LogFile
 from qlora_tui.engine.machine import Sampler
@@ -32,6 +32,7 @@ from qlora_tui.engine.preset import to_toml
 from qlora_tui.engine.runs import RUN_FILE, claim
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.watch.throttling import Throttling
 from qlora_tui.engine.wishes import Asked
 
 LOG = "log.txt"
@@ -107,6 +108,7 @@ class Session:
         self.wishes = Asked(folder, self.attempt, self._write)
         self.last_word: Finished | None = None
         self._stop_code = ExitCode.INTERRUPTED
+        self._throttling, self._step = Throttling(), 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._own, name="owner", daemon=False)
 
@@ -233,12 +235,16 @@ class Session:
 
     def _write(self, event: Event) -> None:
         self._journal.write(event)
+        if isinstance(event, Stepped):
+            self._step = event.step
         if isinstance(event, Command) and not event.obeyed:
             _log.info("refused: %s: %s", event.name, event.why)
 
     def _write_device(self, event: Event) -> None:
         try:
             self._journal.write(event)
+            if isinstance(event, Device) and (finding := self._throttling.see(event, self._step)) is not None:
+                self._journal.write(finding)
         except (OSError, ValueError):  # the owner thread meets the same full disk and says so
             return
 

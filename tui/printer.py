@@ -282,7 +282,8 @@ def _plain_lines(event: Event, folder: Path) -> Sequence[str]:
         case Resumed():
             return (f"going on after step {event.to_step}",)
         case RolledBack():
-            return (f"back to step {event.to_step}, from here on with {event.rate_factor:g} times the learning rate: {one_line(event.why)}",)
+            rate = f"{event.rate_factor:g} times the learning rate"
+            return (f"back to step {event.to_step}, from here on with {rate}: {one_line(event.why)}",)
         case Finding():
             mark = {"info": "note", "warn": "WARNING", "stop": "STOP"}[event.severity]
             advice = f" Try: {'; '.join(one_line(text) for text in event.advice)}." if event.advice else ""

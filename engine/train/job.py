@@ -28,6 +28,7 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train import verdict
+from qlora_tui.engine.train.attention import tell_kernel
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
@@ -112,6 +113,7 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     loop = _loop(job, choices, loaded, tokenized, meter, folder)
     planned = partial(_planned, job, choices, loop.total)
     rehearsed = yield from worst_first(choices, loop, tokenized, planned, on_cpu=job.rehearse_on_cpu)
+    yield from tell_kernel(choices.run, loaded, loop.fence, tokenized.facts.max_row_tokens, job.model_spec.head_dim)
     if job.resume:
         yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
     yield from loop.keeper.prove(loop.state())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qlora_tui.engine import checkpoint, shelf
 from qlora_tui.engine.errors import Diverged
 from qlora_tui.engine.evaluate import RowLoss
-from qlora_tui.engine.events import Evaluated, Event, Finding, Finished, Record, Resumed, RolledBack, Stepped
+from qlora_tui.engine.events import Evaluated, Event, Finding, Finished, Record, RolledBack, Stepped
 from qlora_tui.engine.load import trainable
 from qlora_tui.engine.watch import HeldRow
 
@@ -48,8 +48,7 @@ def measured(loop: Loop, found: Evaluated) -> list[Finding]:
 
 def measure_base(loop: Loop) -> Iterator[Event]:
     """Measure the base, or read what an earlier attempt measured, and show it to the detectors of a run that begins."""
-    for event in loop.holdout.measure_base(loop.loaded, loop.fence):
-        yield event
+    yield from loop.holdout.measure_base(loop.loaded, loop.fence)
     if loop.step == 0 and loop.holdout.base:
         losses = loop.holdout.base
         mean = sum(row.nll for row in losses) / sum(row.tokens for row in losses)
@@ -94,8 +93,7 @@ def resumed_after_stop(loop: Loop, records: Sequence[Record]) -> Iterator[Event]
     A run is deterministic: going on exactly as before would end where it ended. So after a stop it goes on with half the
     learning rate, unless the resume no longer lets that detector stop it.
     """
-    later = [record.event for record in records if isinstance(record.event, (RolledBack, Resumed, Finished, Finding))]
-    back = next((event for event in reversed(later) if isinstance(event, RolledBack)), None)
+    back = next((record.event for record in reversed(records) if isinstance(record.event, RolledBack)), None)
     if back is not None and back.to_step >= loop.step:
         loop.rolled_back, loop.rate_factor = back.times, back.rate_factor
     if stopped_by(records) in loop.watch.acting:
@@ -108,9 +106,8 @@ def stopped_by(records: Sequence[Record]) -> str:
     last = next((record.event for record in reversed(records) if isinstance(record.event, Finished)), None)
     if last is None or last.outcome != "diverged":
         return ""
-    return next(
-        (event.detector for event in (r.event for r in reversed(records)) if isinstance(event, Finding) and event.severity == "stop"), ""
-    )
+    findings = (record.event for record in reversed(records) if isinstance(record.event, Finding))
+    return next((finding.detector for finding in findings if finding.severity == "stop"), "")
 
 
 def _asked(loop: Loop, found: list[Finding]) -> Generator[Event, None, list[Finding]]:
@@ -129,6 +126,7 @@ def _offer(loop: Loop, grave: Finding) -> str:
     rows = grave.numbers.get("rows") or ()
     looked = f"; rows {', '.join(map(str, rows[:8]))} were in the bad steps" if rows else ""
     if healthy is None:
-        return f"no checkpoint is known to be healthy: start again with {grave.advice[0] if grave.advice else 'half the learning rate'}{looked}"
+        first = grave.advice[0] if grave.advice else "half the learning rate"
+        return f"no checkpoint is known to be healthy: start again with {first}{looked}"
     name, step = loop.holdout.folder.name, shelf.step_of(healthy)
     return f"qlora-tui --resume {name} goes back to step {step} with half the learning rate{looked}"

@@ -45,6 +45,8 @@ DETECTORS: tuple[type[Rule], ...] = (
 
 CLEARABLE = frozenset({Spike.name, Drift.name})
 """What a change of the data can look like."""
+MOST_HELD = 500
+"""More held-out rows are not remembered: their paired standard error is small enough, and memory stays constant."""
 
 
 class Watch:
@@ -64,7 +66,7 @@ class Watch:
 
     def measured(self, found: Evaluated, rows: Sequence[HeldRow] = ()) -> list[Finding]:
         """Return what the detectors say about a measurement; `rows` in the same order at every one."""
-        return self._settled(rule.measured(found, rows) for rule in self._rules)
+        return self._settled(rule.measured(found, rows[:MOST_HELD]) for rule in self._rules)
 
     def adapter(self, step: int, zero: Sequence[str], total: int) -> list[Finding]:
         """Return what there is to say about the `zero` ones of `total` adapter layers whose B is still zero at `step`."""
@@ -76,7 +78,7 @@ class Watch:
 
     def weighed(self, found: Sequence[Finding], rows: Sequence[HeldRow]) -> list[Finding]:
         """Return findings in the light of held-out rows measured just now."""
-        told = self._witness.testimony(rows)
+        told = self._witness.testimony(rows[:MOST_HELD])
         if told is None:
             return list(found)
         rise, well = told

@@ -63,10 +63,15 @@ def judge(seen: Seen) -> Finding:
         "head_dim": seen.head_dim,
         "dtype": seen.dtype,
     }
+    if not fused and not plain and not quadratic:
+        message = f"no attention operator that is known here was called{memory}: this family attends in a way of its own"
+        return Finding(NAME, "info", 0, message, (), numbers)
     if not plain and not quadratic:
         return Finding(NAME, "info", 0, f"attention ran fused: {names}{memory}", (), numbers)
     severity: Severity = "warn"
-    message = f"attention ran the slow way ({names}, {plain} plain softmax calls){memory}: {_why(seen)}"
+    slow = f"the slow way ({names}, {plain} plain softmax calls){memory}"
+    how = slow if plain else f"fused ({names}){memory}, and yet memory grows with the square of the length"
+    message = f"attention ran {how}: {_why(seen)}"
     return Finding(NAME, severity, 0, message, _advice(seen), numbers)
 
 

@@ -22,8 +22,8 @@ NORM_FACTOR, NORM_ERRORS = math.log(1.3), 4.0
 GIVE_UP = 96
 ASK_AGAIN = 20
 FIRST, EARLY_SHARE = 8, 0.75
-"""The first losses are the base's, since an adapter begins as no change: until there is a better one, theirs is the best median. So few
-say little of their own spread, so it counts for less than that of a whole window."""
+"""The first losses are the base's, since an adapter begins as no change: until there is a better one, theirs is the best median.
+So few say little of their own spread, so it counts for less than that of a whole window."""
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Drift(Rule):
     name: ClassVar[str] = "drift"
     rule: ClassVar[str] = (
         "median of 32 losses over the best such median by max(0.3, 6 standard errors) while the gradient norm left "
-        "its median by a factor 1.3 and 4 standard errors; or held-out rows worse than under the base by 0.3 nats and 4 paired standard errors"
+        "its median by a factor 1.3 and 4 standard errors; or held-out rows worse than under the base by 0.3 nats and 4 paired "
+        "standard errors"
     )
     losses: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     norms: Rolling = field(default_factory=lambda: Rolling(WINDOW))

@@ -58,7 +58,7 @@ def read_log(path: Path) -> Log:
         log = {".jsonl": _ours, ".json": _trainer, ".csv": _csv}[file.suffix.lower()](file)
     except KeyError:
         raise _fault(file, "its name says no kind of log", "events.jsonl, trainer_state.json or a .csv") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _fault(file, f"it cannot be read: {one_line(error, limit=120)}") from None
     if not any(isinstance(moment, Stepped) for moment in log.moments):
         raise _fault(file, "it holds no step with a loss")
@@ -125,7 +125,7 @@ def _csv(file: Path) -> Log:
         reader = csv.DictReader(handle)
         try:
             names = {column: column.strip().lower() for column in reader.fieldnames or () if column is not None}
-            if not {"step", "loss"} <= set(_by_name({name: 0 for name in names.values()})):
+            if not {"step", "loss"} <= set(_by_name(dict.fromkeys(names.values(), 0))):
                 raise _fault(file, "its first line names no step and loss", "step,loss[,grad_norm,eval_loss,learning_rate]", line=1)
             moments: list[Moment] = []
             for line in reader:

@@ -57,6 +57,7 @@ class Memorisation(Rule):
         known = sum(grown(row.loss) < KNOWN_PERPLEXITY for row in long)
         if len(long) < FEWEST or known <= KNOWN_SHARE * len(long):
             return None
-        message = f"the base knows {known} of {len(long)} held-out answers already (perplexity under {KNOWN_PERPLEXITY:g}): little is left to learn"
+        under = f"perplexity under {KNOWN_PERPLEXITY:g}"
+        message = f"the base knows {known} of {len(long)} held-out answers already ({under}): little is left to learn"
         advice = ("leave such rows out: perplexity_filter=3", "look for text that repeats: qlora-tui data FILE", "other rows")
         return self.found("info", 0, message, advice, {"known_rows": known, "held_rows": len(long), "share": known / len(long)})

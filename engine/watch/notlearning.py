@@ -23,9 +23,9 @@ class NotLearning(Rule):
 
     name: ClassVar[str] = "not_learning"
     rule: ClassVar[str] = (
-        "an adapter matrix B all zero, or a gradient of zero, after two steps; after 300 steps, the median loss of 64 steps not "
-        "below the first 64 by a standard error (three, where held-out rows agree), 64 times in a row; or after an epoch, training loss down by 0.3 nats and held-out rows no better than under the base, "
-        "twice in a row"
+        "an adapter matrix B all zero, or a gradient of zero, after two steps; after 300 steps, the median loss of 64 steps not below "
+        "the first 64 by a standard error (three, where held-out rows agree), 64 times in a row; or after an epoch, training loss down "
+        "by 0.3 nats and held-out rows no better than under the base, twice in a row"
     )
     first: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     last: Rolling = field(default_factory=lambda: Rolling(WINDOW))

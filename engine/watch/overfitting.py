@@ -17,7 +17,7 @@ from qlora_tui.engine.watch.advice import BEST
 from qlora_tui.engine.watch.rule import MEDIAN_ERROR, HeldRow, Rolling, Rule, paired, usable
 
 WINDOW = 32
-FEWEST, MOST = 20, 500
+FEWEST = 20
 ERRORS, NATS = 2.5, 0.01
 IN_A_ROW = 2
 FIRST = 8
@@ -61,7 +61,7 @@ class Overfitting(Rule):
         """Compare row by row with the best measurement; the base, measured before step 1, is the first of them."""
         if not math.isfinite(found.loss):
             return None
-        losses = [row.loss for row in rows[:MOST]]
+        losses = [row.loss for row in rows]
         train = self.losses.median if len(self.losses) else None
         if self.best is None or found.loss < self.best:
             self.best, self.best_rows, self.best_step, self.best_train = found.loss, losses, found.step, train

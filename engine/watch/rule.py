@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections import deque
@@ -81,7 +82,7 @@ class Rolling:
         Where nothing falls both are those of the whole window, but for noise.
         """
         values = self.values
-        steps = [abs(late - early) for early, late in zip(values, values[1:], strict=False)]
+        steps = [abs(late - early) for early, late in itertools.pairwise(values)]
         rough = TO_SIGMA * statistics.median(steps) / math.sqrt(2) if len(steps) > 1 else math.inf
         return min(self.median, statistics.median(values[-newest:])), min(self.sigma, rough)
 

@@ -35,9 +35,9 @@ class Spike(Rule):
 
     name: ClassVar[str] = "spike"
     rule: ClassVar[str] = (
-        "loss over the median of 64 accepted steps by max(2.0, 6 deviations) twice in a row (before 20 steps: doubled), or by max(0.5, 6 deviations) three "
-        "times (one time more below four rows a step), and the gradient norm of these steps left its "
-        "median by 3 standard errors and a factor 1.5"
+        "loss over the median of accepted steps by max(2.0, 6 deviations) twice in a row (before 20 steps: doubled), or by max(0.5, 6 "
+        "deviations) three times (one time more below four rows a step), and the gradient norm of these steps left its median by 3 "
+        "standard errors and a factor 1.5; held-out rows, where there are any, have the last word"
     )
     accepted: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     norms: Rolling = field(default_factory=lambda: Rolling(WINDOW))

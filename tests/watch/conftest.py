@@ -14,7 +14,7 @@ from conftest import write_model, write_tokenizer
 
 from qlora_tui.engine.spec import RunConfig, from_values
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
     python tests/watch/make_traces.py                # all of them, about twenty minutes on one core
     python tests/watch/make_traces.py spike-b4 ...   # these
 
-The watch is switched off while recording, so that an ill run shows what it would have become. The tiny model is a random
+The watch is switched off while ill runs are recorded, so that an ill run shows what it would have become. The tiny model is a random
 two-layer Llama over bytes; `demo-*` train the demo's SmolLM2-135M. `traces/README.md` says how each was made.
 """
 
@@ -26,18 +26,19 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "loop")]
 
-import torch
-from conftest import write_model, write_tokenizer
-from loop_driver import drive
-from tokenizers import Tokenizer
+import torch  # noqa: E402
+from conftest import write_model, write_tokenizer  # noqa: E402
+from loop_driver import drive  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
-from qlora_tui.engine import batches
-from qlora_tui.engine.data.builtin_docs import read_docs
-from qlora_tui.engine.evaluate import read_rows
-from qlora_tui.engine.events import Evaluated, Stepped
-from qlora_tui.engine.spec import RunConfig, from_values
-from qlora_tui.engine.train.step import Gradient
-from qlora_tui.engine.watch import Watch
+from qlora_tui.engine import batches  # noqa: E402
+from qlora_tui.engine.data.builtin_docs import read_docs  # noqa: E402
+from qlora_tui.engine.errors import Diverged  # noqa: E402
+from qlora_tui.engine.evaluate import read_rows  # noqa: E402
+from qlora_tui.engine.events import Evaluated, Stepped  # noqa: E402
+from qlora_tui.engine.spec import RunConfig, from_values  # noqa: E402
+from qlora_tui.engine.train.step import Gradient  # noqa: E402
+from qlora_tui.engine.watch import Watch  # noqa: E402
 
 COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "epoch", "tokens", "eval_loss", "eval_rows", "rows")
 RATE = 3e-3
@@ -58,6 +59,7 @@ class Recipe:
     fault: Fault | None = None
     keep_rows: bool = False
     demo: bool = False
+    watched: bool = False
 
 
 def shuffled(rows: list[Row]) -> list[Row]:
@@ -137,6 +139,8 @@ def half_precision() -> Iterator[None]:
 
 HEALTHY = ((1, 1000, RATE / 3), (4, 1000, RATE), (16, 250, RATE))
 """Rows a step, steps and rate; a thousand steps of 16 would be twenty epochs, and overfit."""
+WATCHED = {"watch_stop": ("spike", "drift")}
+"""Changes of the data are recorded under the watch, so that the trace holds the measurements that it asks for."""
 ILL = {"learning_rate": RATE * 30}
 RECIPES: dict[str, Recipe] = {
     **{
@@ -154,10 +158,10 @@ RECIPES: dict[str, Recipe] = {
     "overfit-b4": Recipe(4, 600, {"max_samples": 64, "lora_r": 64, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}),
     "no-holdout-b4": Recipe(4, 600, {"max_samples": 40, "val_set_size": 0.0, "lora_r": 64, "learning_rate": 1e-2}),
     "frozen-b4": Recipe(4, 500, {"learning_rate": 1e-9}),
-    "sorted-b4": Recipe(4, 600, {}, fault=by_length),
-    "sorted-b1": Recipe(1, 600, {"max_samples": 300}, fault=by_length),
-    "new-source-b4": Recipe(4, 600, {}, second_source, as_given),
-    "new-source-b16": Recipe(16, 200, {}, second_source, as_given),
+    "sorted-b4": Recipe(4, 600, WATCHED, fault=by_length, watched=True),
+    "sorted-b1": Recipe(1, 600, {**WATCHED, "max_samples": 300, "learning_rate": RATE / 3}, fault=by_length, watched=True),
+    "new-source-b4": Recipe(4, 600, WATCHED, second_source, as_given, watched=True),
+    "new-source-b16": Recipe(16, 200, WATCHED, second_source, as_given, watched=True),
     "demo-healthy-b4": Recipe(4, 60, {"learning_rate": 5e-4}, demo=True),
     "demo-healthy-b1": Recipe(1, 120, {"learning_rate": 2e-4}, demo=True),
     "demo-rate-b4": Recipe(4, 40, {"learning_rate": 5e-4 * 30}, demo=True),
@@ -243,13 +247,15 @@ def question_and_answer(row: Any, longest: int = 100) -> Row:
 def record(name: str, recipe: Recipe) -> None:
     """Run one recipe and write its trace."""
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Watch, "see", lambda self, step: []))
+        if not recipe.watched:
+            stack.enter_context(mock.patch.object(Watch, "see", lambda self, step: []))
+            stack.enter_context(mock.patch.object(Watch, "measured", lambda self, found, rows=(): []))
         if recipe.fault is not None:
             stack.enter_context(recipe.fault())
         home = Path(place)
         run = run_of(recipe, home)
         ran = drive(run, home / "run")
-        if ran.error is not None:
+        if ran.error is not None and not isinstance(ran.error, Diverged):
             raise ran.error
         lines = [line for event in ran.events if (line := line_of(event, home / "run", recipe)) is not None]
     with (HERE / "traces" / f"{name}.csv").open("w", newline="") as file:

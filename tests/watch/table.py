@@ -13,14 +13,11 @@ import argparse
 import csv
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
-
 from synthetic import EVERY, HEALTHY, ILL, ONSET, ONSETS, Trace
 
 from qlora_tui.engine.events import Evaluated, Finding, Stepped
@@ -80,7 +77,9 @@ class Outcome:
 
     def sure(self, names: Iterable[str]) -> list[Finding]:
         """Return what `names` said with enough evidence to act on; a note counts only of those marked so."""
-        return [found for found in self.findings if found.detector in names and found.severity == "stop" or found.detector + NOTE in names]
+        return [
+            found for found in self.findings if (found.detector in names and found.severity == "stop") or found.detector + NOTE in names
+        ]
 
     def stops(self, names: Iterable[str] = WATCHED) -> list[Finding]:
         """Return the findings of `names` that would have ended the run."""

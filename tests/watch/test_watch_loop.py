@@ -54,9 +54,7 @@ def step_of(ran: Ran, number: int, which: int = 0) -> Stepped:
     return [step for step in ran.of(Stepped) if step.step == number][which]
 
 
-def test_a_stop_keeps_a_diagnosis_names_rows_and_offers_the_way_back(
-    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_keeps_a_diagnosis_names_rows_and_offers_the_way_back(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch)
     ran = drive(run_of(), tmp_path / "run")
     assert isinstance(ran.error, Diverged)
@@ -172,7 +170,9 @@ def test_a_layer_that_cannot_learn_is_named(run_of: Make, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("asked", [("spike",), ()])
-def test_what_is_not_asked_to_stop_only_tells(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]) -> None:
+def test_what_is_not_asked_to_stop_only_tells(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
+) -> None:
     spoil(monkeypatch)
     ran = drive(run_of(watch_stop=asked), tmp_path / "run")
     assert isinstance(ran.error, Diverged) is bool(asked)
