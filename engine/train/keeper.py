@@ -25,7 +25,7 @@ from qlora_tui.engine.units import gib
 
 CLEAN_STEPS = 10
 """A loss that leaves its baseline is seen within so many steps: notes on the spike rule put it at 1 to 3, drift at 15."""
-_BESIDES = 3  # the last healthy one, the best one, and the one that is being written
+_BESIDES = 4  # the last healthy one, the next that may become it, the best one, and the one that is being written
 _LEAST = 2  # one that is kept while the next is written
 
 
@@ -82,7 +82,7 @@ class Keeper:
         fault: SpaceError | None = None
         with self.meter.phase("save"):
             try:
-                shelf.make_room(self.folder, self.bytes)
+                shelf.make_room(self.folder, self.bytes, self.waiting[:1])
                 path = checkpoint.save(self.folder, step, self.model, self.optimizer, {**state, "waiting": self.waiting}, kind)
                 if kind == "step":
                     self._shelve(step, loss)
@@ -103,7 +103,13 @@ class Keeper:
         shelf.mark(self.folder, latest=step, void=void, **_best(step, loss))
         self.step = step
         self.waiting.append(step)
-        shelf.prune(self.folder, self.limit)
+        shelf.prune(self.folder, self.limit, self.waiting[:1])
+        self._forget_pruned()
+
+    def _forget_pruned(self) -> None:
+        """Wait only for checkpoints that are still there: the oldest one stays until it is judged, others may have gone."""
+        there = shelf.steps(self.folder)
+        self.waiting = [step for step in self.waiting if step in there]
 
     def better(self, loss: float) -> bool:
         """Say whether `loss` on the hold-out is the lowest so far, in this attempt or an earlier one."""
@@ -134,6 +140,7 @@ class Keeper:
         """Go on from what a checkpoint remembers."""
         self.step = int(state["step"])
         self.waiting = [*(int(step) for step in state.get("waiting", ())), self.step]
+        self._forget_pruned()
         shelf.mark(self.folder, latest=self.step)
 
 
