@@ -83,7 +83,7 @@ def verify(path: Path) -> dict[str, Any]:
         CheckpointError: the first thing that is missing or differs, by name.
     """
     where = str(path)
-    if path.is_symlink():
+    if path.is_symlink() or (path / MANIFEST).is_symlink():
         raise CheckpointError("it is a link, not a checkpoint of this run", where=where)
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")

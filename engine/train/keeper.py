@@ -33,8 +33,8 @@ _LEAST = 2  # one that is kept while the next is written
 class Keeper:
     """The checkpoints of the run in `folder`, `limit` of them beside those that count.
 
-    `step` is the last one saved, `waiting` are those that are not yet followed by enough clean steps, `bytes` is how
-    large one is, measured.
+    `step` is the last one saved, `told` the last one of which it was said that it could not be. `waiting` are those that
+    are not yet followed by enough clean steps, `bytes` is how large one is, measured.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class Keeper:
     step: int = -1
     bytes: int = 0
     waiting: list[int] = field(default_factory=list)
+    told: int = -1
 
     def prove(self, state: Mapping[str, Any]) -> Iterator[Event]:
         """Save once for nothing: it proves the disk, and measures how large a checkpoint is and how many fit.
@@ -89,7 +90,10 @@ class Keeper:
             except SpaceError as error:
                 fault = error
         yield Phase("save", "end", seconds=time.monotonic() - began, **self.meter.told("save"))
+        if fault is not None and step == self.told:
+            return  # tried again at the same step, and said already
         if fault is not None:
+            self.told = step
             advice = ("make room on this disk: training goes on and tries again at the next save",)
             numbers = {"needed_bytes": self.bytes, "saved_step": max(0, self.step)}
             last = f"the last checkpoint is of step {self.step}" if self.step > 0 else "there is no checkpoint yet"
