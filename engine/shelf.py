@@ -244,6 +244,8 @@ def make_room(folder: Path, needed: int, besides: Iterable[int] = ()) -> int:
         SpaceError: there is no room; both figures are named.
     """
     settle(folder / CHECKPOINTS)
+    for half in (folder / CHECKPOINTS).glob(f".{INDEX}.*"):  # an index that a kill cut short
+        half.unlink(missing_ok=True)
     if free_bytes(folder) < needed + SPARE_BYTES:
         prune(folder, keep=1, besides=besides)
     free = free_bytes(folder)

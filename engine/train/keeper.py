@@ -2,7 +2,7 @@
 
 Three stay whatever the limit says: the latest, the last healthy one and the best. Healthy is a checkpoint that was
 followed by `CLEAN_STEPS` steps without a warning, since a run that is about to break still saves well-formed files.
-A full disk never ends a run: the save is left out, told, and tried again at the next one.
+A full or failing disk never ends a run: the save is left out, told, and tried again at the next one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 
 from qlora_tui.engine import checkpoint, shelf
-from qlora_tui.engine.errors import SpaceError
+from qlora_tui.engine.errors import CheckpointError, SpaceError
 from qlora_tui.engine.events import Event, Finding, MarkedHealthy, Phase, Saved
 from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.units import gib
@@ -57,7 +57,7 @@ class Keeper:
         yield Phase("save", "begin", note="a checkpoint on trial")
         with self.meter.phase("save"):
             self.bytes = checkpoint.dry_save(self.folder, self.model, self.optimizer, state)
-        free = shelf.make_room(self.folder, _LEAST * self.bytes)
+        free = shelf.make_room(self.folder, _LEAST * self.bytes, self.waiting[:1])
         room, kept = (free - shelf.SPARE_BYTES) // max(1, self.bytes), self.limit + _BESIDES
         note = f"a checkpoint takes {gib(self.bytes)}, and the disk has room for {room:,}"
         yield Phase("save", "end", seconds=time.monotonic() - began, note=note, **self.meter.told("save"))
@@ -80,14 +80,14 @@ class Keeper:
             return
         began = time.monotonic()
         yield Phase("save", "begin")
-        fault: SpaceError | None = None
+        fault: SpaceError | CheckpointError | None = None
         with self.meter.phase("save"):
             try:
                 shelf.make_room(self.folder, self.bytes, self.waiting[:1])
                 path = checkpoint.save(self.folder, step, self.model, self.optimizer, {**state, "waiting": self.waiting}, kind)
                 if kind == "step":
                     self._shelve(step, loss)
-            except SpaceError as error:
+            except (SpaceError, CheckpointError) as error:
                 fault = error
         yield Phase("save", "end", seconds=time.monotonic() - began, **self.meter.told("save"))
         if fault is not None and step == self.told:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from loop_driver import Ran, drive
+from loop_driver import Asked, Ran, drive
 
 from qlora_tui.engine import checkpoint, places, shelf
 from qlora_tui.engine.errors import SpaceError
@@ -161,18 +161,35 @@ def test_a_folder_that_becomes_read_only_is_said(
 
 def test_a_disk_that_gives_back_other_bytes_is_no_checkpoint(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is hashed before it goes to the disk and read back before the folder gets its name."""
-    write = checkpoint._write
+    write, lies = checkpoint._write, [True]
 
     def lying(file: Path, content: bytes, digests: dict[str, str]) -> None:
         write(file, content, digests)
-        if file.name == shelf.OPTIMIZER:
+        if file.name == shelf.OPTIMIZER and lies[0]:
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
     monkeypatch.setattr(checkpoint, "_write", lying)
-    ran = drive(run_of(max_steps=2), tmp_path / "run")
-    assert ran.error is not None
-    assert f"{shelf.OPTIMIZER} is damaged: it is not what was saved" in str(ran.error)
-    assert shelf.steps(ran.folder) == []
+    run = run_of(max_steps=4, save_steps=2, eval_steps=100)
+    ran = drive(run, tmp_path / "run")
+    assert f"{shelf.OPTIMIZER} is damaged: it is not what was saved" in str(ran.error)  # found out before step 1
+    assert not ran.of(Stepped)
+    lies[0] = False
+    ran = drive(run, tmp_path / "run", on_step=lambda step: lies.__setitem__(0, step.step == 2))
+    assert ran.error is None
+    assert "not saved: " in ran.of(Finding)[0].message
+    assert "it is not what was saved; there is no checkpoint yet" in ran.of(Finding)[0].message
+    assert shelf.steps(ran.folder) == [4]
+
+
+def test_a_stop_whose_checkpoint_did_not_fit_says_where_a_resume_goes_on(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = [10**12]
+    monkeypatch.setattr(shelf, "free_bytes", lambda _: room[0])
+    run = run_of(max_steps=9, save_steps=2, eval_steps=100)
+    ran = drive(run, tmp_path / "run", Asked({3: "stop"}), on_step=lambda step: room.__setitem__(0, 10**12 if step.step < 3 else 0))
+    assert ran.result is not None
+    assert ran.result.reason == "stopped and saved at step 3 of 9; without a checkpoint: a resume goes on from step 2"
 
 
 def test_an_adapter_that_cannot_be_replaced_stays_whole(run_of: Make, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_rows_that_changed_behind_the_run_are_refused(run_of: Make, tmp_path: Pa
     drive(run, tmp_path / "run")
     data = Path(run.data[0])
     data.write_text(data.read_text().replace("say 12", "say 21"))  # as long as before, in one row
-    assert "the rows to train on are not those that the run began with" in refused(drive(run, tmp_path / "run", resume=True))
+    assert "the rows are not those that the run began with" in refused(drive(run, tmp_path / "run", resume=True))
 
 
 def test_a_base_that_changed_behind_the_run_is_refused(run_of: Make, tmp_path: Path) -> None:
