@@ -283,7 +283,7 @@ def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
 
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:
     """Check the disks again, now that the sizes are known: the checkpoints kept, and the weights to fetch."""
-    kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 3)  # the last healthy, the best, and the one being written
+    kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 4)  # the last healthy, the next one, the best, and the one being written
     check_space(Path(run.runs_dir).expanduser(), kept + _FLOOR_BYTES, "this run with its checkpoints")
     if files.complete:
         return

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def verify(path: Path) -> dict[str, Any]:
         CheckpointError: the first thing that is missing or differs, by name.
     """
     where = str(path)
-    if path.is_symlink():
+    if path.is_symlink() or (path / MANIFEST).is_symlink():
         raise CheckpointError("it is a link, not a checkpoint of this run", where=where)
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
@@ -222,10 +222,10 @@ def mark(folder: Path, **changes: Any) -> Marks:
     return found
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, the last healthy one and the best; called only after a newer one was proved."""
+def prune(folder: Path, keep: int, besides: Iterable[int] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints, those that count and those `besides`; called only after a newer one was proved."""
     known = marks(folder)
-    stay = {*steps(folder)[-max(1, keep) :], known.latest, known.healthy, known.best}
+    stay = {*steps(folder)[-max(1, keep) :], known.latest, known.healthy, known.best, *besides}
     for step in steps(folder):
         if step not in stay:
             discard(path_of(folder, step))
@@ -246,15 +246,17 @@ def roll_back(folder: Path, step: int) -> None:
     mark(folder, void=tuple(other for other in later if path_of(folder, other).exists()))
 
 
-def make_room(folder: Path, needed: int) -> int:
+def make_room(folder: Path, needed: int, besides: Iterable[int] = ()) -> int:
     """Return the free bytes of the disk once `needed` more fit; older checkpoints go where that helps, never the ones that count.
 
     Raises:
         SpaceError: there is no room; both figures are named.
     """
     settle(folder / CHECKPOINTS)
+    for half in (folder / CHECKPOINTS).glob(f".{INDEX}.*"):  # an index that a kill cut short
+        half.unlink(missing_ok=True)
     if free_bytes(folder) < needed + SPARE_BYTES:
-        prune(folder, keep=1)
+        prune(folder, keep=1, besides=besides)
     free = free_bytes(folder)
     if free < needed + SPARE_BYTES:
         told = f"checkpoints need {gib(needed)} of disk with {gib(SPARE_BYTES)} to spare, and {gib(free)} are free"

@@ -181,8 +181,8 @@ class RunConfig:
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
 
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
-    save_steps: int = _key(0, "saving", "Checkpoint every so many steps; 0: about ten times a run.", low=0)
-    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints.", low=1)
+    save_steps: int = _key(0, "saving", "Checkpoint every so many steps, and where the hold-out is best; 0: about ten times a run.", low=0)
+    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints; the last healthy one and the best stay besides.", low=1)
     watch_stop: tuple[str, ...] = _key(
         WATCH_STOP, "saving", "Detectors that stop the run when they are sure; the others tell. non_finite always stops."
     )

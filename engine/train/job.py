@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -277,7 +278,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, mete
         fence=fence,
         wishes=job.wishes,
         keeper=Keeper(job.folder, run.save_total_limit, loaded.model, optimizer, meter),
-        origin=origin(job.run, tokenized.train, folder, job.model_files.commit),
+        origin=origin(job.run, chain(tokenized.train, tokenized.holdout), folder, job.model_files.commit),
         total=total,
     )
 
@@ -291,7 +292,8 @@ def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event,
     path = checkpoint.write_adapter(job.folder, loop.loaded.model, _base_name(job, folder), load_tokenizer(folder, job.run.chat_template))
     yield Saved(loop.step, path.name, checkpoint.folder_bytes(path), "adapter")
     if ending == "stop":
-        return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}", path.name)
+        lost = "" if loop.keeper.step == loop.step else f"; without a checkpoint: a resume goes on from step {max(0, loop.keeper.step)}"
+        return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}{lost}", path.name)
     yield from verdict.told((yield from loop.measure()))
     reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
     return Result("done", reason, path.name)

@@ -2,7 +2,7 @@
 
 Three stay whatever the limit says: the latest, the last healthy one and the best. Healthy is a checkpoint that was
 followed by `CLEAN_STEPS` steps without a warning, since a run that is about to break still saves well-formed files.
-A full disk never ends a run: the save is left out, told, and tried again at the next one.
+A full or failing disk never ends a run: the save is left out, told, and tried again at the next one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from peft import PeftModel
 
 from qlora_tui.engine import checkpoint, shelf
-from qlora_tui.engine.errors import SpaceError
+from qlora_tui.engine.errors import CheckpointError, SpaceError
 from qlora_tui.engine.events import Event, Finding, MarkedHealthy, Phase, Saved
 from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.units import gib
 
 CLEAN_STEPS = 10
 """A loss that leaves its baseline is seen within so many steps: notes on the spike rule put it at 1 to 3, drift at 15."""
-_BESIDES = 3  # the last healthy one, the best one, and the one that is being written
+_BESIDES = 4  # the last healthy one, the next that may become it, the best one, and the one that is being written
 _LEAST = 2  # one that is kept while the next is written
 
 
@@ -33,8 +33,8 @@ _LEAST = 2  # one that is kept while the next is written
 class Keeper:
     """The checkpoints of the run in `folder`, `limit` of them beside those that count.
 
-    `step` is the last one saved, `waiting` are those that are not yet followed by enough clean steps, `bytes` is how
-    large one is, measured.
+    `step` is the last one saved, `told` the last one of which it was said that it could not be. `waiting` are those that
+    are not yet followed by enough clean steps, `bytes` is how large one is, measured.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class Keeper:
     step: int = -1
     bytes: int = 0
     waiting: list[int] = field(default_factory=list)
+    told: int = -1
 
     def prove(self, state: Mapping[str, Any]) -> Iterator[Event]:
         """Save once for nothing: it proves the disk, and measures how large a checkpoint is and how many fit.
@@ -56,7 +57,7 @@ class Keeper:
         yield Phase("save", "begin", note="a checkpoint on trial")
         with self.meter.phase("save"):
             self.bytes = checkpoint.dry_save(self.folder, self.model, self.optimizer, state)
-        free = shelf.make_room(self.folder, _LEAST * self.bytes)
+        free = shelf.make_room(self.folder, _LEAST * self.bytes, self.waiting[:1])
         room, kept = (free - shelf.SPARE_BYTES) // max(1, self.bytes), self.limit + _BESIDES
         note = f"a checkpoint takes {gib(self.bytes)}, and the disk has room for {room:,}"
         yield Phase("save", "end", seconds=time.monotonic() - began, note=note, **self.meter.told("save"))
@@ -79,17 +80,20 @@ class Keeper:
             return
         began = time.monotonic()
         yield Phase("save", "begin")
-        fault: SpaceError | None = None
+        fault: SpaceError | CheckpointError | None = None
         with self.meter.phase("save"):
             try:
-                shelf.make_room(self.folder, self.bytes)
+                shelf.make_room(self.folder, self.bytes, self.waiting[:1])
                 path = checkpoint.save(self.folder, step, self.model, self.optimizer, {**state, "waiting": self.waiting}, kind)
                 if kind == "step":
                     self._shelve(step, loss)
-            except SpaceError as error:
+            except (SpaceError, CheckpointError) as error:
                 fault = error
         yield Phase("save", "end", seconds=time.monotonic() - began, **self.meter.told("save"))
+        if fault is not None and step == self.told:
+            return  # tried again at the same step, and said already
         if fault is not None:
+            self.told = step
             advice = ("make room on this disk: training goes on and tries again at the next save",)
             numbers = {"needed_bytes": self.bytes, "saved_step": max(0, self.step)}
             last = f"the last checkpoint is of step {self.step}" if self.step > 0 else "there is no checkpoint yet"
@@ -103,7 +107,13 @@ class Keeper:
         shelf.mark(self.folder, latest=step, void=void, **_best(step, loss))
         self.step = step
         self.waiting.append(step)
-        shelf.prune(self.folder, self.limit)
+        shelf.prune(self.folder, self.limit, self.waiting[:1])
+        self._forget_pruned()
+
+    def _forget_pruned(self) -> None:
+        """Wait only for checkpoints that are still there: the oldest one stays until it is judged, others may have gone."""
+        there = shelf.steps(self.folder)
+        self.waiting = [step for step in self.waiting if step in there]
 
     def better(self, loss: float) -> bool:
         """Say whether `loss` on the hold-out is the lowest so far, in this attempt or an earlier one."""
@@ -134,6 +144,7 @@ class Keeper:
         """Go on from what a checkpoint remembers."""
         self.step = int(state["step"])
         self.waiting = [*(int(step) for step in state.get("waiting", ())), self.step]
+        self._forget_pruned()
         shelf.mark(self.folder, latest=self.step)
 
 

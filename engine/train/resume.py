@@ -6,7 +6,7 @@ behind a run's back: a data file that was edited, a branch on a hub that moved, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
@@ -27,13 +27,13 @@ _ENDS_BYTES = 2**20
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def origin(run: RunConfig, rows: Sequence[TokenRow], base: Path, commit: str) -> dict[str, Any]:
-    """Return what a checkpoint has to remember of `run`, its training rows and its base, as JSON can hold it."""
+def origin(run: RunConfig, rows: Iterable[TokenRow], base: Path, commit: str) -> dict[str, Any]:
+    """Return what a checkpoint has to remember of `run`, its rows (trained and held out) and its base, as JSON can hold it."""
     versions = {name: metadata.version(name) for name in _LIBRARIES}
     return {"config": values_of(run), "data": data_print(rows), "base": base_print(base), "commit": commit, "versions": versions}
 
 
-def data_print(rows: Sequence[TokenRow]) -> str:
+def data_print(rows: Iterable[TokenRow]) -> str:
     """Return a digest of every token and mask of `rows`, in their order; about two seconds a million rows."""
     digest = blake2b(digest_size=16)
     for row in rows:
@@ -70,10 +70,8 @@ def resume(folder: Path, loop: Loop, records: Sequence[Record]) -> Iterator[Even
         ConfigErrors: settings changed that would make it another run.
     """
     healthy = shelf.last_healthy(folder) if verdict.stopped_by(records) in loop.watch.acting else None
-    if healthy is not None:
-        shelf.roll_back(folder, shelf.step_of(healthy))
     _, damaged = shelf.newest(folder)
-    path = shelf.newest_sound(folder)
+    path = healthy or shelf.newest_sound(folder)
     for sentence in damaged:
         yield Finding("checkpoint", "warn", 0, f"{sentence}; an older checkpoint is used", ("check the disk",))
     if path is None:
@@ -82,6 +80,8 @@ def resume(folder: Path, loop: Loop, records: Sequence[Record]) -> Iterator[Even
         return
     check(checkpoint.read_state(path), loop.origin, str(path))
     state = checkpoint.restore(path, loop.loaded.model, loop.optimizer)
+    if healthy is not None:
+        shelf.roll_back(folder, shelf.step_of(healthy))  # only now: what was refused above has lost nothing
     loop.restore(state)
     yield Resumed(loop.step)
     yield from verdict.resumed_after_stop(loop, records)
@@ -98,7 +98,7 @@ def check(state: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     saved = readable(state.get("config") or {})
     resumable(from_values(saved), {name: value for name, value in now["config"].items() if name in saved})
     if state.get("data") != now["data"]:
-        told = "the rows to train on are not those that the run began with: its data or its tokenizer changed"
+        told = "the rows are not those that the run began with: its data or its tokenizer changed"
         raise CheckpointError(told, where=where, hint="put the old files back, or start a new run")
     if state.get("base") != now["base"]:
         was = str(state.get("commit") or "")

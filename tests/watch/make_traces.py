@@ -248,8 +248,8 @@ def record(name: str, recipe: Recipe) -> None:
     """Run one recipe and write its trace."""
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         if not recipe.watched:
-            stack.enter_context(mock.patch.object(Watch, "see", lambda self, step: []))
-            stack.enter_context(mock.patch.object(Watch, "measured", lambda self, found, rows=(): []))
+            stack.enter_context(mock.patch.object(Watch, "see", return_value=[]))
+            stack.enter_context(mock.patch.object(Watch, "measured", return_value=[]))
         if recipe.fault is not None:
             stack.enter_context(recipe.fault())
         home = Path(place)

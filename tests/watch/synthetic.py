@@ -99,43 +99,78 @@ HEALTHY: dict[str, Callable[[int], Trace]] = {
 
 ILL: dict[str, tuple[Callable[[int], Trace], tuple[str, ...], int]] = {
     "loss +3.0 and stays": (
-        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 3.0), norm=after(ONSET, lambda n: 4.0, 1.0)), ("spike",), 2),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 3.0), norm=after(ONSET, lambda n: 4.0, 1.0)),
+        ("spike",),
+        2,
+    ),
     "bump of +2.5 for 8 steps": (
-        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 2.5 if n < 8 else 0.0), norm=after(ONSET, lambda n: 4.0 if n < 8 else 1.0, 1.0)),
-        ("spike",), 3),
+        lambda seed: Trace(
+            seed, ill=True, add=after(ONSET, lambda n: 2.5 if n < 8 else 0.0), norm=after(ONSET, lambda n: 4.0 if n < 8 else 1.0, 1.0)
+        ),
+        ("spike",),
+        3,
+    ),
     "loss +1.0 and stays": (
-        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 1.0), norm=after(ONSET, lambda n: 2.0, 1.0)), ("spike", "drift"), 32),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 1.0), norm=after(ONSET, lambda n: 2.0, 1.0)),
+        ("spike", "drift"),
+        32,
+    ),
     "divergence, 5 % a step": (
-        lambda seed: Trace(seed, ill=True, times=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0), norm=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0)),
-        ("spike", "drift"), 24),
+        lambda seed: Trace(
+            seed, ill=True, times=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0), norm=after(ONSET, lambda n: 1.05 ** min(n, 60), 1.0)
+        ),
+        ("spike", "drift"),
+        24,
+    ),
     "slow rise, 0.4 % a step": (
         lambda seed: Trace(seed, ill=True, times=after(ONSET, lambda n: 1.004**n, 1.0), norm=after(ONSET, lambda n: 1.006**n, 1.0)),
-        ("drift",), 110),
+        ("drift",),
+        110,
+    ),
     "blown up, gradients vanish": (
-        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 6.0), norm=after(ONSET, lambda n: 0.03, 1.0)), ("spike",), 2),
+        lambda seed: Trace(seed, ill=True, add=after(ONSET, lambda n: 6.0), norm=after(ONSET, lambda n: 0.03, 1.0)),
+        ("spike",),
+        2,
+    ),
     "ill from step 3": (
         lambda seed: Trace(seed, ill=True, add=after(3, lambda n: min(3.0, n)), norm=after(3, lambda n: 5.0, 1.0)),
-        ("spike", "drift"), 50),
+        ("spike", "drift"),
+        50,
+    ),
     "oscillation of 45 %": (
-        lambda seed: Trace(seed, swing=after(ONSET, lambda n: math.log(1.45)), norm=after(ONSET, lambda n: 1.6, 1.0)), ("oscillation",), 64),
+        lambda seed: Trace(seed, swing=after(ONSET, lambda n: math.log(1.45)), norm=after(ONSET, lambda n: 1.6, 1.0)),
+        ("oscillation",),
+        64,
+    ),
     "gradient norm times 30, loss normal": (
-        lambda seed: Trace(seed, norm=after(ONSET, lambda n: 30.0 if n % 3 == 0 else 1.0, 1.0)), ("gradient",), 8),
+        lambda seed: Trace(seed, norm=after(ONSET, lambda n: 30.0 if n % 3 == 0 else 1.0, 1.0)),
+        ("gradient",),
+        8,
+    ),
     "overflow: every fifth step is NaN": (
-        lambda seed: Trace(seed, norm=after(ONSET, lambda n: math.nan if n % 5 == 0 else 1.0, 1.0)), ("non_finite",), 16),
+        lambda seed: Trace(seed, norm=after(ONSET, lambda n: math.nan if n % 5 == 0 else 1.0, 1.0)),
+        ("non_finite",),
+        16,
+    ),
     "overfitting": (
         lambda seed: Trace(seed, learns=lambda step: 0.7 * math.exp(-step / 400), held=lambda step: 1.15 + abs(step - ONSET) / 2000),
-        ("overfitting",), 4 * EVERY),
+        ("overfitting",),
+        4 * EVERY,
+    ),
     "learnt by heart, no hold-out": (
-        lambda seed: Trace(seed, 16, learns=lambda step: -min(0.95, step / 500), held=None), ("memorisation",), 100),
-    "not learning at all": (
-        lambda seed: Trace(seed, learns=lambda step: 0.7, held=lambda step: 1.85), ("not_learning",), 600),
+        lambda seed: Trace(seed, 16, learns=lambda step: -min(0.95, step / 500), held=None),
+        ("memorisation",),
+        100,
+    ),
+    "not learning at all": (lambda seed: Trace(seed, learns=lambda step: 0.7, held=lambda step: 1.85), ("not_learning",), 600),
     "noise that repeats every epoch": (
-        lambda seed: Trace(seed, learns=lambda step: 0.7 - 0.8 * min(1.0, step / ONSET), held=lambda step: 1.9), ("not_learning",), 200),
-    "four times slower": (
-        lambda seed: Trace(seed, seconds=after(ONSET, lambda n: 4.0, 1.0)), ("throughput",), 10),
-    "waits for batches": (
-        lambda seed: Trace(seed, data_seconds=after(ONSET, lambda n: 0.5, 0.01)), ("data_wait",), 32),
-}  # fmt: skip
+        lambda seed: Trace(seed, learns=lambda step: 0.7 - 0.8 * min(1.0, step / ONSET), held=lambda step: 1.9),
+        ("not_learning",),
+        200,
+    ),
+    "four times slower": (lambda seed: Trace(seed, seconds=after(ONSET, lambda n: 4.0, 1.0)), ("throughput",), 10),
+    "waits for batches": (lambda seed: Trace(seed, data_seconds=after(ONSET, lambda n: 0.5, 0.01)), ("data_wait",), 32),
+}
 """Ill runs by name: how they are made, which detectors may name them, and within how many steps of the onset."""
 
 ONSETS: dict[str, int] = {"ill from step 3": 3, "not learning at all": 1, "noise that repeats every epoch": PER_EPOCH}

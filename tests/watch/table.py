@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 from synthetic import EVERY, HEALTHY, ILL, ONSET, ONSETS, Trace
 
 from qlora_tui.engine.events import Evaluated, Finding, Stepped
@@ -25,6 +24,7 @@ from qlora_tui.engine.spec import WATCHED
 from qlora_tui.engine.watch import HeldRow, Setting, Watch
 from qlora_tui.engine.watch.replay import Held, Moment, replay
 
+HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "engine/watch/README.md"
 BEGIN, END = "<!-- table: python tests/watch/table.py -->", "<!-- end of table -->"
 
@@ -83,7 +83,8 @@ class Outcome:
 
     def stops(self, names: Iterable[str] = WATCHED) -> list[Finding]:
         """Return the findings of `names` that would have ended the run."""
-        return [found for found in self.findings if found.severity == "stop" and found.detector in names]
+        noted = {name.removesuffix(NOTE) for name in names if name.endswith(NOTE)}
+        return [item for item in self.findings if item.detector in noted or (item.detector in names and item.severity == "stop")]
 
 
 def judge(moments: Iterable[Moment], batch: int, warmup: int = 0) -> Outcome:
