@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place
 from qlora_tui.engine.rules import bounds, problems
 from qlora_tui.engine.sizes import adapter_params
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 
@@ -135,41 +135,6 @@ def find_model(run: RunConfig) -> tuple[ModelFiles, ModelSpec]:
     name = run.model_name_or_path
     files = builtin_files(name) if name.startswith(BUILTIN) else hub.small_files(name, run.revision)
     return files, dataclasses.replace(models.from_folder(files.folder), name=name)
-
-
-_ON_RESUME: Mapping[str, str] = {
-    "max_steps": "the run ends there, and the rest of the learning rate schedule is stretched to it",
-    "num_train_epochs": "the run ends there, and the rest of the learning rate schedule is stretched to it",
-    "max_time": "counted anew from this resume",
-    "until": "the run ends by then",
-    "max_temperature": "watched from now on",
-    "end_if_hung": "watched from now on",
-    "eval_steps": "measured at those steps from now on",
-    "save_steps": "saved at those steps from now on",
-    "save_total_limit": "older checkpoints beyond it go at the next save",
-}
-
-
-def resumable(saved: RunConfig, flags: Mapping[str, Value]) -> tuple[RunConfig, list[str]]:
-    """Return the config of a resume and, in sentences, what each change does.
-
-    Raises:
-        ConfigErrors: a change that would make it another run; every one of them is named.
-    """
-    before = values_of(saved)
-    changes = {name: value for name, value in flags.items() if value != before[name]}
-    refused = [name for name in changes if name not in _ON_RESUME]
-    if refused:
-        hint = f"leave it out, or start a new run; a resume may change {', '.join(_ON_RESUME)}"
-        raise ConfigErrors([Problem(name, f"it was {_told(before[name])} when the run began", hint) for name in refused])
-    run = from_values({**before, **changes})
-    if found := problems(run):
-        raise ConfigErrors(found)
-    return run, [f"{name}: {_told(before[name])} -> {_told(value)}; {_ON_RESUME[name]}" for name, value in changes.items()]
-
-
-def _told(value: Value) -> str:
-    return one_line(", ".join(value) if isinstance(value, tuple) else value)
 
 
 def builtin_files(name: str) -> ModelFiles:
@@ -330,7 +295,7 @@ def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
 
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:
     """Check the disks again, now that the sizes are known: the checkpoints kept, and the weights to fetch."""
-    kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 1)
+    kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 4)  # the last healthy, the next one, the best, and the one being written
     check_space(Path(run.runs_dir).expanduser(), kept + _FLOOR_BYTES, "this run with its checkpoints")
     if files.complete:
         return

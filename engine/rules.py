@@ -9,7 +9,7 @@ from __future__ import annotations
 from qlora_tui.engine import until
 from qlora_tui.engine.columns import fault
 from qlora_tui.engine.errors import Problem
-from qlora_tui.engine.spec import KEYS, Key, RunConfig, Value, nearest
+from qlora_tui.engine.spec import KEYS, WATCHED, Key, RunConfig, Value, nearest
 from qlora_tui.engine.units import words
 
 SHORTEST_HANG_SECONDS = 60.0
@@ -40,7 +40,7 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_limits(run), *_without_effect(run), *_combinations(run)]
+    return [*found, *_limits(run), *_without_effect(run), *_combinations(run), *_detectors(run)]
 
 
 def _limits(run: RunConfig) -> list[Problem]:
@@ -86,6 +86,14 @@ def _combinations(run: RunConfig) -> list[Problem]:
         told = "with DoRA the base's part would have to be computed twice, with and without dropout"
         found.append(Problem("lora_dropout", told, "say lora_dropout=0, or use_dora=false"))
     return found
+
+
+def _detectors(run: RunConfig) -> list[Problem]:
+    """Return the names that no detector has."""
+    asked = {"watch_stop": run.watch_stop, "watch_rollback": run.watch_rollback}
+    unknown = [(key, name) for key, names in asked.items() for name in names if name not in WATCHED]
+    known = f"there are {', '.join(WATCHED)}"
+    return [Problem(key, f"no detector is called {name!r}", nearest(name, WATCHED) or known) for key, name in unknown]
 
 
 def _never_empty(run: RunConfig) -> list[tuple[str, Value]]:

@@ -18,6 +18,21 @@ from qlora_tui.engine.columns import DATA_FORMATS
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.units import seconds
 
+WATCHED = (
+    "non_finite",
+    "spike",
+    "drift",
+    "oscillation",
+    "gradient",
+    "overfitting",
+    "memorisation",
+    "not_learning",
+    "throughput",
+    "data_wait",
+)
+"""The detectors that can end a run or take it back."""
+WATCH_STOP = ("spike",)
+
 Kind = Literal["text", "integer", "number", "flag", "list", "duration", "layers"]
 Value = str | int | float | bool | tuple[str, ...]
 
@@ -174,8 +189,16 @@ class RunConfig:
     )
 
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
-    save_steps: int = _key(0, "saving", "Checkpoint every so many steps; 0: about ten times a run.", low=0)
-    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints.", low=1)
+    save_steps: int = _key(0, "saving", "Checkpoint every so many steps, and where the hold-out is best; 0: about ten times a run.", low=0)
+    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints; the last healthy one and the best stay besides.", low=1)
+    watch_stop: tuple[str, ...] = _key(
+        WATCH_STOP, "saving", "Detectors that stop the run when they are sure; the others tell. non_finite always stops."
+    )
+    watch_rollback: tuple[str, ...] = _key(
+        (),
+        "saving",
+        "Detectors that go back to the last healthy checkpoint with half the learning rate, at most twice, and then stop.",
+    )
     runs_dir: str = _key("runs", "saving", "Folder that holds the runs.")
 
 

@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
+    "watch": "what the stability watch says about a finished log, ours or another tool's",
     "doctor": "what works here, and the one command that mends what does not",
 }
 
@@ -200,6 +201,13 @@ def _presets_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("log", metavar="LOG", help="a run, events.jsonl, trainer_state.json, or a CSV of step,loss[,grad_norm,eval_loss]")
+    parser.add_argument("--batch", metavar="N", type=_count, default=0, help="rows a step, where the log does not say")
+    parser.add_argument("--warmup", metavar="N", type=_count, default=0, help="warm-up steps, where the log does not say")
+    _json(parser)
+
+
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--runs-dir", "runs_dir", "DIR", "only the runs in this folder (default: runs, and those begun elsewhere)")
     _json(parser)
@@ -221,6 +229,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,
+    "watch": _watch_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
 }
@@ -236,6 +245,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from qlora_tui.tui.commands import attach
 
         return attach.attach
+    if name == "watch":
+        from qlora_tui.tui.commands import watch
+
+        return watch.watch
     from qlora_tui.tui.commands import facts
 
     return facts.COMMANDS[name]

@@ -103,13 +103,16 @@ class Holdout:
 
     def _remember(self, step: int, losses: list[RowLoss]) -> Evaluated:
         path = self._path(BASE if step == 0 else f"step-{step:06d}")
-        evaluate.write_rows(path, losses)
+        where = str(path.relative_to(self.folder))
+        try:
+            evaluate.write_rows(path, losses)
+        except OSError:  # a full disk: the result counts without its rows, and the next save says what is wrong
+            where = ""
         if step == 0:
             self.base = losses
         else:
             self.newest = losses
         mean, error = evaluate.mean_loss(losses), evaluate.standard_error([loss.mean for loss in losses])
-        where = str(path.relative_to(self.folder))
         if step == 0 or not self.base:
             return Evaluated(step, mean, len(losses), error, where)
         card = evaluate.compare(self.base, losses)

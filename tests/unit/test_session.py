@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fake_run import PATIENCE, RUN, TRAININGS, Ended, checked, crashing, raising, step, three_steps, until_asked
 
-from qlora_tui.engine import preset, watchdog
+from qlora_tui.engine import preset, shelf, watchdog
 from qlora_tui.engine import session as session_room
 from qlora_tui.engine.errors import CheckpointError, DataError, Diverged, ExitCode, FenceError, JournalError, SpaceError, Stopped, WontFit
 from qlora_tui.engine.events import Command, Device, Event, Finding, Finished, Record, Started, Stepped
@@ -229,7 +229,11 @@ def test_a_stop_wish_of_an_earlier_attempt_is_never_obeyed_again(folder: Path) -
 
 def test_a_resume_is_a_further_attempt_in_the_same_file(folder: Path) -> None:
     ended(run(folder, three_steps))
-    (folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    checkpoint = folder / "checkpoints" / "step-000003"
+    checkpoint.mkdir(parents=True)
+    for name in shelf.PARTS:
+        (checkpoint / name).write_text("{}")
+    shelf.write_manifest(checkpoint, 3, {})
     records = ended(run(folder, three_steps, resume=True))
     starts = [record for record in records if isinstance(record.event, Started)]
     assert [record.attempt for record in starts] == [1, 2]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_tui.engine import preflight, preset, runs
+from qlora_tui.engine import preflight, preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
 from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
@@ -109,8 +109,9 @@ def _resumed(options: argparse.Namespace) -> Plan:
     folder = runs.find_run(options.resume, Path(str(flags.pop("runs_dir", "runs"))).expanduser())
     if is_running(folder):
         raise JournalError(f"run {folder.name} is running", hint=f"qlora-tui attach {folder.name}", where="--resume")
-    saved = from_values(preset.read_file(folder / runs.RUN_FILE))
-    chosen, effects = preflight.resumable(saved, _as_saved(flags))
+    written = from_values(preset.read_file(folder / runs.RUN_FILE))
+    saved = resume.trained_with(folder) or written
+    chosen, effects = resume.resumable(saved, {**values_of(written), **_as_saved(flags)})
     info = runs.read_info(folder)
     if "max_steps" in flags and 0 < chosen.max_steps <= info.step:
         raise ConfigError(f"run {folder.name} is at step {info.step} already", hint="name a later step", where="--max-steps")
