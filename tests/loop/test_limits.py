@@ -80,7 +80,7 @@ def test_a_stop_and_a_save_are_obeyed_in_a_pause(run_of: Make, tmp_path: Path, m
         return "stop" if len(waited) > 4 else None
 
     monkeypatch.setattr(asked, "urgent", urgent)
-    ran = drive(run_of(max_temperature=80, save_steps=100), tmp_path / "run", asked)
+    ran = drive(run_of(max_temperature=80, save_steps=100, eval_steps=100), tmp_path / "run", asked)
     assert ran.result is not None
     assert ran.result.outcome == "stopped"
     assert len(ran.of(Stepped)) == 3
