@@ -1,8 +1,9 @@
 """Saving and proving: a checkpoint is a verified folder or it is not there.
 
-Everything is written into a hidden sibling folder, hashed, fsynced and renamed; a kill at any instant leaves
-the older checkpoints and at most one hidden folder that the next save sweeps away. Tensors are safetensors and
-the rest JSON, so nothing that is loaded can run code.
+Everything is written into a hidden sibling folder, on disk and read back against its digests before one rename makes it
+a checkpoint; a kill at any instant leaves the older ones and at most a hidden folder that the next save sweeps away.
+Tensors are safetensors and the rest JSON, so nothing that is loaded can run code. Which checkpoints there are, and which
+of them count, is the room `shelf`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,132 +20,103 @@ from typing import Any
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
+from qlora_tui.engine import shelf
 from qlora_tui.engine.data import Tokenizer
 from qlora_tui.engine.errors import CheckpointError, SpaceError
 from qlora_tui.engine.fast import pissa
-from qlora_tui.engine.places import sync_folder
+from qlora_tui.engine.places import discard, published
+from qlora_tui.engine.shelf import ADAPTER_WEIGHTS, CHECKPOINTS, OPTIMIZER, RANDOM, STATE, last_healthy
 
-FORMAT = 1
-MANIFEST, STATE, OPTIMIZER, RANDOM, ADAPTER_WEIGHTS = (
-    "manifest.json",
-    "state.json",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "adapter_model.safetensors",
-)
+__all__ = ["dry_save", "folder_bytes", "last_healthy", "read_state", "restore", "save", "write_adapter"]
+
+_MOMENTS = 2  # of every optimizer that can be chosen
 
 
-def save(folder: Path, step: int, model: PeftModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
-    """Write `checkpoints/step-…` below `folder` and return it; `state` is whatever JSON the loop must remember.
+def save(folder: Path, step: int, model: PeftModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], kind: str = "step") -> Path:
+    """Write the checkpoint of `step` below `folder` and return it; `state` is whatever JSON the loop must remember.
+
+    Args:
+        folder: the run.
+        step: optimizer steps behind us.
+        model: its adapter is saved.
+        optimizer: its state is saved.
+        state: what else a resume needs.
+        kind: "step", or another word for one that nobody resumes from, such as "diagnostic".
 
     Raises:
-        SpaceError: the disk is full or cannot be written; nothing half-written stays.
+        SpaceError: the disk is full or cannot be written; nothing half-written stays, and an older one of this step stays whole.
+        CheckpointError: what the disk gives back is not what was written.
     """
-    home = folder / "checkpoints"
-    with _published(home / f"step-{step:06d}", f"the checkpoint of step {step}") as partial:
-        _write_parts(partial, model, optimizer, {"step": step, **state})
-        _write_manifest(partial)
-    return home / f"step-{step:06d}"
+    path = folder / CHECKPOINTS / shelf.name_of(step, kind)
+    with _published(path, f"the checkpoint of step {step}") as partial:
+        digests = _write_parts(partial, model, optimizer, {"step": step, **state})
+        shelf.write_manifest(partial, step, digests)
+        shelf.verify(partial)
+    return path
+
+
+def dry_save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> int:
+    """Write, prove and remove a checkpoint before there is anything to lose; returns its bytes.
+
+    An optimizer that has not stepped yet has no state, so zeros of the same size stand for its moments.
+
+    Raises:
+        SpaceError: the disk is full or cannot be written.
+        CheckpointError: what the disk gives back is not what was written.
+    """
+    home = folder / CHECKPOINTS
+    with _told("a checkpoint", home):
+        _make_home(home)
+        with _lent(home) as partial:
+            digests = _write_parts(partial, model, optimizer, {"step": 0, **state})
+            if not optimizer.state:
+                _write_tensors(partial / OPTIMIZER, _zeros(optimizer), digests)
+            shelf.write_manifest(partial, 0, digests)
+            shelf.verify(partial)
+            return folder_bytes(partial)
 
 
 def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a verified checkpoint back into model, optimizer and random generators; return the loop's state.
 
+    Everything is read and compared before anything is changed.
+
     Raises:
         CheckpointError: something is missing, damaged or does not belong to this model.
     """
-    verify(path)
-    weights = load_file(path / ADAPTER_WEIGHTS)
+    shelf.verify(path)
+    weights, tensors, states = (_read_tensors(path / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER, RANDOM))
+    state = read_state(path)
     known = pissa.joined(model, get_peft_model_state_dict(model))
     if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
         raise CheckpointError("the adapter in the checkpoint has other layers or another rank than this run", where=str(path))
+    _check_optimizer(optimizer, tensors, state["optimizer"], str(path))
+    if "cpu" not in states:
+        raise CheckpointError("the state of the random generator is missing from the checkpoint", where=str(path))
     set_peft_model_state_dict(model, pissa.split(model, weights))
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
-    _restore_optimizer(optimizer, load_file(path / OPTIMIZER), state["optimizer"])
-    _restore_random(load_file(path / RANDOM), state["python_random"])
+    _restore_optimizer(optimizer, tensors, state["optimizer"])
+    _restore_random(states, state["python_random"])
     return state
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after checking every file against it.
-
-    Raises:
-        CheckpointError: the first file that is missing or differs, by name.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError("the checkpoint has no readable manifest", where=str(path)) from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint was written in format {manifest.get('format')}; this version reads {FORMAT}", where=str(path)
-        )
-    for name, said in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{name} is missing from the checkpoint", where=str(path))
-        if file.stat().st_size != said["bytes"] or _sha256(file) != said["sha256"]:
-            raise CheckpointError(f"{name} is damaged: it is not what was saved", where=str(path))
-    for name in (STATE, OPTIMIZER, RANDOM, ADAPTER_WEIGHTS):
-        if name not in files:
-            raise CheckpointError(f"{name} is missing from the checkpoint", where=str(path))
-    return manifest
-
-
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that proves sound, and a sentence for each newer one that does not."""
-    damaged: list[str] = []
-    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            damaged.append(str(error))
-            continue
-        return path, damaged
-    return None, damaged
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; called only after a newer one was proved."""
-    for path in sorted((folder / "checkpoints").glob("step-*"))[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer: Tokenizer) -> Path:
-    """Write `adapter/` in PEFT's layout with the tokenizer and the chat template that was trained, replacing an older one whole.
+    """Write `adapter/` in PEFT's layout with the tokenizer and the chat template that was trained.
+
+    An older one stays whole until the new one takes its name.
 
     Raises:
         SpaceError: it could not be written.
         CheckpointError: what was written reads back empty or not finite.
     """
     with _published(folder / "adapter", "the adapter") as partial:
-        _write_peft(partial, model, base_name)
+        _write_peft(partial, model, base_name, {})
         tokenizer.save(partial)
         _prove_adapter(partial)
     return folder / "adapter"
-
-
-@contextmanager
-def _published(target: Path, what: str) -> Iterator[Path]:
-    """Lend a hidden folder beside `target` and rename it over once it is filled; on any fault nothing half-written stays."""
-    partial = target.with_name(f".partial-{target.name}")
-    try:
-        target.parent.mkdir(mode=0o700, exist_ok=True)
-        for left in target.parent.glob(".partial-*"):
-            shutil.rmtree(left)
-        partial.mkdir(mode=0o700)
-        yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise SpaceError(f"{what} could not be written: {error.strerror or error}", where=str(target.parent)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -153,14 +124,47 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _write_peft(folder: Path, model: PeftModel, base_name: str) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+@contextmanager
+def _published(target: Path, what: str) -> Iterator[Path]:
+    with _told(what, target.parent):
+        _make_home(target.parent)
+        with published(target) as partial:
+            yield partial
+
+
+@contextmanager
+def _lent(home: Path) -> Iterator[Path]:
+    """Lend a folder that is filled and put on the disk as a checkpoint is, and then removed instead of renamed."""
+    target = home / "dry"
+    try:
+        with published(target) as partial:
+            yield partial
+    finally:
+        discard(target)
+
+
+def _make_home(home: Path) -> None:
+    home.mkdir(mode=0o700, exist_ok=True)
+    if home.is_symlink():
+        raise CheckpointError(f"{home.name} is a link", where=str(home.parent), hint="remove it: it may lead out of this run")
+
+
+@contextmanager
+def _told(what: str, where: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise SpaceError(f"{what} could not be written: {error.strerror or error}", where=str(where)) from error
+
+
+def _write_peft(folder: Path, model: PeftModel, base_name: str, digests: dict[str, str]) -> None:
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
     pissa.joined_config(model, config).save_pretrained(folder)
     weights = pissa.joined(model, get_peft_model_state_dict(model))
     weights = {name: part.detach().cpu().contiguous().clone() for name, part in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_tensors(folder / ADAPTER_WEIGHTS, weights, digests, metadata={"format": "pt"})
 
 
 def _prove_adapter(folder: Path) -> None:
@@ -172,31 +176,77 @@ def _prove_adapter(folder: Path) -> None:
         raise CheckpointError(f"the adapter holds numbers that are not finite ({broken[0]})", where=str(folder))
 
 
-def _write_parts(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _write_parts(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, str]:
+    """Write everything but the manifest and return the digest of each part as it should lie there."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged optimizer state is read from the host below
-    _write_peft(folder, model, str(model.peft_config["default"].base_model_name_or_path))
+    digests: dict[str, str] = {}
+    _write_peft(folder, model, str(model.peft_config["default"].base_model_name_or_path), digests)
     tensors, rest = _split_optimizer(optimizer)
-    save_file(tensors, folder / OPTIMIZER)
-    save_file(_random_tensors(), folder / RANDOM)
+    _write_tensors(folder / OPTIMIZER, tensors, digests)
+    _write_tensors(folder / RANDOM, _random_tensors(), digests)
     state = state | {"optimizer": rest, "python_random": _plain_random()}
-    (folder / STATE).write_text(json.dumps(state))
+    _write(folder / STATE, json.dumps(state).encode(), digests)
+    return digests
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    listed = {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
-    for file in (*files, folder / MANIFEST):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        file.chmod(0o600)
-    sync_folder(folder)
+def _write_tensors(file: Path, tensors: dict[str, torch.Tensor], digests: dict[str, str], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors; through bytes, because the library's own writer hides a full disk in an error of its own."""
+    _write(file, to_bytes(tensors, metadata=metadata), digests)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write(file: Path, content: bytes, digests: dict[str, str]) -> None:
+    with file.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    digests[file.name] = hashlib.sha256(content).hexdigest()
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_file(file))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file.name} holds no tensors that can be read", where=str(file.parent)) from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint remembers beside the tensors.
+
+    Raises:
+        CheckpointError: it cannot be read or lacks a part.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        lost = [name for name in ("step", "watch", "optimizer", "python_random") if name not in state]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{STATE} cannot be read", where=str(path)) from error
+    if lost:
+        raise CheckpointError(f"{STATE} does not hold {lost[0]}", where=str(path))
+    return state
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], where: str) -> None:
+    """Refuse an optimizer's state of another kind, of other parameters or of other sizes."""
+    if rest["kind"] != type(optimizer).__name__:
+        raise CheckpointError(f"the checkpoint's optimizer is {rest['kind']}, this run's is {type(optimizer).__name__}", where=where)
+    parameters = _parameters(optimizer)
+    held = {int(name.split(".", 1)[0]) for name in tensors}
+    if held and held != set(range(len(parameters))):
+        told = f"the optimizer's state in the checkpoint is of {len(held)} tensors, and this run trains {len(parameters)}"
+        raise CheckpointError(told, where=where)
+    for name, part in tensors.items():
+        index, kind = name.split(".", 1)
+        known = optimizer.state.get(parameters[int(index)], {}).get(kind)
+        wrong = isinstance(known, torch.Tensor) and known.shape != part.shape
+        if wrong or (kind.startswith("exp_avg") and part.shape != parameters[int(index)].shape):
+            raise CheckpointError(f"the optimizer's {kind} of tensor {index} has another shape than in this run", where=where)
+
+
+def _zeros(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    kind = torch.uint8 if isinstance(optimizer, Optimizer8bit) else torch.float32
+    sizes = enumerate(parameter.numel() for parameter in _parameters(optimizer))
+    return {f"{index}.{moment}": torch.zeros(size, dtype=kind) for index, size in sizes for moment in range(_MOMENTS)}
 
 
 def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -222,8 +272,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
     bitsandbytes makes its state through `init_state` (paged where asked), so its tensors are made that way
     and filled: loading them as plain tensors would silently give up paging.
     """
-    if rest["kind"] != type(optimizer).__name__:
-        raise CheckpointError(f"the checkpoint's optimizer is {rest['kind']}, this run's is {type(optimizer).__name__}")
     places = [(number, within) for number, group in enumerate(optimizer.param_groups) for within in range(len(group["params"]))]
     for index, (number, within) in enumerate(places):
         group = optimizer.param_groups[number]
@@ -236,7 +284,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
             if name in state:
                 state[name].copy_(part)
             else:
-                state[name] = part if name == "step" else part.to(parameter.device)
+                state[name] = part.clone() if name == "step" else part.to(parameter.device, copy=True)  # not a view of the file
         state.update(rest["numbers"].get(str(index), {}))
 
 

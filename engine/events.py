@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from qlora_tui.engine.errors import JournalError
 
@@ -147,7 +147,15 @@ class Saved:
     step: int
     path: str
     bytes: int
-    kind: Literal["checkpoint", "adapter"] = "checkpoint"
+    kind: Literal["checkpoint", "adapter", "diagnostic"] = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedHealthy:
+    """The checkpoint of `step` was followed by enough clean steps: a roll back may go there."""
+
+    type: ClassVar[str] = "marked_healthy"
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +164,20 @@ class Resumed:
 
     type: ClassVar[str] = "resumed"
     to_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Training went back to the checkpoint of `to_step`; what came after it is void.
+
+    From here on the schedule's learning rate is taken times `rate_factor`; `times` counts what the run did by itself.
+    """
+
+    type: ClassVar[str] = "rolled_back"
+    to_step: int
+    rate_factor: float
+    times: int
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +240,25 @@ class Finished:
     report: str = ""
 
 
-Event = Started | Phase | Prepared | Planned | Stepped | Evaluated | Saved | Resumed | Device | Forecast | Finding | Command | Finished
+Event = (
+    Started
+    | Phase
+    | Prepared
+    | Planned
+    | Stepped
+    | Evaluated
+    | Saved
+    | MarkedHealthy
+    | Resumed
+    | RolledBack
+    | Device
+    | Forecast
+    | Finding
+    | Command
+    | Finished
+)
 
-EVENT_TYPES: Mapping[str, type[Event]] = {
-    kind.type: kind
-    for kind in (Started, Phase, Prepared, Planned, Stepped, Evaluated, Saved, Resumed, Device, Forecast, Finding, Command, Finished)
-}
+EVENT_TYPES: Mapping[str, type[Event]] = {kind.type: kind for kind in get_args(Event)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +307,7 @@ def decode(line: str) -> Record | None:
     """
     try:
         raw = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(raw, dict) or not isinstance(raw.get("v"), int):
         return None
@@ -286,7 +321,7 @@ def decode(line: str) -> Record | None:
     try:
         fields = {item.name: _revive(raw[item.name], str(item.type)) for item in dataclasses.fields(kind) if item.name in raw}
         return Record(int(raw["attempt"]), int(raw["seq"]), float(raw["t"]), kind(**fields))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

@@ -71,7 +71,8 @@ def small_files(name: str, revision: str = "main", look: Look = lambda: None) ->
     Whatever `look` raises interrupts the asking and the fetching.
 
     Raises:
-        ModelError: no such model, a private one, one without safetensors, or no such revision.
+        ModelError: no such model, a private one, one without safetensors, or no such revision; or HF_HUB_OFFLINE is set and
+            the hub's cache does not hold it.
         FetchError: the hub cannot be reached and its cache does not hold the model.
         ConfigError: `name` can be neither a folder nor a hub id.
     """
@@ -82,7 +83,7 @@ def small_files(name: str, revision: str = "main", look: Look = lambda: None) ->
     if _offline():
         cached = _cached(name, revision)
         if cached is None:
-            raise FetchError(
+            raise ModelError(
                 f"there is no folder {name}, HF_HUB_OFFLINE is set, and the hub's cache does not hold it",
                 hint="unset it once, or name a folder",
             )
@@ -98,7 +99,7 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
 
     Raises:
         FetchError: the hub could not be reached or broke off.
-        ModelError: the repository offers no safetensors.
+        ModelError: the repository offers no safetensors, or HF_HUB_OFFLINE is set and they are not in the cache.
         SpaceError: the cache has no room.
         Stopped: `stopping()` became true.
     """
@@ -108,7 +109,7 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
     if files is not None and not files.commit:
         raise ModelError(f"no {SINGLE} or {INDEX} in the folder", where=name, hint="the weights are missing")
     if _offline():
-        raise FetchError(f"HF_HUB_OFFLINE is set and the weights of {name} are not in the hub's cache", hint="unset it once")
+        raise ModelError(f"HF_HUB_OFFLINE is set and the weights of {name} are not in the hub's cache", hint="unset it once")
 
     def look() -> None:
         if stopping():

@@ -5,6 +5,7 @@ No pipe breaks when a viewer dies, attaching is reading from the top, and a bug 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,9 @@ from qlora_tui.engine.events import FORMAT_VERSION, Event, Finished, Record, Sav
 EVENTS = "events.jsonl"
 COMMANDS = "commands.jsonl"
 LOCK = "lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a quota or a limit on files is full."""
+_HELD_BYTES = 16 * 2**20  # some ten hours of steps
 _TRIES = 25
 _BETWEEN_SECONDS = 0.02
 
@@ -30,7 +34,8 @@ class Journal:
     """The writing end of `events.jsonl`: whole lines through one lock, numbered across attempts.
 
     The owner thread and the device sampler both write; the main thread may write the last word when it has to
-    end the process. Lines are flushed each, fsynced only where a person relies on them (`saved`, `finished`).
+    end the process. Each line goes to the system at once, fsynced only where a person relies on it (`saved`, `finished`).
+    On a full disk lines wait in memory and go first once there is room: a run must not end because it cannot talk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,27 +46,44 @@ class Journal:
         self._seq = past[-1].seq if past else 0
         self._lock = threading.Lock()
         _cut_torn_line(self.path)
-        self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="ascii")
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._waiting = bytearray()
+        self._open = True
         self.finished = False
 
     def write(self, event: Event) -> Record | None:
-        """Append `event`; after `Finished` nothing more is written and None is returned."""
+        """Append `event`; after `Finished`, or once closed, nothing more is written and None is returned."""
         with self._lock:
-            if self.finished:
+            if self.finished or not self._open:
                 return None
             self._seq += 1
             record = Record(self.attempt, self._seq, round(time.time(), 3), event)
-            self._file.write(encode(record) + "\n")
-            self._file.flush()
+            self._waiting += encode(record).encode("ascii") + b"\n"
+            self._put()
             self.finished = isinstance(event, Finished)
             if isinstance(event, (Saved, Finished)):
-                os.fsync(self._file.fileno())
+                os.fsync(self._file)
             return record
+
+    def _put(self) -> None:
+        """Write what waits; a line that the disk took in part is completed by the next call.
+
+        Raises:
+            OSError: anything but a full disk, or so much waits that holding more would cost too much memory.
+        """
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._file, self._waiting)]
+        except OSError as error:
+            if error.errno not in FULL or len(self._waiting) > _HELD_BYTES:
+                raise
 
     def close(self) -> None:
         """Close the file; idempotent."""
         with self._lock:
-            self._file.close()
+            if self._open:
+                self._open = False
+                os.close(self._file)
 
 
 class Tail:
@@ -128,7 +150,7 @@ def _read_wish(line: str) -> Wish | None:
     try:
         raw = json.loads(line)
         return Wish(str(raw["id"]), float(raw["t"]), int(raw.get("attempt", 0)), str(raw["name"]), dict(raw.get("args") or {}))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # whatever lies there, it must not end a run
         return None
 
 
@@ -141,7 +163,7 @@ class RunLock:
         Raises:
             JournalError: another process holds it; its pid, host and start are named.
         """
-        self._file: IO[str] = (folder / LOCK).open("a+", encoding="utf-8")
+        self._file: IO[str] = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+", encoding="utf-8")
         if not _taken(self._file):
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"

@@ -7,6 +7,7 @@ adapter is float32.
 
 from __future__ import annotations
 
+import random
 import re
 import warnings
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     base = _base(run, folder, device, dtype)
     base.config.use_cache = False
     torch.manual_seed(run.seed)
+    random.seed(run.seed)  # nothing here draws from it, and a checkpoint holds it: two runs should hold the same
     model = get_peft_model(base, adapter_config(run, base), adapter_name=ADAPTER, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:

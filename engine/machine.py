@@ -129,6 +129,12 @@ def sample(baseline_bytes: int | None = None) -> Device:
     return _sample_cuda(*card, baseline_bytes) if card else _sample_cpu()
 
 
+def temperature() -> float | None:
+    """Return the degrees Celsius of the card in use; None where no sensor answers."""
+    card = _nvml_card()
+    return nvml.temperature(*card) if card else None
+
+
 class Sampler:
     """A thread that writes a `device` event about once a second; it never touches torch."""
 
@@ -253,7 +259,7 @@ def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
         utilization=ask(lambda: float(driver.nvmlDeviceGetUtilizationRates(handle).gpu)),
         power_watts=milliwatts / 1000 if milliwatts is not None else None,
         power_limit_watts=limit / 1000 if limit is not None else None,
-        temperature_c=ask(lambda: float(driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU))),
+        temperature_c=nvml.temperature(driver, handle),
         throttle=_throttle(driver, handle),
     )
 

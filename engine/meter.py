@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy
 import torch
 
 from qlora_tui.engine.machine import Machine, resident_bytes, sample
@@ -129,24 +130,34 @@ def in_use(device: torch.device) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """Every generator that training draws from, as it was when this was made."""
+    """Every generator that training or a library beside it draws from, as it was when this was made."""
 
     python: Any
-    cpu: torch.Tensor
-    cuda: list[torch.Tensor]
+    numpy: Any
+    torch: list[torch.Tensor]
 
     @staticmethod
     def now() -> RandomState:
         """Remember the generators."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return RandomState(random.getstate(), torch.get_rng_state(), cuda)
+        return RandomState(random.getstate(), numpy.random.get_state(), torch_generators())
 
     def restore(self) -> None:
         """Put them back."""
         random.setstate(self.python)
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+        numpy.random.set_state(self.numpy)
+        set_torch_generators(self.torch)
+
+
+def torch_generators() -> list[torch.Tensor]:
+    """Return where torch's generators stand, the processor's first: the ones that training draws from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def set_torch_generators(states: list[torch.Tensor]) -> None:
+    """Put torch's generators where `torch_generators` said they stood."""
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _resident_peak() -> int:

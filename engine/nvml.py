@@ -133,6 +133,16 @@ def capability(nvml: Any, handle: Any) -> tuple[int, int] | None:
     return ask(lambda: tuple(question(handle))) or ask(lambda: tuple(question(_whole(nvml, handle))))
 
 
+def temperature(nvml: Any, handle: Any) -> float | None:
+    """Return the degrees Celsius of a card; a MIG slice has no sensor of its own, and its card's is as good."""
+
+    def degrees(card: Any) -> float:
+        return float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU))
+
+    found = ask(lambda: degrees(handle))
+    return found if found is not None else ask(lambda: degrees(_whole(nvml, handle)))
+
+
 def _whole(nvml: Any, handle: Any) -> Any:
     return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
 

@@ -10,12 +10,13 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tui.engine import builtin, data, fixes, hub, machine, models, planner
+from qlora_tui.engine import builtin, data, fixes, hub, machine, models, planner, until
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
@@ -26,7 +27,7 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place
 from qlora_tui.engine.rules import bounds, problems
 from qlora_tui.engine.sizes import adapter_params
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 
@@ -144,38 +145,6 @@ def find_model(run: RunConfig, look: hub.Look = lambda: None) -> tuple[ModelFile
     return files, dataclasses.replace(models.from_folder(files.folder), name=name)
 
 
-_ON_RESUME: Mapping[str, str] = {
-    "max_steps": "the run ends there, and the rest of the learning rate schedule is stretched to it",
-    "num_train_epochs": "the run ends there, and the rest of the learning rate schedule is stretched to it",
-    "max_time": "counted anew from this resume",
-    "eval_steps": "measured at those steps from now on",
-    "save_steps": "saved at those steps from now on",
-    "save_total_limit": "older checkpoints beyond it go at the next save",
-}
-
-
-def resumable(saved: RunConfig, flags: Mapping[str, Value]) -> tuple[RunConfig, list[str]]:
-    """Return the config of a resume and, in sentences, what each change does.
-
-    Raises:
-        ConfigErrors: a change that would make it another run; every one of them is named.
-    """
-    before = values_of(saved)
-    changes = {name: value for name, value in flags.items() if value != before[name]}
-    refused = [name for name in changes if name not in _ON_RESUME]
-    if refused:
-        hint = f"leave it out, or start a new run; a resume may change {', '.join(_ON_RESUME)}"
-        raise ConfigErrors([Problem(name, f"it was {_told(before[name])} when the run began", hint) for name in refused])
-    run = from_values({**before, **changes})
-    if found := problems(run):
-        raise ConfigErrors(found)
-    return run, [f"{name}: {_told(before[name])} -> {_told(value)}; {_ON_RESUME[name]}" for name, value in changes.items()]
-
-
-def _told(value: Value) -> str:
-    return one_line(", ".join(value) if isinstance(value, tuple) else value)
-
-
 def builtin_files(name: str) -> ModelFiles:
     """Return the small files of the demo's model.
 
@@ -218,7 +187,18 @@ def device_problems(run: RunConfig, device: Machine) -> list[Problem]:
         found.append(Problem("optim", "paged_adamw_8bit pages GPU memory and there is no GPU here", "say auto, adamw_8bit or adamw_torch"))
     if device.kind == "cuda" and run.dtype == "bfloat16" and not device.bf16:
         found.append(Problem("dtype", f"{one_line(device.name)} cannot compute in bfloat16", "say auto or float32"))
+    if run.max_temperature and machine.temperature() is None:
+        found.append(Problem("max_temperature", "no sensor of a GPU answers here", "leave it out"))
+    if run.until and _is_past(run.until):
+        found.append(Problem("until", f"{one_line(run.until)} has passed", "name a later time"))
     return found
+
+
+def _is_past(text: str) -> bool:
+    try:
+        return until.moment(text, time.time()) <= time.time()
+    except ValueError:  # no time at all: `problems` says so
+        return False
 
 
 def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[Problem]:
@@ -322,7 +302,7 @@ def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
 
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:
     """Check the disks again, now that the sizes are known: the checkpoints kept, and the weights to fetch."""
-    kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 1)
+    kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 4)  # the last healthy, the next one, the best, and the one being written
     check_space(Path(run.runs_dir).expanduser(), kept + _FLOOR_BYTES, "this run with its checkpoints")
     if files.complete:
         return

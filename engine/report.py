@@ -24,6 +24,7 @@ from qlora_tui.engine.events import (
     Prepared,
     Record,
     Resumed,
+    RolledBack,
     Saved,
     Started,
     Stepped,
@@ -90,7 +91,7 @@ def _see_one(seen: Seen, event: Event) -> None:
             seen.phases[event.name] = event if known is None or (known.peak_bytes or 0) < (event.peak_bytes or 0) else known
         case Device():
             seen.device_peak_bytes = max(seen.device_peak_bytes, event.memory_ours_bytes or 0)
-        case Resumed():
+        case Resumed() | RolledBack():
             _cut(seen, event.to_step)
         case Prepared():
             seen.prepared = event

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 
-from qlora_tui.engine import columns
+from qlora_tui.engine import columns, until
 from qlora_tui.engine.errors import Problem
-from qlora_tui.engine.spec import KEYS, Key, RunConfig, Value, nearest
+from qlora_tui.engine.spec import KEYS, WATCHED, Key, RunConfig, Value, nearest
+from qlora_tui.engine.units import words
+
+SHORTEST_HANG_SECONDS = 60.0
+"""A run may be silent for so long without being ill."""
 
 
 def problems(run: RunConfig) -> list[Problem]:
@@ -38,7 +42,26 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_without_effect(run), *_combinations(run)]
+    return [*found, *_limits(run), *_without_effect(run), *_combinations(run), *_detectors(run)]
+
+
+def _limits(run: RunConfig) -> list[Problem]:
+    """Return times that are none, or that would end a run which is well."""
+    found = []
+    if run.until and (sentence := _not_a_time(run.until)):
+        found.append(Problem("until", sentence, "say 07:00, or 2026-11-28 07:00"))
+    if 0 < run.end_if_hung < SHORTEST_HANG_SECONDS:
+        told = f"{words(run.end_if_hung)} is less than a long step can take"
+        found.append(Problem("end_if_hung", told, f"say at least {words(SHORTEST_HANG_SECONDS)}, or 0"))
+    return found
+
+
+def _not_a_time(text: str) -> str:
+    try:
+        until.read(text)
+    except ValueError:
+        return f"{text!r} is no time of day"
+    return ""
 
 
 def weights_fault(run: RunConfig) -> Problem | None:
@@ -83,6 +106,14 @@ def _combinations(run: RunConfig) -> list[Problem]:
         told = "with DoRA the base's part would have to be computed twice, with and without dropout"
         found.append(Problem("lora_dropout", told, "say lora_dropout=0, or use_dora=false"))
     return found
+
+
+def _detectors(run: RunConfig) -> list[Problem]:
+    """Return the names that no detector has."""
+    asked = {"watch_stop": run.watch_stop, "watch_rollback": run.watch_rollback}
+    unknown = [(key, name) for key, names in asked.items() for name in names if name not in WATCHED]
+    known = f"there are {', '.join(WATCHED)}"
+    return [Problem(key, f"no detector is called {name!r}", nearest(name, WATCHED) or known) for key, name in unknown]
 
 
 def _never_empty(run: RunConfig) -> list[tuple[str, Value]]:

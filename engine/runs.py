@@ -17,12 +17,13 @@ from typing import IO
 
 from qlora_tui.engine.errors import ConfigError, JournalError, SpaceError
 from qlora_tui.engine.events import Finished, Record, Started, Stepped, decode
-from qlora_tui.engine.journal import EVENTS, is_running
+from qlora_tui.engine.journal import COMMANDS, EVENTS, LOCK, is_running
 from qlora_tui.engine.places import locked, place, replace_file
 from qlora_tui.engine.spec import RunConfig, nearest
 
 RUN_FILE = "run.toml"
 RUNNING, CRASHED = "running", "crashed"
+_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, "log.txt", "report.md", "checkpoints", "eval", "adapter")
 _KNOWN_LIMIT = 200
 _BLOCK = 1 << 16
 
@@ -122,9 +123,9 @@ def claim(folder: Path) -> Path:
     """Check that an old run's folder is ours and real before anything is written into it.
 
     Raises:
-        JournalError: the folder, or its journal, is a link or belongs to somebody else.
+        JournalError: the folder, or something that a run writes in it, is a link or belongs to somebody else.
     """
-    for path in (folder, folder / EVENTS):
+    for path in (folder, *(folder / name for name in _WRITTEN)):
         if not path.exists() and not path.is_symlink():
             continue
         facts = path.lstat()

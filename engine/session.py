@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import platform
@@ -20,11 +19,11 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from qlora_tui.engine import report
+from qlora_tui.engine import report, shelf
 from qlora_tui.engine.data.tokenizer import IMPORTING
 from qlora_tui.engine.errors import EngineError, ExitCode, SpaceError, Stopped
-from qlora_tui.engine.events import Command, Event, Finished, Outcome, Phase, Started
-from qlora_tui.engine.journal import Journal, RunLock, read_records
+from qlora_tui.engine.events import Command, Device, Event, Finished, Outcome, Phase, Started, Stepped
+from qlora_tui.engine.journal import FULL, Journal, RunLock, read_records
 from qlora_tui.engine.logfile import LogFile
 from qlora_tui.engine.machine import Sampler
 from qlora_tui.engine.places import replace_file
@@ -33,11 +32,12 @@ from qlora_tui.engine.preset import to_toml
 from qlora_tui.engine.runs import RUN_FILE, claim
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.watch.throttling import Throttling
+from qlora_tui.engine.watchdog import Watchdog
 from qlora_tui.engine.wishes import Asked
 
 LOG = "log.txt"
 _LIBRARIES = "the libraries for training"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("qlora_tui.session")
 
 
@@ -114,8 +114,11 @@ class Session:
         self.wishes = Asked(folder, self.attempt, self._write)
         self.last_word: Finished | None = None
         self._stop_code = ExitCode.INTERRUPTED
+        self._throttling, self._step = Throttling(), 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._own, name="owner", daemon=False)
+        self.hung: Callable[[str], object] = lambda told: self.end_now(ExitCode.FAILED, told=told)
+        self._watchdog = Watchdog(self._write_beside, self._thread, end_after=run.end_if_hung, end=lambda told: self.hung(told))
 
     def start(self) -> None:
         """Start the owner thread."""
@@ -141,12 +144,14 @@ class Session:
         self._stop_code = code
         self.wishes.ask(name, cause)
 
-    def end_now(self, code: int, restore: Callable[[], object] = lambda: None) -> NoReturn:
+    def end_now(self, code: int, restore: Callable[[], object] = lambda: None, told: str = "") -> NoReturn:
         """End the process within two seconds whatever the owner thread does: last word, terminal, exit.
 
-        The word is written by a thread of its own, since the owner may hold the journal's lock in a stuck disk.
+        The word is written by a thread of its own, since the owner may hold the journal's lock in a stuck disk. With
+        `told`, which says why nobody had to ask, the run counts as failed.
         """
-        word = Finished("aborted", code, "ended at once: what came after the last checkpoint is not saved")
+        lost = "what came after the last checkpoint is not saved"
+        word = Finished("failed" if told else "aborted", code, f"{told or 'ended at once'}: {lost}")
         writer = threading.Thread(target=self._journal.write, args=(word,), name="last word", daemon=True)
         writer.start()
         writer.join(1.0)
@@ -169,11 +174,13 @@ class Session:
     def _through(self) -> Finished:
         """Run the attempt from its first event to the last one before `finished`."""
         self._write(self._started())
-        sampler = Sampler(self._write_device)
+        sampler = Sampler(self._write_beside)
         sampler.start()
+        self._watchdog.start()
         try:
             ended = self._drain()
         finally:
+            self._watchdog.stop()
             sampler.stop()
         code = {"done": ExitCode.DONE, "stopped": self._stop_code, "aborted": self._stop_code}.get(ended.outcome, ExitCode.FAILED)
         return Finished(ended.outcome, int(code), one_line(ended.reason), adapter=ended.adapter)
@@ -211,7 +218,7 @@ class Session:
             return Finished(by_code.get(error.exit_code, "failed"), int(error.exit_code), reason)
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's class, without importing torch
             return Finished("will_not_fit", int(ExitCode.WILL_NOT_FIT), f"out of memory: {reason}")
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in FULL:
             told = f"the disk that holds the run is full; make room, then: qlora-tui --resume {self.folder.name}"
             return Finished("failed", int(ExitCode.FAILED), told)
         return Finished("failed", int(ExitCode.FAILED), f"{type(error).__name__}: {reason} (the traceback is in {LOG})")
@@ -240,12 +247,18 @@ class Session:
 
     def _write(self, event: Event) -> None:
         self._journal.write(event)
+        if isinstance(event, Stepped):
+            self._step = event.step
+        for finding in self._watchdog.see(event):
+            self._journal.write(finding)
         if isinstance(event, Command) and not event.obeyed:
             _log.info("refused: %s: %s", event.name, event.why)
 
-    def _write_device(self, event: Event) -> None:
+    def _write_beside(self, event: Event) -> None:
         try:
             self._journal.write(event)
+            if isinstance(event, Device) and (finding := self._throttling.see(event, self._step)) is not None:
+                self._journal.write(finding)
         except (OSError, ValueError):  # the owner thread meets the same full disk and says so
             return
 
@@ -255,7 +268,7 @@ class Session:
             config=values_of(self.run),
             versions=_versions(),
             device=dataclasses.asdict(self._checked.machine),
-            resumed_from=_newest_step(self.folder) if self.resume else None,
+            resumed_from=shelf.newest_step(self.folder) if self.resume else None,
         )
 
 
@@ -280,11 +293,6 @@ def _ended(value: Ended | None) -> Ended:
     if value is None:
         raise RuntimeError("training returned without a result")
     return value
-
-
-def _newest_step(folder: Path) -> int | None:
-    steps = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return max(steps, default=None)
 
 
 def _versions() -> dict[str, str]:

@@ -32,14 +32,34 @@ def say_on_stderr(text: str) -> None:
 class Signals:
     """SIGINT, SIGTERM and SIGHUP for as long as a run may be alive; install in the main thread."""
 
-    def __init__(self, *, say: Callable[[str], object] = say_on_stderr, restore: Callable[[], object] = lambda: None) -> None:
-        """Say sentences with `say`; call `restore` (the terminal) before the process is ended."""
+    def __init__(
+        self,
+        *,
+        say: Callable[[str], object] = say_on_stderr,
+        restore: Callable[[], object] = lambda: None,
+        too_early: Callable[[int, str], object] = lambda code, why: None,
+    ) -> None:
+        """Say sentences with `say`; call `restore` (the terminal) before the process is ended.
+
+        `too_early` is called with the exit code and why, when a signal ends the process before there is a run to stop.
+        """
         self.session: Session | None = None
         self.hung_up = False
         self.say = say
-        self._restore = restore
+        self._restore, self._too_early = restore, too_early
         self._presses = {signal.SIGINT: 0, signal.SIGTERM: 0}
         self._before: dict[signal.Signals, Any] = {}
+
+    def mind(self, session: Session) -> Session:
+        """Stop this run from now on when a signal comes; and give the terminal back when its watchdog has to end it."""
+        self.session = session
+        session.hung = self._hung
+        return session
+
+    def _hung(self, told: str) -> None:
+        self.say(f"{told}: ended; what came after the last checkpoint is not saved")
+        if self.session is not None:
+            self.session.end_now(ExitCode.FAILED, self._restore, told)
 
     def __enter__(self) -> Signals:
         """Install the handlers, remembering what was there."""
@@ -64,7 +84,9 @@ class Signals:
         code, session = _CODES[which], self.session
         self._presses[which] += 1
         if session is None:
-            self._leave("stopped before a run began", int(code))
+            why = f"{_NAMES[which]}: stopped before the run began"
+            self._too_early(int(code), why)
+            self._leave(why, int(code))
         elif not session.running:
             self._leave("the run has ended", session.exit_code)
         elif self._presses[which] > 1:

@@ -18,6 +18,21 @@ from qlora_tui.engine.columns import DATA_FORMATS
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.units import seconds
 
+WATCHED = (
+    "non_finite",
+    "spike",
+    "drift",
+    "oscillation",
+    "gradient",
+    "overfitting",
+    "memorisation",
+    "not_learning",
+    "throughput",
+    "data_wait",
+)
+"""The detectors that can end a run or take it back."""
+WATCH_STOP = ("spike",)
+
 Kind = Literal["text", "integer", "number", "flag", "list", "duration", "layers"]
 Value = str | int | float | bool | tuple[str, ...]
 
@@ -140,6 +155,7 @@ class RunConfig:
     num_train_epochs: float = _key(2.0, "training", "Passes over the data; most tasks peak after 1-2.", low=0.0, high=1000.0)
     max_steps: int = _key(0, "training", "Stop after so many optimizer steps; 0: by epochs.", low=0)
     max_time: float = _key(0.0, "training", "Stop and save after this long, such as 90m or 2h; 0: no limit.", kind="duration", low=0.0)
+    until: str = _key("", "training", "Be done, measured and saved by then: 07:00, the next one, or 2026-11-28 07:00; empty: no limit.")
     learning_rate: float = _key(2e-4, "training", "Step size; 1e-4 to 3e-4 is usual for LoRA.", low=0.0, high=1.0)
     lr_scheduler_type: str = _key(
         "cosine", "training", "How the learning rate falls after warm-up.", choices=("cosine", "linear", "constant")
@@ -165,9 +181,24 @@ class RunConfig:
     rehearsal: bool = _key(True, "memory", "Before step 1, run the longest batch and measure it; off only to save seconds on CUDA.")
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
 
+    max_temperature: float = _key(
+        0.0, "safety", "Pause between steps while the GPU is hotter than this, in °C; goes on 5 below. 0: never.", low=0.0, high=120.0
+    )
+    end_if_hung: float = _key(
+        0.0, "safety", "End the run when it shows no sign of life for this long, such as 30m; 0: only say so.", kind="duration", low=0.0
+    )
+
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
-    save_steps: int = _key(0, "saving", "Checkpoint every so many steps; 0: about ten times a run.", low=0)
-    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints.", low=1)
+    save_steps: int = _key(0, "saving", "Checkpoint every so many steps, and where the hold-out is best; 0: about ten times a run.", low=0)
+    save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints; the last healthy one and the best stay besides.", low=1)
+    watch_stop: tuple[str, ...] = _key(
+        WATCH_STOP, "saving", "Detectors that stop the run when they are sure; the others tell. non_finite always stops."
+    )
+    watch_rollback: tuple[str, ...] = _key(
+        (),
+        "saving",
+        "Detectors that go back to the last healthy checkpoint with half the learning rate, at most twice, and then stop.",
+    )
     runs_dir: str = _key("runs", "saving", "Folder that holds the runs.")
 
 

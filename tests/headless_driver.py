@@ -1,4 +1,4 @@
-"""A run without a screen and without a model, as a process of its own: `headless_driver.py TRAINING RUNS_DIR [--json]`."""
+"""A run without a screen and without a model, as a process of its own: `headless_driver.py TRAINING RUNS_DIR [--json] [--hang]`."""
 
 from __future__ import annotations
 
@@ -21,4 +21,5 @@ def begin(plan: Plan, run: RunConfig, reading: Reading) -> Session:
 
 
 if __name__ == "__main__":
-    sys.exit(headless(Plan(replace(RUN, runs_dir=sys.argv[2]), sys.argv[1]), Streams(), as_json="--json" in sys.argv, begin=begin))
+    chosen = replace(RUN, runs_dir=sys.argv[2], end_if_hung=1.0 if "--hang" in sys.argv else 0.0)
+    sys.exit(headless(Plan(chosen, sys.argv[1]), Streams(), as_json="--json" in sys.argv, begin=begin))

@@ -26,7 +26,7 @@ def begin(plan: room.Plan, run: RunConfig, reading: Reading) -> Session:
 
 if __name__ == "__main__":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # a shell does this: the terminal's end then reaches us as SIGHUP
-    chosen = replace(RUN, runs_dir=sys.argv[2])
+    chosen = replace(RUN, runs_dir=sys.argv[2], end_if_hung=1.0 if "--hang" in sys.argv else 0.0)
     plan = room.Plan(chosen, "test", new_run_folder(chosen, "test"))
     options = argparse.Namespace(no_mouse=False, ascii=False)
     sys.exit(room.on_screen(options, plan, Streams(), begin=begin))

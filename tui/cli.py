@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
+    "watch": "what the stability watch says about a finished log, ours or another tool's",
     "doctor": "what works here, and the one command that mends what does not",
 }
 
@@ -158,6 +159,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", action=_Data, metavar="PATH_OR_ID", help="JSONL file, hub dataset or builtin:python-docs; repeat for more")
     _flag(what, "--max-steps", "max_steps", "N", "stop after N optimizer steps")
     _flag(what, "--max-time", "max_time", "TIME", "stop and save after this long: 90m, 2h")
+    _flag(what, "--until", "until", "TIME", "be done and saved by then: 07:00")
     what.add_argument("--skip-bad-rows", action=_Switch, nargs=0, dest="skip_bad_rows", help="leave broken rows out, counted")
     _flag(what, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
     what.add_argument("--set", action=_Set, metavar="KEY=VALUE", help="any setting, such as lora_r=32; repeatable")
@@ -200,6 +202,13 @@ def _presets_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("log", metavar="LOG", help="a run, events.jsonl, trainer_state.json, or a CSV of step,loss[,grad_norm,eval_loss]")
+    parser.add_argument("--batch", metavar="N", type=_count, default=0, help="rows a step, where the log does not say")
+    parser.add_argument("--warmup", metavar="N", type=_count, default=0, help="warm-up steps, where the log does not say")
+    _json(parser)
+
+
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--runs-dir", "runs_dir", "DIR", "only the runs in this folder (default: runs, and those begun elsewhere)")
     _json(parser)
@@ -221,6 +230,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,
+    "watch": _watch_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
     SCORER: _child_arguments,
@@ -237,6 +247,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from qlora_tui.tui.commands import attach
 
         return attach.attach
+    if name == "watch":
+        from qlora_tui.tui.commands import watch
+
+        return watch.watch
     from qlora_tui.tui.commands import facts
 
     return facts.COMMANDS[name]

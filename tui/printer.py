@@ -26,6 +26,7 @@ from qlora_tui.engine.events import (
     Prepared,
     Record,
     Resumed,
+    RolledBack,
     Saved,
     Started,
     Stepped,
@@ -280,6 +281,9 @@ def _plain_lines(event: Event, folder: Path) -> Sequence[str]:
             return (f"saved {event.kind} of step {event.step}: {one_line(event.path)} ({gib(event.bytes)})",)
         case Resumed():
             return (f"going on after step {event.to_step}",)
+        case RolledBack():
+            rate = f"{event.rate_factor:g} times the learning rate"
+            return (f"back to step {event.to_step}, from here on with {rate}: {one_line(event.why)}",)
         case Finding():
             mark = {"info": "note", "warn": "WARNING", "stop": "STOP"}[event.severity]
             advice = f" Try: {'; '.join(one_line(text) for text in event.advice)}." if event.advice else ""

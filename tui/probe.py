@@ -72,6 +72,7 @@ def probe(
         per_device_train_batch_size=rows_at_once(run),
         max_steps=max(WARM_STEPS + 2, math.ceil(rows / rows_at_once(run))),
         max_time=0.0,
+        until="",
         max_samples=0,
         val_set_size=_HELD_OUT,
         data=tuple(map(train_alone, run.data)),

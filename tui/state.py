@@ -264,10 +264,22 @@ def _evaluated(state: RunState, event: ev.Evaluated, t: float) -> Changes:
 
 def _saved(state: RunState, event: ev.Saved, t: float) -> Changes:
     adapter = event.path if event.kind == "adapter" else state.adapter
-    name = "adapter" if event.kind == "adapter" else f"checkpoint of step {event.step}"
+    name = "adapter" if event.kind == "adapter" else f"{event.kind} of step {event.step}"
+    name = name.replace("diagnostic", "diagnostic checkpoint")
     log = _say(state, t, f"{name} saved and verified, {words.size(event.bytes)}", "good")
     marks = (*state.marks[-(MARKS - 1) :], Mark(event.step, state.history, event.path)) if event.kind == "checkpoint" else state.marks
     return {"saved": event, "saved_at": t, "adapter": adapter, "marks": marks, "log": log}
+
+
+def _marked_healthy(state: RunState, event: ev.MarkedHealthy, t: float) -> Changes:
+    return {"log": _say(state, t, f"checkpoint of step {event.step} is healthy: the steps after it were clean", "good")}
+
+
+def _rolled_back(state: RunState, event: ev.RolledBack, t: float) -> Changes:
+    """Cut off what came after the checkpoint, but keep what the watch said: it is the reason."""
+    text = f"back to step {event.to_step}, with {event.rate_factor:g} times the learning rate: {event.why}"
+    cut = _resumed(state, ev.Resumed(event.to_step), t)
+    return cut | {"findings": state.findings, "log": _say(state, t, text, "bad")}
 
 
 def _resumed(state: RunState, event: ev.Resumed, t: float) -> Changes:
@@ -326,7 +338,9 @@ _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
     ev.Stepped.type: _stepped,
     ev.Evaluated.type: _evaluated,
     ev.Saved.type: _saved,
+    ev.MarkedHealthy.type: _marked_healthy,
     ev.Resumed.type: _resumed,
+    ev.RolledBack.type: _rolled_back,
     ev.Device.type: _device,
     ev.Forecast.type: _forecast,
     ev.Finding.type: _finding,

@@ -40,7 +40,7 @@ def read_hub(name: str, tape: Tape | None = None, *, subset: str = "") -> Iterat
     whether to stop.
 
     Raises:
-        DataError: no such dataset or split, or one that may not be read.
+        DataError: no such dataset or split, or one that may not be read; or HF_HUB_OFFLINE is set and it is not in the cache.
         FetchError: the hub could not be reached, or went away.
         SpaceError: there is no room for the rows.
     """
@@ -85,6 +85,9 @@ def _loaded(name: str, repo: str, subset: str, split: str) -> Any:
             f"the dataset cannot be read ({one_line(error, limit=200)})", hint="name a split: owner/name:split", where=name
         ) from None
     except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers do)
+        if _offline():
+            told = "there is no such file, HF_HUB_OFFLINE is set, and the cache of datasets does not hold it"
+            raise DataError(told, hint="unset it once, or name a file", where=name) from None
         raise FetchError(f"the dataset could not be fetched ({one_line(error, limit=200)})", where=name) from None
 
 
@@ -96,11 +99,15 @@ def _write(rows: Any, path: str) -> None:
             stream.write_table(table)
 
 
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
 def _ask(repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if _offline():
         return  # datasets then reads its cache alone, and says so itself
     try:
         HfApi().dataset_info(repo, timeout=_PATIENCE_SECONDS)

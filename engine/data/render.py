@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qlora_tui.engine.data.chat import Chat, Row
 from qlora_tui.engine.data.template import Span, Template, Written
 from qlora_tui.engine.data.tokenizer import Tokenizer
-from qlora_tui.engine.errors import BadRow
+from qlora_tui.engine.errors import BadRow, FenceError
 from qlora_tui.engine.text import one_line
 
 Encoded = tuple[list[int], list[Span]]
@@ -159,6 +159,8 @@ class Renderer:
     def _encode(self, text: str) -> Encoded:
         try:
             return self.tokenizer.encode(text)
+        except FenceError:
+            raise
         except Exception as error:  # noqa: BLE001  (the Rust side raises plain Exception)
             raise BadRow(f"the tokenizer cannot read it ({one_line(error, limit=120)})") from None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine.data.jinja import compiled, fixed_date
-from qlora_tui.engine.errors import ModelError
+from qlora_tui.engine.errors import FenceError, ModelError
 from qlora_tui.engine.text import one_line
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Tokenizer:
         from tokenizers.processors import ByteLevel
 
         self._inner = inner
+        self._owner: threading.Thread | None = None
         self._backend = inner.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -107,19 +108,46 @@ class Tokenizer:
             **self._special,
         )
 
+    def claim(self) -> Tokenizer:
+        """Bind this tokenizer to the calling thread and return it; what training reads belongs to the owner of the run."""
+        self._owner = threading.current_thread()
+        return self
+
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids and, for each, the characters of `text` it stands for."""
+        """Return the token ids and, for each, the characters of `text` it stands for.
+
+        Raises:
+            FenceError: another thread claimed this tokenizer, or somebody made it cut or pad behind its owner's back.
+        """
         encoding = self._backend.encode(text, add_special_tokens=False)
+        if self._owner is not None:
+            self._check(self._owner)
         return encoding.ids, encoding.offsets
 
     def encode_many(self, texts: Sequence[str]) -> Sequence[Encoding]:
         """Return what the tokenizer makes of each text, `ids` and `offsets` as of `encode`; other threads of Python run meanwhile.
 
+        Its caller's own thread may be another than the owner's: rows are encoded ahead of where they are rendered.
+
         Raises:
+            FenceError: somebody made the tokenizer cut or pad behind its owner's back.
             Exception: it cannot read one of them; which, it does not say.
         """
         found: Sequence[Encoding] = self._backend.encode_batch(texts, add_special_tokens=False)
+        if self._owner is not None:
+            self._check_settings()
         return found
+
+    def _check(self, owner: threading.Thread) -> None:
+        """Hold the claim; looked at after the work, so that what happened meanwhile is seen and the result is not used."""
+        caller = threading.current_thread()
+        if caller is not owner:
+            raise FenceError(f"thread {caller.name!r} used the tokenizer that {owner.name!r} owns", hint="please report this")
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        if self._backend.truncation is not None or self._backend.padding is not None:
+            raise FenceError("the tokenizer of the training rows was made to cut or pad them", hint="please report this")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens included, nothing tidied."""

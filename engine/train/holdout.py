@@ -43,6 +43,7 @@ class Holdout:
     wishes: Wishes
     base: list[RowLoss] = field(default_factory=list)
     newest: list[RowLoss] = field(default_factory=list)
+    seconds: float = 0.0  # that the last measurement took
 
     def measure_base(self, loaded: Loaded, fence: Fence) -> Iterator[Event]:
         """Measure the base, adapter off; a resumed run reads what the first attempt measured."""
@@ -73,6 +74,7 @@ class Holdout:
                 yield self.halving.halve(step, words)
                 losses, words = yield from self._attempt(step, loaded, fence)
         seconds, told = time.monotonic() - began, self.meter.told("eval")
+        self.seconds = seconds if losses else self.seconds
         yield Phase("eval", "end", done=len(losses), total=len(self.rows), unit="rows", seconds=seconds, **told)
         if losses:
             yield self._remember(step, losses)
@@ -101,13 +103,16 @@ class Holdout:
 
     def _remember(self, step: int, losses: list[RowLoss]) -> Evaluated:
         path = self._path(BASE if step == 0 else f"step-{step:06d}")
-        evaluate.write_rows(path, losses)
+        where = str(path.relative_to(self.folder))
+        try:
+            evaluate.write_rows(path, losses)
+        except OSError:  # a full disk: the result counts without its rows, and the next save says what is wrong
+            where = ""
         if step == 0:
             self.base = losses
         else:
             self.newest = losses
         mean, error = evaluate.mean_loss(losses), evaluate.standard_error([loss.mean for loss in losses])
-        where = str(path.relative_to(self.folder))
         if step == 0 or not self.base:
             return Evaluated(step, mean, len(losses), error, where)
         card = evaluate.compare(self.base, losses)

@@ -6,39 +6,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from qlora_tui.engine import builtin, checkpoint, fixes, hub, measured
+from qlora_tui.engine import builtin, checkpoint, fixes, hub
 from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
-from qlora_tui.engine.errors import CheckpointError, DataError, ModelError, Stopped
-from qlora_tui.engine.events import Event, Finding, Phase, PhaseName, Planned, Prepared, Resumed, Saved, Wishes
-from qlora_tui.engine.fast.recompute import recompute
+from qlora_tui.engine.errors import DataError, ModelError, Stopped
+from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Saved, Wishes
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.journal import EVENTS, read_records
 from qlora_tui.engine.load import Loaded, choose_dtype, load, trainable
 from qlora_tui.engine.machine import Machine
-from qlora_tui.engine.meter import Meter, empty_cache, out_of_memory, said
+from qlora_tui.engine.meter import Meter, out_of_memory
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.rehearse import Cast, Rehearsed, pieces, rehearse
-from qlora_tui.engine.spec import BUILTIN, RunConfig, checkpointed_of, rows_at_once, rows_per_step
+from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.train import verdict
+from qlora_tui.engine.train.attention import tell_kernel
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
+from qlora_tui.engine.train.keeper import Keeper
+from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
+from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash
 from qlora_tui.engine.train.triage import Triage
+from qlora_tui.engine.train.worst import worst_first
 from qlora_tui.engine.units import gib
-from qlora_tui.engine.watch import Watch
+from qlora_tui.engine.until import Deadline
+from qlora_tui.engine.watch import Setting, Watch
 
 DROPPED = "dropped.jsonl"
 """In the run folder: the rows that are not used, with the reason."""
@@ -107,15 +113,19 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     with meter.phase("load", fresh=True):
         loaded = load(choices.run, folder, job.machine)
     yield Phase("load", "end", seconds=time.monotonic() - began, **meter.told("load"))
+    fence = Fence(loaded)
     if choices.run.perplexity_filter:
-        tokenized = yield from _sift(job, choices, loaded, folder, tokenized, meter)
+        tokenized = yield from _sift(job, choices, loaded, fence, folder, tokenized, meter)
     if job.scores_alone:
         return Result("done", "the base has scored the answers")
-    loop = _loop(job, choices, loaded, tokenized, meter)
-    rehearsed = yield from _rehearse(job, choices, loop, tokenized)
+    loop = _loop(job, choices, loaded, fence, tokenized, meter, folder)
+    planned = partial(_planned, job, choices, loop.total)
+    rehearsed = yield from worst_first(choices, loop, tokenized, planned, on_cpu=job.rehearse_on_cpu)
+    yield from tell_kernel(choices.run, loaded, loop.fence, tokenized.facts.max_row_tokens, job.model_spec.head_dim)
     if job.resume:
-        yield from _resume(job, loop)
-    yield from loop.holdout.measure_base(loaded, loop.fence)
+        yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
+    yield from loop.keeper.prove(loop.state())
+    yield from verdict.measure_base(loop)
     with meter.phase("train", fresh=True):
         ending = yield from loop.train()
     result = yield from _finish(job, loop, folder, ending)
@@ -156,7 +166,7 @@ def _data(job: Job, folder: Path) -> Generator[Event, None, Tokenized]:
     tokenized = prepare(
         job.run,
         job.dataset,
-        load_tokenizer(folder, job.run.chat_template),
+        load_tokenizer(folder, job.run.chat_template).claim(),
         eval_dataset=job.eval_dataset,
         stopping=lambda: poll_for(job.wishes),
         progress=_teller(job.say, "data", "rows"),
@@ -231,7 +241,7 @@ def _total(run: RunConfig, tokenized: Tokenized) -> int:
 
 
 def _sift(
-    job: Job, choices: Choices, loaded: Loaded, folder: Path, tokenized: Tokenized, meter: Meter
+    job: Job, choices: Choices, loaded: Loaded, fence: Fence, folder: Path, tokenized: Tokenized, meter: Meter
 ) -> Generator[Event, None, Tokenized]:
     """Leave out the answers that the base knows, list them, and say anew what will be trained."""
     run, began = choices.run, time.monotonic()
@@ -241,6 +251,7 @@ def _sift(
         weights=folder,
         device_name=job.machine.name,
         loaded=loaded,
+        fence=fence,
         halving=Halving("the triage", rows_at_once(run), loaded.device, choices.refuse),
         wishes=job.wishes,
         say=job.say,
@@ -257,11 +268,11 @@ def _sift(
     return left
 
 
-def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, meter: Meter) -> Loop:
+def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: Tokenized, meter: Meter, folder: Path) -> Loop:
     run, total, device = choices.run, _total(choices.run, tokenized), loaded.device
-    fence = Fence(loaded)
     halving = partial(Halving, rows=rows_at_once(run), device=device, refuse=choices.refuse)
     optimizer = build_optimizer(run, trainable(loaded.model), device)
+    fence.attach(optimizer)
     loaded.model.train()
     return Loop(
         run=run,
@@ -271,106 +282,28 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, tokenized: Tokenized, mete
         order=Order(tokenized.train, rows_per_step(run), run.seed),
         holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes),
         meter=meter,
-        watch=Watch(total, warmup_steps(run, total)),
+        watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
         fence=fence,
         wishes=job.wishes,
+        limits=Limits(run, Deadline(run.until)),
+        keeper=Keeper(job.folder, run.save_total_limit, loaded.model, optimizer, meter),
+        origin=origin(job.run, chain(tokenized.train, tokenized.holdout), folder, job.model_files.commit),
         total=total,
     )
-
-
-def _rehearse(job: Job, choices: Choices, loop: Loop, tokenized: Tokenized) -> Generator[Event, None, Rehearsed | None]:
-    """Run the worst batch first; what does not fit is made leaner where the config leaves that open.
-
-    On CUDA unless `rehearsal` is off. On a CPU never: nothing there refuses memory, and it would cost a whole step.
-
-    Raises:
-        WontFit: it does not fit and no leaner choice is left.
-    """
-    cuda = loop.loaded.device.type == "cuda"
-    if not choices.run.rehearsal or not (cuda or job.rehearse_on_cpu):
-        return None
-    while True:
-        began = time.monotonic()
-        rehearsed, words, lacking = yield from _rehearse_once(choices, loop, tokenized)
-        if rehearsed is not None:
-            break
-        empty_cache(loop.loaded.device)
-        yield Phase("probe", "end", seconds=time.monotonic() - began, note=words)
-        changes = choices.leaner()
-        if not changes:
-            raise choices.refuse(f"the rehearsal of the longest batch did not fit: {words}", lacking)
-        _resize(loop, choices)
-        yield Finding("memory", "warn", 0, f"the rehearsal did not fit ({words}); now leaner: {changes}", (), {"lacking_bytes": lacking})
-        yield _planned(job, choices, loop.total)
-    if cuda and (speed := pieces(loop.loaded, job.model_spec, loop.run)) is not None:  # each time: a host is not always as fast
-        measured.remember_speed(job.machine.name, measured.versions(), speed)
-    return rehearsed
-
-
-def _rehearse_once(choices: Choices, loop: Loop, tokenized: Tokenized) -> Generator[Event, None, tuple[Rehearsed | None, str, int]]:
-    """Return what was measured; or None, what went wrong, and how many bytes the estimate was measured to be too low, if known."""
-    run = choices.run
-    cast = Cast(
-        loaded=loop.loaded,
-        optimizer=loop.optimizer,
-        train_rows=tokenized.train,
-        eval_rows=tokenized.holdout,
-        add=loop.gradient.add,
-        rows_at_once=rows_at_once(run),
-        repeats=run.gradient_accumulation_steps,
-        chunk=run.loss_chunk_size,
-        excursion=loop.fence.excursion,
-        poll=lambda: poll_for(loop.wishes),
-    )
-    try:
-        rehearsed = yield from rehearse(cast, loop.meter)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return None, said(error), 0
-    needed = max(rehearsed.peaks.values())
-    if needed <= choices.free_bytes:
-        return rehearsed, "", 0
-    words = f"it needs {gib(needed)} and {gib(choices.free_bytes)} are free"
-    return None, words, max(1, needed - choices.plan.budget.total_bytes)
-
-
-def _resize(loop: Loop, choices: Choices) -> None:
-    """Give a loop that has not begun the leaner choices."""
-    run = loop.run = choices.run
-    layers = loop.loaded.decoder.layers
-    assert isinstance(layers, torch.nn.ModuleList)
-    recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
-    loop.gradient.halving.rows = loop.holdout.halving.rows = rows_at_once(run)
-    loop.gradient.chunk = loop.holdout.chunk = run.loss_chunk_size
-    loop.meter.predicted = choices.predicted()
-
-
-def _resume(job: Job, loop: Loop) -> Iterator[Event]:
-    """Go on from the newest checkpoint that proves sound; without any, start again and say so."""
-    path, damaged = checkpoint.newest(job.folder)
-    for sentence in damaged:
-        yield Finding("checkpoint", "warn", 0, f"{sentence}; an older checkpoint is used", ("check the disk",))
-    if path is None:
-        if damaged:
-            raise CheckpointError("no checkpoint of this run is sound", where=str(job.folder))
-        yield Resumed(0)
-        return
-    loop.restore(checkpoint.restore(path, loop.loaded.model, loop.optimizer))
-    yield Resumed(loop.step)
 
 
 def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event, None, Result]:
     """Write the adapter and measure it; an aborted run leaves what the last checkpoint holds."""
     if ending == "abort":
-        return Result("aborted", f"aborted at step {loop.step}; checkpoint of step {max(0, loop.saved_step)} is kept")
+        return Result("aborted", f"aborted at step {loop.step}; checkpoint of step {max(0, loop.keeper.step)} is kept")
     if loop.step == 0:
         return Result("stopped", "stopped before the first step: there is nothing to save")
     path = checkpoint.write_adapter(job.folder, loop.loaded.model, _base_name(job, folder), load_tokenizer(folder, job.run.chat_template))
     yield Saved(loop.step, path.name, checkpoint.folder_bytes(path), "adapter")
     if ending == "stop":
-        return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}", path.name)
-    yield from loop.holdout.measure(loop.step, loop.loaded, loop.fence)
+        lost = "" if loop.keeper.step == loop.step else f"; without a checkpoint: a resume goes on from step {max(0, loop.keeper.step)}"
+        return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}{lost}", path.name)
+    yield from verdict.told((yield from loop.measure()))
     reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
     return Result("done", reason, path.name)
 

@@ -15,20 +15,22 @@ from typing import Any
 
 import torch
 
-from qlora_tui.engine import checkpoint
 from qlora_tui.engine.batches import Order, supervised_tokens
 from qlora_tui.engine.data import TokenRow
-from qlora_tui.engine.errors import Diverged, SpaceError, WontFit
-from qlora_tui.engine.events import Event, Finding, Phase, Saved, Stepped, Wishes
+from qlora_tui.engine.errors import WontFit
+from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Stepped, Wishes
 from qlora_tui.engine.forecast import Pace
 from qlora_tui.engine.load import Loaded
-from qlora_tui.engine.meter import Meter, in_use
+from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout
+from qlora_tui.engine.train.keeper import Keeper
+from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.optim import clip, gradient_norm, set_rate
 from qlora_tui.engine.train.schedule import cadence, learning_rate
-from qlora_tui.engine.train.step import Gradient
+from qlora_tui.engine.train.step import Gradient, Took
 from qlora_tui.engine.watch import Watch
 
 EVALS, SAVES = 5, 10
@@ -49,9 +51,13 @@ class Loop:
     watch: Watch
     fence: Fence
     wishes: Wishes
+    limits: Limits
+    keeper: Keeper
+    origin: Mapping[str, Any]  # what a resume must find again: settings, data, base
     total: int
     step: int = 0
-    saved_step: int = -1
+    rate_factor: float = 1.0  # halved by every roll back
+    rolled_back: int = 0
     timed: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, rows and seconds of each step
     _pace: Pace = field(default_factory=Pace)
 
@@ -73,52 +79,55 @@ class Loop:
             self.step += 1
             yield stepped
             self.timed.append((stepped.tokens, len(stepped.rows), stepped.seconds))
-            yield from self._judge(stepped)
-            yield from self._afterwards(stepped)
+            yield from verdict.judge(self, stepped)
+            if self.step == stepped.step:  # not taken back
+                yield from self._afterwards(stepped)
         if ending != "abort":
             yield from self.save()
         seconds, told = time.monotonic() - began, self.meter.told("train")
         yield Phase("train", "end", done=self.step, total=self.total, unit="steps", seconds=seconds, **told)
         return ending
 
-    def save(self) -> Iterator[Event]:
+    def save(self, *, loss: float | None = None, kind: str = "step") -> Iterator[Event]:
         """Save a checkpoint unless this step has one; a full disk is said and survived."""
-        if self.step == self.saved_step or self.step == 0:
-            return
-        yield Phase("save", "begin")
-        began = time.monotonic()
-        try:
-            with self.meter.phase("save"):
-                path = checkpoint.save(self.holdout.folder, self.step, self.loaded.model, self.optimizer, self._state())
-        except SpaceError as error:
-            advice = ("free space on this disk: training goes on and tries again at the next save",)
-            yield Finding("disk", "warn", self.step, str(error), advice)
-            return
-        finally:
-            yield Phase("save", "end", seconds=time.monotonic() - began, **self.meter.told("save"))
-        self.saved_step = self.step
-        yield Saved(self.step, str(path.relative_to(self.holdout.folder)), checkpoint.folder_bytes(path))
-        checkpoint.prune(self.holdout.folder, self.run.save_total_limit)
+        if self.step:
+            yield from self.keeper.save(self.step, self.state(), loss=loss, kind=kind)
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint has to remember beside the tensors."""
         halved = {"rows_at_once": self.gradient.halving.rows, "eval_rows": self.holdout.halving.rows}
-        return {"total": self.total, "watch": self.watch.state(), **halved}
+        rates = {"rate_factor": self.rate_factor, "rolled_back": self.rolled_back}
+        return {"total": self.total, "watch": self.watch.state(), **halved, **rates, **self.origin}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers: the step, the detectors, and how far memory made batches smaller."""
-        self.step = self.saved_step = int(state["step"])
+        self.step = int(state["step"])
         self.watch.restore(state["watch"])
+        self.rate_factor, self.rolled_back = float(state.get("rate_factor", 1.0)), int(state.get("rolled_back", 0))
+        self.keeper.restore(state)
         for halving, name in ((self.gradient.halving, "rows_at_once"), (self.holdout.halving, "eval_rows")):
             halving.rows = min(halving.rows, int(state.get(name, halving.rows)))
+
+    def measure(self) -> Generator[Event, None, list[Finding]]:
+        """Measure the hold-out and return what the watch says; the best measurement so far is saved if this step was not."""
+        found: list[Finding] = []
+        for event in self.holdout.measure(self.step, self.loaded, self.fence):
+            yield event
+            if isinstance(event, Evaluated):
+                found += verdict.measured(self, event)
+                if self.keeper.better(event.loss):
+                    yield from self.save(loss=event.loss)
+        return found
 
     def _survive(self, step: int) -> Generator[Event, None, Stepped]:
         """Take one step and say what memory made of it; when it does not fit at all, the steps before are saved first."""
         stepped: Stepped | WontFit
         try:
-            stepped = self._step(step)
+            with self.fence.step():
+                stepped = self._step(step)
         except WontFit as error:
             stepped = error
-        yield from self.gradient.tell(step)
+        yield from (*self.gradient.tell(step), *self.fence.tell(step))
         if isinstance(stepped, WontFit):
             yield from self.save()
             raise stepped
@@ -129,20 +138,24 @@ class Loop:
 
         However short the time, every attempt takes one step, so that it ends with something saved.
         """
-        for wish in self.wishes.take():
-            if wish.name == "save":
-                yield from self.save()
+        yield from self._obey()
+        yield from self.limits.rest(self.step, self._obey, self.wishes.urgent)
         urgent = self.wishes.urgent()
         if urgent:
             return urgent
-        return "time" if self.run.max_time and trained_seconds >= self.run.max_time else "done"
+        return "time" if self.limits.up(trained_seconds, self.timed, self.holdout.seconds) else "done"
+
+    def _obey(self) -> Iterator[Event]:
+        for wish in self.wishes.take():
+            if wish.name == "save":
+                yield from self.save()
 
     def _step(self, step: int) -> Stepped:
         """Compute one optimizer step and apply it if it is finite."""
         began = time.monotonic()
         rows = self.order.of(step)
         supervised = sum(supervised_tokens(row) for row in rows)
-        lr = learning_rate(self.run, step, self.total)
+        lr = learning_rate(self.run, step, self.total) * self.rate_factor
         set_rate(self.optimizer, lr)
         loss, data_seconds = self._backward(rows, supervised)
         parameters = self.fence.trained
@@ -150,38 +163,18 @@ class Loop:
         finite = math.isfinite(loss) and math.isfinite(norm)
         clipped = False
         if finite:
-            self.fence.before_step(supervised)
+            self.fence.before_step(supervised, loss, norm, lr)
             clipped = clip(parameters, norm, self.run.max_grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        took = Took(supervised, time.monotonic() - began, data_seconds)
         return Stepped(
-            step=step,
-            total_steps=self.total,
-            epoch=step / self.order.per_epoch,
-            loss=loss,
-            grad_norm=norm,
-            clipped=clipped,
-            skipped=not finite,
-            lr=lr,
-            tokens=sum(len(row.input_ids) for row in rows),
-            supervised_tokens=supervised,
-            seconds=time.monotonic() - began,
-            data_seconds=data_seconds,
-            rows=tuple(row.row for row in rows),
-            **in_use(self.loaded.device),
+            step, self.total, step / self.order.per_epoch, loss, norm, clipped, not finite, lr, **took.told(rows, self.loaded.device)
         )
 
     def _backward(self, rows: list[TokenRow], supervised: int) -> tuple[float, float]:
         """Add up the gradient of the step; returns its loss in nats a token and the seconds spent on batches."""
         return self.gradient.of_step(rows, supervised, self.step + 1)
-
-    def _judge(self, stepped: Stepped) -> Iterator[Event]:
-        """Ask the detectors; a stop keeps a diagnostic checkpoint and ends the run."""
-        for finding in self.watch.see(stepped):
-            yield finding
-            if finding.severity == "stop":
-                yield from self.save()
-                raise Diverged(finding.message, hint=finding.advice[0] if finding.advice else "", where=f"step {stepped.step}")
 
     def _afterwards(self, stepped: Stepped) -> Iterator[Event]:
         """Say how long it will take, measure the hold-out and save when it is time."""
@@ -190,6 +183,6 @@ class Loop:
         if forecast is not None:
             yield forecast
         if self.step % cadence(self.run.eval_steps, self.total, EVALS) == 0 and self.step < self.total:
-            yield from self.holdout.measure(self.step, self.loaded, self.fence)
-        if self.step % cadence(self.run.save_steps, self.total, SAVES) == 0:
+            yield from verdict.act(self, (yield from self.measure()))
+        if self.step == stepped.step and self.step % cadence(self.run.save_steps, self.total, SAVES) == 0:
             yield from self.save()

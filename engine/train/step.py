@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -145,6 +146,20 @@ class Gradient:
             if not out_of_memory(error):
                 raise
             return None, said(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What one step took: tokens that it learned from, and seconds, of which `data_seconds` went into making batches."""
+
+    supervised_tokens: int
+    seconds: float
+    data_seconds: float
+
+    def told(self, rows: Sequence[TokenRow], device: torch.device) -> dict[str, Any]:
+        """Return that, and what the step's rows and the memory say, as fields of `Stepped`."""
+        tokens = sum(len(row.input_ids) for row in rows)
+        return {**asdict(self), "tokens": tokens, "rows": tuple(row.row for row in rows), **in_use(device)}
 
 
 def allocator_retries() -> int:

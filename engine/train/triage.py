@@ -38,7 +38,7 @@ class Triage:
         folder: of the run.
         weights: the folder that the base was loaded from.
         device_name: numbers differ from one device to the next.
-        loaded, halving, wishes: as for the hold-out.
+        loaded, fence, halving, wishes: as for the hold-out.
         say, progress: journal what a callback has to tell.
     """
 
@@ -47,6 +47,7 @@ class Triage:
     weights: Path
     device_name: str
     loaded: Loaded
+    fence: Fence
     halving: Halving
     wishes: Wishes
     say: Callable[[Event], object]
@@ -99,17 +100,16 @@ class Triage:
 
     def _score(self, rows: TokenRows) -> list[RowLoss]:
         """Measure all rows with the adapter off; where memory runs out, again with half as many at once."""
-        fence = Fence(self.loaded)
-        losses, words = self._attempt(rows, fence)
+        losses, words = self._attempt(rows)
         while words:
             self.say(self.halving.halve(0, words))
-            losses, words = self._attempt(rows, fence)
+            losses, words = self._attempt(rows)
         return losses
 
-    def _attempt(self, rows: TokenRows, fence: Fence) -> tuple[list[RowLoss], str]:
+    def _attempt(self, rows: TokenRows) -> tuple[list[RowLoss], str]:
         """Return the losses, or the error's words where memory ran out."""
         try:
-            with fence.excursion(adapter_off=True):
+            with self.fence.excursion(adapter_off=True):
                 return self._measure(rows), ""
         except RuntimeError as error:
             if not out_of_memory(error):

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from qlora_tui.engine.events import Finding, Stepped
+from qlora_tui.engine.watch.advice import calmer
+from qlora_tui.engine.watch.rule import Rule
 
 IN_A_ROW = 3
-SHARE, WINDOW = 0.01, 100
-"""More than one in a hundred of the last hundred steps also ends the run."""
+MOST, WINDOW = 3, 100
+"""More than so many of the last hundred steps also end the run."""
 
 
-class NonFinite:
+@dataclass
+class NonFinite(Rule):
     """Speaks at every non-finite step, since each one is a step that taught nothing; cannot be switched off."""
 
-    name = "non_finite"
-
-    def __init__(self, *, total_steps: int, warmup_steps: int) -> None:
-        """Start with nothing seen; the schedule does not matter here."""
-        self._row = 0
-        self._bad: list[int] = []
+    name: ClassVar[str] = "non_finite"
+    rule: ClassVar[str] = f"loss and gradient norm are numbers; {IN_A_ROW} steps in a row, or {MOST + 1} of {WINDOW}, end the run"
+    in_a_row: int = 0
+    bad: list[int] = field(default_factory=list)
 
     def see(self, step: Stepped) -> Finding | None:
         """Warn at a non-finite step, stop at the third in a row or when they keep coming."""
         if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
-            self._row = 0
+            self.in_a_row = 0
             return None
-        self._row += 1
-        self._bad = [past for past in self._bad if past > step.step - WINDOW] + [step.step]
-        stop = self._row >= IN_A_ROW or len(self._bad) > SHARE * WINDOW + IN_A_ROW - 1
+        self.in_a_row += 1
+        self.bad = [past for past in self.bad if past > step.step - WINDOW] + [step.step]
+        stop = self.in_a_row >= IN_A_ROW or len(self.bad) > MOST
         what = "loss" if not math.isfinite(step.loss) else "gradient"
-        advice = ("halve the learning rate", "warm up longer", "look at the rows of this step", "use bfloat16 or float32")
-        numbers = {"loss": step.loss, "grad_norm": step.grad_norm, "in_a_row": self._row, "rows": list(step.rows)}
-        message = f"the {what} is not a number; the step was not applied" + (f", {self._row} in a row" if self._row > 1 else "")
-        return Finding(self.name, "stop" if stop else "warn", step.step, message, advice, numbers)
-
-    def state(self) -> dict[str, Any]:
-        """Return the running counts."""
-        return {"row": self._row, "bad": self._bad}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from the counts."""
-        self._row, self._bad = int(state["row"]), [int(step) for step in state["bad"]]
+        advice = (*calmer(step.lr)[:2], "look at the rows of this step", "dtype=bfloat16 or float32: float16 overflows at 65,504")
+        numbers = {
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            "in_a_row": self.in_a_row,
+            "of_last_100": len(self.bad),
+            "rows": list(step.rows),
+        }
+        message = f"the {what} is not a number; the step was not applied" + (f", {self.in_a_row} in a row" if self.in_a_row > 1 else "")
+        return self.found("stop" if stop else "warn", step.step, message, advice, numbers)

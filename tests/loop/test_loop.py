@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from conftest import write_model, write_tokenizer
 from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
-from qlora_tui.engine import checkpoint
-from qlora_tui.engine.errors import CheckpointError, Diverged, FenceError, ModelError
+from qlora_tui.engine.errors import CheckpointError, ConfigErrors, Diverged, ModelError
 from qlora_tui.engine.events import Evaluated, Finding, Phase, Planned, Prepared, Resumed, Saved, Stepped
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import loop
@@ -46,7 +44,7 @@ def test_a_run_says_everything_in_order_and_learns(run_of: Make, tmp_path: Path)
     assert last.base_loss == ran.of(Evaluated)[0].loss
     assert last.drop > 0.5
     assert "measurable improvement" in last.verdict
-    assert [event.step for event in ran.of(Saved) if event.kind == "checkpoint"] == [5, 10, 12]
+    assert [event.step for event in ran.of(Saved) if event.kind == "checkpoint"] == [5, 6, 10, 12]  # 6: the best measurement so far
     assert sum(step.tokens for step in ran.of(Stepped)) > 0
 
 
@@ -159,9 +157,9 @@ def test_a_non_finite_step_is_never_applied_and_three_end_the_run(run_of: Make, 
     ran = drive(run_of(max_steps=10, save_steps=3), tmp_path / "run")
     assert isinstance(ran.error, Diverged)
     assert [step.skipped for step in ran.of(Stepped)] == [False] * 3 + [True] * 3
-    assert [finding.severity for finding in ran.of(Finding)] == ["warn", "warn", "stop"]
+    assert [finding.severity for finding in ran.of(Finding) if finding.detector == "non_finite"] == ["warn", "warn", "stop"]
     good = load_file(ran.folder / "checkpoints/step-000003/adapter_model.safetensors")
-    diagnostic = load_file(ran.folder / "checkpoints/step-000006/adapter_model.safetensors")
+    diagnostic = load_file(ran.folder / "checkpoints/diagnostic-000006/adapter_model.safetensors")
     assert same_bits(good, diagnostic)
 
 
@@ -189,7 +187,7 @@ def test_abort_keeps_the_last_checkpoint_and_saves_no_more(run_of: Make, tmp_pat
 
 
 def test_a_wish_to_save_is_obeyed_between_steps(run_of: Make, tmp_path: Path) -> None:
-    ran = drive(run_of(max_steps=6, save_steps=100), tmp_path / "run", Asked({3: "save"}))
+    ran = drive(run_of(max_steps=6, save_steps=100, eval_steps=100), tmp_path / "run", Asked({3: "save"}))
     assert [event.step for event in ran.of(Saved) if event.kind == "checkpoint"] == [3, 6]
 
 
@@ -226,15 +224,10 @@ def test_time_is_up_after_one_step_at_least_and_that_is_done(run_of: Make, tmp_p
     assert [step.step for step in rest.of(Stepped)] == [2]
 
 
-def test_only_the_newest_checkpoints_are_kept(run_of: Make, tmp_path: Path) -> None:
-    ran = drive(run_of(max_steps=6, save_steps=1, save_total_limit=2), tmp_path / "run")
-    assert sorted(path.name for path in (ran.folder / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
-
-
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(run_of: Make, tmp_path: Path, damage: str, name: str) -> None:
-    run = run_of(max_steps=4, save_steps=2)
+    run = run_of(max_steps=4, save_steps=2, eval_steps=100)
     drive(run, tmp_path / "run", Asked({4: "stop"}))
     file = tmp_path / "run/checkpoints/step-000004" / name
     content = bytearray(file.read_bytes())
@@ -252,7 +245,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(run_of: Make, tmp_
 
 
 def test_a_run_with_no_sound_checkpoint_is_refused(run_of: Make, tmp_path: Path) -> None:
-    run = run_of(max_steps=4, save_steps=4)
+    run = run_of(max_steps=4, save_steps=4, eval_steps=100)
     drive(run, tmp_path / "run")
     (tmp_path / "run/checkpoints/step-000004/manifest.json").unlink()
     assert isinstance(drive(run, tmp_path / "run", resume=True).error, CheckpointError)
@@ -261,24 +254,8 @@ def test_a_run_with_no_sound_checkpoint_is_refused(run_of: Make, tmp_path: Path)
 def test_a_checkpoint_of_another_rank_is_refused(run_of: Make, tmp_path: Path) -> None:
     drive(run_of(max_steps=2), tmp_path / "run")
     ran = drive(run_of(max_steps=4, lora_r=4), tmp_path / "run", resume=True)
-    assert isinstance(ran.error, CheckpointError)
-    assert "rank" in str(ran.error)
-
-
-def test_a_full_disk_is_said_and_training_goes_on(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = checkpoint._write_parts, []
-
-    def full(*args: object) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
-        real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(checkpoint, "_write_parts", full)
-    ran = drive(run_of(max_steps=4, save_steps=2), tmp_path / "run")
-    assert ran.error is None
-    assert "No space left" in ran.of(Finding)[0].message
-    assert [path.name for path in (ran.folder / "checkpoints").iterdir()] == ["step-000004"]
+    assert isinstance(ran.error, ConfigErrors)
+    assert "lora_r: it was 16 when the run began" in str(ran.error)
 
 
 def test_eval_rows_are_written_one_a_line(run_of: Make, tmp_path: Path) -> None:
@@ -311,56 +288,3 @@ def test_the_adapter_loads_with_plain_peft_and_gives_the_tuned_loss(run_of: Make
         tokens += int(kept.sum())
     assert nll / tokens == pytest.approx(ran.of(Evaluated)[-1].loss, abs=1e-4)
     assert (ran.folder / "adapter/tokenizer.json").exists()
-
-
-def _from_another_thread(action: Callable[[], object]) -> BaseException | None:
-    caught: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001  the test looks at it
-            caught.append(error)
-
-    thread = threading.Thread(target=body, name="intruder")
-    thread.start()
-    thread.join()
-    return caught[0] if caught else None
-
-
-RACES: dict[str, Callable[[loop.Loop], object]] = {
-    "adapter switched off": lambda it: it.loaded.model.base_model.disable_adapter_layers(),
-    "eval mode left on": lambda it: it.loaded.model.eval(),
-    "gradients dropped": lambda it: it.optimizer.zero_grad(set_to_none=True),
-    "adapter frozen": lambda it: it.fence.trained[0].requires_grad_(False),
-}
-
-
-@pytest.mark.parametrize("race", RACES)
-def test_a_race_between_backward_and_step_is_caught(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, race: str) -> None:
-    real = loop.Loop._backward
-
-    def raced(self: loop.Loop, rows: list[object], supervised: int) -> tuple[float, float]:
-        found = real(self, rows, supervised)  # type: ignore[arg-type]
-        if self.step == 1:
-            assert _from_another_thread(lambda: RACES[race](self)) is None
-        return found
-
-    monkeypatch.setattr(loop.Loop, "_backward", raced)
-    ran = drive(run_of(), tmp_path / "run")
-    assert isinstance(ran.error, FenceError)
-    assert len(ran.of(Stepped)) == 1
-
-
-def test_a_foreign_thread_may_not_use_the_model(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    caught: list[BaseException | None] = []
-    real = loop.Loop._step
-
-    def spied(self: loop.Loop, step: int) -> Stepped:
-        caught.append(_from_another_thread(lambda: self.loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.long))))
-        return real(self, step)
-
-    monkeypatch.setattr(loop.Loop, "_step", spied)
-    drive(run_of(max_steps=1), tmp_path / "run")
-    assert isinstance(caught[0], FenceError)
-    assert "intruder" in str(caught[0])

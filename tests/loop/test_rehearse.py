@@ -73,7 +73,7 @@ def test_a_resume_rehearses_and_goes_on_to_the_same_bits(run_of: Make, tmp_path:
 def test_the_rehearsal_comes_before_the_base_is_measured_and_can_be_switched_off(run_of: Make, tmp_path: Path) -> None:
     ran = drive(run_of(max_steps=1), tmp_path / "on", rehearse=True)
     names = [event.name for event in ran.of(Phase) if event.state == "begin"]
-    assert names[:5] == ["data", "plan", "load", "probe", "eval"]
+    assert names[:6] == ["data", "plan", "load", "probe", "save", "eval"]  # saved on trial, and nothing to keep
     assert probes(drive(run_of(max_steps=1, rehearsal=False), tmp_path / "off", rehearse=True)) == []
 
 

@@ -146,6 +146,18 @@ def test_the_second_signal_ends_a_run_that_hangs(runner: Runner, number: int, co
     assert not is_running(folder)
 
 
+def test_a_run_that_hangs_is_ended_where_that_was_asked_for(runner: Runner) -> None:
+    process = runner.start("deaf", "--hang")
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    (word,) = words(runner.folder)
+    assert (word.outcome, word.exit_code) == ("failed", 1)
+    assert "no sign of life for" in word.reason
+    assert "and end_if_hung is 1.0 s: what came after the last checkpoint is not saved" in word.reason
+    assert b"no sign of life for" in err
+    assert not is_running(runner.folder)
+
+
 def test_a_hang_up_does_not_end_the_run(runner: Runner) -> None:
     process = runner.start("until_asked")
     folder = runner.stepping()

@@ -31,12 +31,12 @@ CTRL_C = b"\x03"
 class Terminal:
     """A driver process on a pseudo terminal whose output is always read."""
 
-    def __init__(self, training: str, runs: Path) -> None:
+    def __init__(self, training: str, runs: Path, *more: str) -> None:
         self.runs = runs
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / ".pkg"), str(ROOT / "tests")]), "TERM": "xterm-256color"}
-        command = [sys.executable, str(ROOT / "tests" / "screen_driver.py"), training, str(runs)]
+        command = [sys.executable, str(ROOT / "tests" / "screen_driver.py"), training, str(runs), *more]
         self.process = subprocess.Popen(command, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
         os.close(slave)
         self.drawn = b""
@@ -95,8 +95,8 @@ class Terminal:
 def terminal(tmp_path: Path) -> Iterator[Callable[[str], Terminal]]:
     made: list[Terminal] = []
 
-    def start(training: str) -> Terminal:
-        made.append(Terminal(training, tmp_path / "runs"))
+    def start(training: str, *more: str) -> Terminal:
+        made.append(Terminal(training, tmp_path / "runs", *more))
         return made[-1]
 
     yield start
@@ -133,6 +133,15 @@ def test_two_ctrl_c_end_a_run_that_hangs_and_give_the_terminal_back(terminal: Ca
     shown.press(CTRL_C)
     assert shown.process.wait(PATIENCE) == 130
     assert [word.outcome for word in words(folder)] == ["aborted"]
+    assert not is_running(folder)
+    shown.until(lambda: b"\x1b[?1049l" in shown.drawn and b"\x1b[?25h" in shown.drawn)
+
+
+def test_a_run_that_hangs_is_ended_where_asked_for_and_gives_the_terminal_back(terminal: Callable[..., Terminal]) -> None:
+    shown = terminal("deaf", "--hang")
+    folder = shown.until_event(stepped)
+    assert shown.process.wait(PATIENCE) == 1
+    assert [(word.outcome, "no sign of life" in word.reason) for word in words(folder)] == [("failed", True)]
     assert not is_running(folder)
     shown.until(lambda: b"\x1b[?1049l" in shown.drawn and b"\x1b[?25h" in shown.drawn)
 

@@ -20,7 +20,7 @@ from qlora_tui.engine.spec import KEYS
 from qlora_tui.tui.cli import COMMANDS, build, main, parse
 
 CPU = Machine("a test", "cpu", 64 * 2**30, cores=2)
-LATER = ("watch", "eval", "export", "import", "serve")
+LATER = ("eval", "export", "import", "serve")
 Writer = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
 
@@ -108,7 +108,8 @@ def test_every_key_is_listed(capsys: Capture) -> None:
         (["budget", "--model", "google/gemma-2-9b-it"], "sdpa does not exist for the family gemma2; say eager"),
         (["--resume", "last", "--preset", "demo", "--no-ui"], "leave out --config and --preset"),
         (["runs", "--model", "x"], "unknown option --model"),
-        (["watch"], "no command 'watch'"),
+        (["watch"], "required: LOG"),
+        (["watch", "no.csv"], "no.csv: there is no such file"),
         (["--no-ui"], "no model named"),
         (["demo", "--preset", "chat-8b-24gb", "--no-ui"], "the demo is a preset itself"),
         (["attach", "last"], "no run yet"),

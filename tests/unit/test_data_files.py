@@ -179,8 +179,8 @@ def test_a_list_without_items_and_a_table_without_rows_are_told(tmp_path: Path) 
         ("a.jsonl", b"BZh91AY", "a bzip2 file is not read here; unpack|a bzip2 file is not read here; write it as JSONL"),
         ("a.xlsx", b"PK\x03\x04", "a ZIP archive or spreadsheet is not read here; write it as JSONL"),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), "a UTF-16 file is not read here; save it as UTF-8"),
-        ("a.gz", gzip.compress(gzip.compress(b"{}")), "a file compressed twice is not read here; unpack it first"),
-        ("a.gz", gzip.compress(KINDS["rows.parquet"]), "a Parquet file inside a compressed one is not read here; unpack it first"),
+        ("a.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "a file compressed twice is not read here; unpack it first"),
+        ("a.gz", gzip.compress(KINDS["rows.parquet"], mtime=0), "a Parquet file inside a compressed one is not read here; unpack it first"),
         ("a.json", b'{\n "data": [1]\n}', "the file holds one JSON object and not rows; write its rows as a JSON list"),
     ],
 )

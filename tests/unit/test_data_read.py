@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.engine.data import FORMATS, Chat, Turn, detect, load, load_eval, raw
 from qlora_tui.engine.data.hub_rows import is_hub_name, read_hub
-from qlora_tui.engine.errors import BadRow, DataError, FetchError
+from qlora_tui.engine.errors import BadRow, DataError
 from qlora_tui.engine.spec import RunConfig
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -276,8 +276,8 @@ def test_hub_names_are_told_from_files() -> None:
     assert not any(is_hub_name(name) for name in ("data/rows.jsonl", "./owner/name", "/owner/name", "~/name", "rows", "a/b/c"))
 
 
-def test_a_hub_dataset_that_is_not_here_is_said_to_be_unreachable_when_offline(home: Path) -> None:
-    with pytest.raises((FetchError, DataError), match="nobody/nothing"):
+def test_a_hub_dataset_that_is_not_here_is_something_to_correct_when_offline(home: Path) -> None:
+    with pytest.raises(DataError, match="nobody/nothing: there is no such file, HF_HUB_OFFLINE is set"):
         load(run("nobody/nothing"))
 
 

@@ -208,9 +208,9 @@ def test_offline_asks_nobody(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     fake_hub.asked.clear()
     assert hub.small_files("some/model") == files
-    with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         hub.small_files("other/model")
-    with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         hub.weights("some/model", "main", files.commit, _no_progress, _never)
     assert fake_hub.asked == []
 

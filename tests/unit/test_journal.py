@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import stat
 import subprocess
 import sys
@@ -94,7 +96,9 @@ def test_an_old_wish_is_never_read_again(tmp_path: Path) -> None:
 
 def test_lines_that_are_no_wish_are_passed_over(tmp_path: Path) -> None:
     inbox = Inbox(tmp_path)
-    (tmp_path / COMMANDS).write_text('nonsense\n{"id":1}\n[]\n{"v":1,"id":"a","t":1,"name":"stop"}\n')
+    rubbish = ["nonsense", '{"id":1}', "[]", "[" * 100_000, '{"id":"a","t":[],"name":"stop"}']
+    rubbish.append('{"id":"a","t":1,"name":"stop","attempt":1e999}')
+    (tmp_path / COMMANDS).write_text("\n".join([*rubbish, '{"v":1,"id":"a","t":1,"name":"stop"}\n']))
     assert [wish.name for wish in inbox.take()] == ["stop"]
 
 
@@ -142,3 +146,65 @@ def test_an_answer_is_an_event_like_any_other(tmp_path: Path) -> None:
     journal.close()
     assert record is not None
     assert read_records(tmp_path / EVENTS) == [record]
+
+
+def full_after(monkeypatch: pytest.MonkeyPatch, taken: int, number: int = errno.ENOSPC) -> list[int]:
+    """Let the disk take `taken` more bytes and then refuse; emptying the list makes room."""
+    room, real = [taken], os.write
+
+    def write(handle: int, data: bytes) -> int:
+        if not room:
+            return real(handle, data)
+        if room[0] == 0:
+            raise OSError(number, "no room")
+        done = real(handle, bytes(data[: room[0]]))
+        room[0] -= done
+        return done
+
+    monkeypatch.setattr(journal.os, "write", write)
+    return room
+
+
+@pytest.mark.parametrize("taken", [0, 1, 40])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_on_a_full_disk_lines_wait_and_none_is_lost_or_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int, number: int
+) -> None:
+    writer = Journal(tmp_path)
+    writer.write(STEP)
+    room = full_after(monkeypatch, taken, number)
+    writer.write(Resumed(1))
+    writer.write(Resumed(2))
+    assert [record.seq for record in read_records(tmp_path / EVENTS)] == [1]
+    room.clear()
+    writer.write(DONE)
+    writer.close()
+    assert [record.seq for record in read_records(tmp_path / EVENTS)] == [1, 2, 3, 4]
+    assert (tmp_path / EVENTS).read_bytes().count(b"\n") == 4
+
+
+def test_a_disk_that_fails_is_not_a_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Journal(tmp_path)
+    full_after(monkeypatch, 0, errno.EIO)
+    with pytest.raises(OSError, match="no room"):
+        writer.write(STEP)
+
+
+def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Journal(tmp_path)
+    full_after(monkeypatch, 0)
+    monkeypatch.setattr(journal, "_HELD_BYTES", 500)
+    writer.write(STEP)
+    writer.write(Resumed(1))
+    with pytest.raises(OSError, match="no room"):
+        writer.write(STEP)
+
+
+def test_a_closed_journal_writes_into_no_other_file(tmp_path: Path) -> None:
+    writer = Journal(tmp_path)
+    writer.close()
+    writer.close()
+    with (tmp_path / "other").open("wb") as other:  # gets the number that the journal's file had
+        assert writer.write(STEP) is None
+        other.flush()
+    assert (tmp_path / "other").read_bytes() == b""

@@ -124,8 +124,8 @@ class FakeDriver:
     def nvmlDeviceGetEnforcedPowerLimit(self, index):  # noqa: N802
         return 450_000
 
-    def nvmlDeviceGetTemperature(self, index, sensor):  # noqa: N802
-        return 71
+    def nvmlDeviceGetTemperature(self, handle, which):  # noqa: N802
+        return {0: 71, 1: 64}[handle]  # a slice does not answer
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, index):  # noqa: N802
         return self.reasons
@@ -384,6 +384,18 @@ def test_a_hot_card_says_so(driver):
     assert machine.sample().throttle == "too hot"
     driver.reasons = 1
     assert machine.sample().throttle == ""
+
+
+def test_the_heat_of_the_card_in_use_is_told(driver, monkeypatch):
+    assert machine.temperature() == 71.0
+    driver.sliced = True
+    assert machine.temperature() == 71.0  # of the card that the slice is a part of
+    driver.broken.add("nvmlDeviceGetTemperature")
+    assert machine.temperature() is None
+
+
+def test_without_a_card_there_is_no_heat_to_tell(no_driver):
+    assert machine.temperature() is None
 
 
 def test_each_broken_sensor_is_none_and_leaves_the_others(driver):

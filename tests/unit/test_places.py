@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.engine import places
 from qlora_tui.engine.places import locked, place, replace_file
 
 
@@ -65,3 +66,66 @@ def test_two_processes_take_turns(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(60)
     assert path.read_text() == "20"
+
+
+def fill(target: Path, text: str) -> None:
+    with places.published(target) as folder:
+        (folder / "part").write_text(text)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "part").write_text(text)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_takes_its_name_whole_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(places, "exchanged", lambda one, other: False)
+    before = os.umask(0)
+    try:
+        fill(tmp_path / "it", "one")
+        fill(tmp_path / "it", "two")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "it" / "part").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["it"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "it").rglob("part")} == {0o600}
+    assert stat.S_IMODE((tmp_path / "it").stat().st_mode) == stat.S_IMODE((tmp_path / "it" / "inner").stat().st_mode) == 0o700
+
+
+def test_here_names_can_be_exchanged(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").write_text("file")
+    assert places.exchanged(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one").read_text() == "file"
+    assert not places.exchanged(tmp_path / "one", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_cannot_be_filled_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(places, "exchanged", lambda one, other: False)
+    fill(tmp_path / "it", "one")
+
+    def full(_folder: Path) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(places, "_sync_all", full)
+    with pytest.raises(OSError, match="full"):
+        fill(tmp_path / "it", "half")
+    assert (tmp_path / "it" / "part").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["it"]
+
+
+def test_what_a_kill_left_is_settled(tmp_path: Path) -> None:
+    fill(tmp_path / ".partial-abc", "half")
+    fill(tmp_path / ".aside-lost", "old")
+    fill(tmp_path / "kept", "new")
+    fill(tmp_path / ".aside-kept", "old")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("stays")
+    (tmp_path / ".partial-link").symlink_to(tmp_path / "outside")
+    places.settle(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != "home")
+    assert names == ["kept", "lost", "outside"]
+    assert (tmp_path / "kept" / "part").read_text() == "new"
+    assert (tmp_path / "lost" / "part").read_text() == "old"
+    assert (tmp_path / "outside" / "file").read_text() == "stays"

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from qlora_tui.engine import fixes, hub, machine, models, preflight
-from qlora_tui.engine.errors import BadRow, ConfigError, ConfigErrors, DataError, ExitCode, FetchError, ModelError, SpaceError, WontFit
+from qlora_tui.engine.errors import BadRow, ConfigError, DataError, ExitCode, FetchError, ModelError, SpaceError, WontFit
 from qlora_tui.engine.machine import Machine
-from qlora_tui.engine.preflight import check, resumable
+from qlora_tui.engine.preflight import check
 from qlora_tui.engine.spec import RunConfig
 
 CPU = Machine("a test", "cpu", 64 * 2**30, cores=2)
@@ -195,25 +195,6 @@ def test_the_demo_is_checked_without_a_fetch() -> None:
     run = RunConfig(model_name_or_path="builtin:smollm2-135m", data=("builtin:python-docs",), max_length=512)
     found = check(run)
     assert (found.model_spec.name, found.model_files.complete) == ("builtin:smollm2-135m", False)
-
-
-def test_a_resume_may_go_further_and_says_what_that_does() -> None:
-    saved = RunConfig(model_name_or_path="m", data=("d",), max_steps=10)
-    run, effects = resumable(saved, {"max_steps": 20, "lora_r": 16})
-    assert run == replace(saved, max_steps=20)
-    assert effects == ["max_steps: 10 -> 20; the run ends there, and the rest of the learning rate schedule is stretched to it"]
-
-
-def test_a_resume_refuses_what_would_make_it_another_run() -> None:
-    saved = RunConfig(model_name_or_path="m", data=("d",))
-    with pytest.raises(ConfigErrors) as caught:
-        resumable(saved, {"lora_r": 32, "seed": 1, "max_steps": 5})
-    assert [problem.where for problem in caught.value.problems] == ["lora_r", "seed"]
-
-
-def test_a_change_that_is_refused_names_files_as_they_were_typed() -> None:
-    with pytest.raises(ConfigErrors, match=r"data: it was a\.jsonl, b\.jsonl when the run began"):
-        resumable(RunConfig(model_name_or_path="m", data=("a.jsonl", "b.jsonl")), {"data": ("c.jsonl",)})
 
 
 def test_attention_that_a_family_lacks_is_refused() -> None:

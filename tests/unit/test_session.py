@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from fake_run import PATIENCE, RUN, TRAININGS, Ended, checked, crashing, raising, step, three_steps, until_asked
 
-from qlora_tui.engine import preset
+from qlora_tui.engine import preset, shelf, watchdog
 from qlora_tui.engine import session as session_room
-from qlora_tui.engine.errors import CheckpointError, DataError, Diverged, ExitCode, JournalError, SpaceError, Stopped, WontFit
-from qlora_tui.engine.events import Command, Device, Event, Finished, Record, Started, Stepped
+from qlora_tui.engine.errors import CheckpointError, DataError, Diverged, ExitCode, FenceError, JournalError, SpaceError, Stopped, WontFit
+from qlora_tui.engine.events import Command, Device, Event, Finding, Finished, Record, Started, Stepped
 from qlora_tui.engine.journal import EVENTS, Tail, is_running, leave_wish, read_records
 from qlora_tui.engine.session import LOG, Session
 from qlora_tui.engine.spec import from_values
@@ -89,6 +89,7 @@ def test_a_crash_inside_is_told_in_a_sentence_and_logged_without_secrets(folder:
         (WontFit("too large"), "will_not_fit", 3),
         (MemoryError(), "will_not_fit", 3),
         (Diverged("not finite"), "diverged", 4),
+        (FenceError("before an optimizer step: the model is not in training mode"), "failed", 1),
         (DataError("no usable row"), "failed", 2),
         (CheckpointError("damaged"), "failed", 2),
         (Stopped("while fetching"), "stopped", 130),
@@ -106,6 +107,25 @@ def test_every_error_becomes_one_last_word(folder: Path, error: BaseException, o
     assert len(words) == 1
     assert (words[0].outcome, words[0].exit_code, session.exit_code) == (outcome, code, code)
     assert words[0].reason
+
+
+def test_a_silent_run_is_told_with_where_it_stands_and_again_when_it_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_OTHER_SECONDS", 0.1)
+    go_on = threading.Event()
+
+    def silent_for_a_while(**_job: Any) -> Generator[Event, None, Ended]:
+        yield step(1)
+        go_on.wait(PATIENCE)
+        yield step(2)
+        return Ended("done", "all steps done")
+
+    session = run(folder, silent_for_a_while)
+    until(folder, lambda event: isinstance(event, Finding) and event.severity == "warn" and "no sign of life" in event.message)
+    go_on.set()
+    told = [record.event for record in ended(session) if isinstance(record.event, Finding)]
+    assert [finding.detector for finding in told] == ["watchdog", "watchdog"]
+    assert "the run goes on after" in told[1].message
+    assert "in silent_for_a_while" in (folder / LOG).read_text()
 
 
 def test_training_that_returns_nothing_is_a_failure_and_not_a_success(folder: Path) -> None:
@@ -209,7 +229,11 @@ def test_a_stop_wish_of_an_earlier_attempt_is_never_obeyed_again(folder: Path) -
 
 def test_a_resume_is_a_further_attempt_in_the_same_file(folder: Path) -> None:
     ended(run(folder, three_steps))
-    (folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    checkpoint = folder / "checkpoints" / "step-000003"
+    checkpoint.mkdir(parents=True)
+    for name in shelf.PARTS:
+        (checkpoint / name).write_text("{}")
+    shelf.write_manifest(checkpoint, 3, {})
     records = ended(run(folder, three_steps, resume=True))
     starts = [record for record in records if isinstance(record.event, Started)]
     assert [record.attempt for record in starts] == [1, 2]

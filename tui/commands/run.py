@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_tui.engine import preflight, preset, runs
+from qlora_tui.engine import preflight, preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
 from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
@@ -86,9 +87,19 @@ def scores(options: argparse.Namespace) -> int:
 def _not_begun(folder: Path, error: EngineError) -> None:
     """Leave a last word where the run could not begin after all: without one it would count as crashed."""
     outcome: Outcome = "will_not_fit" if error.exit_code is ExitCode.WILL_NOT_FIT else "failed"
+    _last_word(folder, Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+
+
+def _last_word(folder: Path, word: Finished) -> None:
     journal = Journal(folder)
-    journal.write(Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+    journal.write(word)
     journal.close()
+
+
+def _stopped_early(plan: Plan, code: int, why: str) -> None:
+    """Leave a last word in the folder that `--detach` made, when a signal came before its run began."""
+    if plan.folder is not None and not (plan.folder / EVENTS).exists():
+        _last_word(plan.folder, Finished("stopped", code, why))
 
 
 def _new(options: argparse.Namespace) -> Plan:
@@ -110,8 +121,9 @@ def _resumed(options: argparse.Namespace) -> Plan:
     folder = runs.find_run(options.resume, Path(str(flags.pop("runs_dir", "runs"))).expanduser())
     if is_running(folder):
         raise JournalError(f"run {folder.name} is running", hint=f"qlora-tui attach {folder.name}", where="--resume")
-    saved = from_values(preset.read_file(folder / runs.RUN_FILE))
-    chosen, effects = preflight.resumable(saved, _as_saved(flags))
+    written = from_values(preset.read_file(folder / runs.RUN_FILE))
+    saved = resume.trained_with(folder) or written
+    chosen, effects = resume.resumable(saved, {**values_of(written), **_as_saved(flags)})
     info = runs.read_info(folder)
     if "max_steps" in flags and 0 < chosen.max_steps <= info.step:
         raise ConfigError(f"run {folder.name} is at step {info.step} already", hint="name a later step", where="--max-steps")
@@ -192,9 +204,9 @@ def anchored(run: RunConfig) -> RunConfig:
 
 def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Begin = begin) -> int:
     """Run without a screen: the main thread prints what the journal says and never touches the run."""
-    with Signals() as signals:
+    with Signals(too_early=lambda code, why: _stopped_early(plan, code, why)) as signals:
         with on_a_line(streams.talk) as reading:
-            session = signals.session = begin(plan, plan.run, reading)
+            session = signals.mind(begin(plan, plan.run, reading))
         with streams.apart(session.folder / LOG):
             signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
             follower = Follower(session.folder, streams, as_json=as_json)
@@ -262,7 +274,7 @@ def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begi
     with Signals(say=lambda text: None, restore=restore_terminal) as signals:
 
         def start(run: RunConfig, reading: Reading) -> Path:
-            session = signals.session = begin(plan, run, reading)
+            session = signals.mind(begin(plan, run, reading))
             session.start()
             return session.folder
 
@@ -320,7 +332,14 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     os.close(log)
-    first = _first_event(tail, process)
+    try:
+        first = _first_event(tail, process) or _killed(folder, process)
+    except KeyboardInterrupt:  # whoever waits for a run to begin and takes it back does not want it to begin
+        process.terminate()
+        if _first_event(tail, process) is None:
+            _killed(folder, process)
+        streams.talk.line(f"Ctrl+C: run {folder.name} is stopped")
+        return int(ExitCode.INTERRUPTED)
     if isinstance(first, Finished):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
@@ -335,6 +354,16 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     streams.data.line(folder.name)
     streams.talk.line(f"running in process {process.pid}; watch it with: qlora-tui attach {folder.name}")
     return int(ExitCode.DONE)
+
+
+def _killed(folder: Path, process: subprocess.Popen[bytes]) -> Event | None:
+    """Return, and leave in the folder, the last word of a run whose process a signal ended before it could do so itself."""
+    number = -(process.poll() or 0)
+    if number <= 0 or (folder / EVENTS).exists() or is_running(folder):
+        return None
+    word = Finished("stopped", 128 + number, f"{signal.Signals(number).name}: stopped before the run began")
+    _last_word(folder, word)
+    return word
 
 
 def _first_event(tail: Tail, process: subprocess.Popen[bytes]) -> Event | None:

@@ -64,7 +64,9 @@ def _next(state: RunState, view: View) -> list[list[Part]]:
     """Return what a person most likely wants now: to go on, or to read how the adapter is used."""
     goes_on = view.lost or (state.finished is not None and state.finished.outcome in ("stopped", "aborted", "failed", "diverged"))
     if goes_on and state.marks:
-        return [[(f"qlora-tui --resume {one_line(state.run_id, limit=80) or 'last'}", cells.MAIN), (" goes on", cells.DIM)]]
+        ill = state.finished is not None and state.finished.outcome == "diverged"
+        then = " goes back, with half the learning rate" if ill else " goes on"
+        return [[(f"qlora-tui --resume {one_line(state.run_id, limit=80) or 'last'}", cells.MAIN), (then, cells.DIM)]]
     if state.finished and state.adapter:
         return [[("report.md", cells.MAIN), (" beside it says how to use it", cells.DIM)]]
     return [[("log.txt", cells.MAIN), (" in the run's folder says more", cells.DIM)]]
