@@ -16,7 +16,7 @@ from qlora_tui.engine.events import Device, Evaluated, Finding, Stepped
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import WATCHED, from_values
 from qlora_tui.engine.watch import DETECTORS, HeldRow, Setting, Watch
-from qlora_tui.engine.watch.attention import Seen, judge, not_applicable
+from qlora_tui.engine.watch.attention import Seen, judge
 from qlora_tui.engine.watch.rule import Rolling, paired
 from qlora_tui.engine.watch.throttling import Throttling
 
@@ -305,10 +305,6 @@ def test_the_attention_kernel_is_judged_by_what_ran_and_by_memory(seen: Seen, se
     found = judge(seen)
     assert found.severity == severity
     assert words in found.message
-
-
-def test_on_a_cpu_attention_is_plainly_not_judged() -> None:
-    assert "not judged on a CPU" in not_applicable("a CPU").message
 
 
 def test_a_resumed_watch_judges_like_an_uninterrupted_one() -> None:
