@@ -18,7 +18,7 @@ from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train.fence import Fence
-from qlora_tui.engine.watch.attention import SOFTMAX, Seen, judge, not_applicable
+from qlora_tui.engine.watch.attention import SOFTMAX, Seen, judge
 
 SHORTEST = 256
 """Below this, half a row says nothing of how memory grows."""
@@ -43,9 +43,8 @@ class Calls(TorchDispatchMode):
 
 
 def tell_kernel(run: RunConfig, loaded: Loaded, fence: Fence, longest: int, head_dim: int) -> Iterator[Event]:
-    """Say which kernel attends to rows of `longest` tokens, and why where it is a slow one; on a CPU, that nothing can be said."""
+    """Say which kernel attends to rows of `longest` tokens, and why where it is a slow one; nothing on a CPU, where the loading said so."""
     if loaded.device.type != "cuda":
-        yield not_applicable("a CPU")
         return
     try:
         with fence.excursion():

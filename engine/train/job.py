@@ -45,6 +45,7 @@ from qlora_tui.engine.train.worst import worst_first
 from qlora_tui.engine.units import gib
 from qlora_tui.engine.until import Deadline
 from qlora_tui.engine.watch import Setting, Watch
+from qlora_tui.engine.watch.attention import NOT_ON_A_CPU
 
 DROPPED = "dropped.jsonl"
 """In the run folder: the rows that are not used, with the reason."""
@@ -112,7 +113,8 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     yield Phase("load", "begin", note=job.run.model_name_or_path)
     with meter.phase("load", fresh=True):
         loaded = load(choices.run, folder, job.machine)
-    yield Phase("load", "end", seconds=time.monotonic() - began, **meter.told("load"))
+    note = NOT_ON_A_CPU if device.type == "cpu" else ""
+    yield Phase("load", "end", seconds=time.monotonic() - began, note=note, **meter.told("load"))
     fence = Fence(loaded)
     if choices.run.perplexity_filter:
         tokenized = yield from _sift(job, choices, loaded, fence, folder, tokenized, meter)

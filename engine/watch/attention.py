@@ -25,6 +25,7 @@ FUSED: Mapping[str, str] = {
     "_scaled_dot_product_fused_attention_overrideable": "fused",
 }
 SOFTMAX = "_softmax"
+NOT_ON_A_CPU = "attention kernels are not judged on a CPU: the fused ones that a length could fall back from are CUDA's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,6 @@ def judge(seen: Seen) -> Finding:
     how = slow if plain else f"fused ({names}){memory}, and yet memory grows with the square of the length"
     message = f"attention ran {how}: {_why(seen)}"
     return Finding(NAME, severity, 0, message, _advice(seen), numbers)
-
-
-def not_applicable(device: str) -> Finding:
-    """Say plainly that the question does not arise on this device."""
-    message = f"attention kernels are not judged on {device}: the fused ones that a length could fall back from are CUDA's"
-    return Finding(NAME, "info", 0, message, (), {"rule": RULE})
 
 
 def _why(seen: Seen) -> str:

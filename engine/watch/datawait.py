@@ -17,6 +17,7 @@ class DataWait(Rule):
 
     name: ClassVar[str] = "data_wait"
     rule: ClassVar[str] = f"median share of a step spent on batches over {SHARE:.0%}, of {WINDOW} steps"
+    kept: ClassVar[bool] = False
     shares: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     told: bool = False
 

@@ -46,16 +46,20 @@ class Overfitting(Rule):
     told_unable: bool = False
 
     def see(self, step: Stepped) -> Finding | None:
-        """Follow the training loss; once in the second epoch, say that a run without a hold-out cannot be judged."""
+        """Follow the training loss; once in the second epoch, say where too few rows are held out to judge, or none."""
         if usable(step):
             self.losses.add(step.loss)
             if len(self.start) < FIRST:
                 self.start = [*self.start, step.loss]
-        if step.epoch <= 1.0 or self.best is not None or self.told_unable:
+        rows = len(self.best_rows)
+        if step.epoch <= 1.0 or rows >= FEWEST or self.told_unable or (self.best is not None and not rows):
             return None
         self.told_unable = True
-        message = "no held-out rows: nobody can tell whether a second pass still teaches or only memorises"
-        return self.found("info", step.step, message, ("hold rows out next time: val_set_size=0.1",), {"held_rows": 0})
+        what = f"{rows} held-out rows are too few to tell overfitting from chance" if rows else "no held-out rows"
+        message = f"{what}: nobody can tell whether a second pass still teaches or only memorises"
+        return self.found(
+            "info", step.step, message, (f"hold out at least {FEWEST} rows next time: val_set_size=0.1",), {"held_rows": rows}
+        )
 
     def measured(self, found: Evaluated, rows: Sequence[HeldRow]) -> Finding | None:
         """Compare row by row with the best measurement; the base, measured before step 1, is the first of them."""
@@ -66,7 +70,7 @@ class Overfitting(Rule):
         if self.best is None or found.loss < self.best:
             self.best, self.best_rows, self.best_step, self.best_train = found.loss, losses, found.step, train
             self.worse, self.told = 0, False
-            return self._unable(found.step, len(losses)) if losses else None
+            return None
         then = self.best_train if self.best_train is not None else statistics.median(self.start) if self.start else None
         fell = train is not None and then is not None and train < then + 2 * MEDIAN_ERROR * self.losses.sigma / WINDOW**0.5
         by_row = len(losses) >= FEWEST and len(losses) == len(self.best_rows)
@@ -85,10 +89,3 @@ class Overfitting(Rule):
         }
         message = f"held-out rows are {rise:.2f} nats worse than at step {self.best_step}, and training rows are still getting better"
         return self.found("stop", found.step, message, BEST, numbers)
-
-    def _unable(self, step: int, rows: int) -> Finding | None:
-        if rows >= FEWEST or self.told_unable:
-            return None
-        self.told_unable = True
-        message = f"{rows} held-out rows are too few to tell overfitting from chance; {FEWEST} are enough"
-        return self.found("info", step, message, (f"hold out at least {FEWEST}: val_set_size={FEWEST}",), {"held_rows": rows})

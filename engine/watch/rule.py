@@ -102,6 +102,8 @@ class Rule:
     name: ClassVar[str]
     rule: ClassVar[str]
     """The rule in one line, as every finding shows it."""
+    kept: ClassVar[bool] = True
+    """Whether the memory goes into the checkpoint. Seconds do not: a resume may run elsewhere, and the rest must be equal to the bit."""
     setting: Setting
 
     def see(self, step: Stepped) -> Finding | None:
@@ -132,7 +134,7 @@ class Rule:
         return Finding(self.name, severity, step, message, tuple(advice), {"rule": self.rule, **numbers})
 
     def _memory(self) -> list[str]:
-        return [item.name for item in dataclasses.fields(self) if item.name != "setting"]
+        return [item.name for item in dataclasses.fields(self) if item.name != "setting"] if self.kept else []
 
 
 def usable(step: Stepped) -> bool:

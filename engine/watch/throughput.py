@@ -23,6 +23,7 @@ class Throughput(Rule):
 
     name: ClassVar[str] = "throughput"
     rule: ClassVar[str] = f"seconds a token over {FACTOR:g} times their median of {WINDOW} steps, {LASTS} steps in a row"
+    kept: ClassVar[bool] = False
     usual: Rolling = field(default_factory=lambda: Rolling(WINDOW))
     slow: int = 0
 

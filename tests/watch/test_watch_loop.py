@@ -13,7 +13,7 @@ from loop_driver import Ran, drive
 
 from qlora_tui.engine import load as loaders
 from qlora_tui.engine.errors import Diverged
-from qlora_tui.engine.events import Evaluated, Finding, Finished, MarkedHealthy, RolledBack, Saved, Stepped
+from qlora_tui.engine.events import Evaluated, Finding, Finished, MarkedHealthy, Phase, RolledBack, Saved, Stepped
 from qlora_tui.engine.journal import Journal
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import job
@@ -164,6 +164,7 @@ def test_a_layer_that_cannot_learn_is_named(run_of: Make, tmp_path: Path, monkey
 
     monkeypatch.setattr(job, "load", numb)
     ran = drive(run_of(max_steps=4), tmp_path / "run")
+    assert [phase.note for phase in ran.of(Phase) if "not judged on a CPU" in phase.note]
     (found,) = [finding for finding in ran.of(Finding) if finding.detector == "not_learning"]
     assert (found.severity, found.step, found.numbers["zero"]) == ("warn", 3, 1)
     assert "their B is still zero" in found.message
