@@ -96,13 +96,14 @@ def _turn(item: object, field: str) -> Turn:
     unread = None if bare else next((name for name in _UNREAD if plain.get(name)), None)
     if unread:
         raise BadRow(f"{unread} cannot be trained yet", field=f"{field}.{unread}", hint="remove it or the row")
-    if spans := next((name for name in _SPANS if plain.get(name)), None):
+    if not bare and (spans := next((name for name in _SPANS if plain.get(name)), None)):
         told = "a message has train flags for parts of its text"
         raise BadRow(told, field=f"{field}.{spans}", hint="flags of whole turns, or segments, can be told")
     role_key = "role" if plain.get("role") is not None or "from" not in plain else "from"
     text_key = "content" if plain.get("content") is not None or "value" not in plain else "value"
     if isinstance(plain.get(text_key), list):
         plain = _parts_agreed(plain, text_key, field)
+        bare = plain.keys() <= _BARE
     written = str(plain.get(role_key)).strip().casefold()
     if written in ("function_call", "tool_call"):
         calls, role, text = read_call_text(plain.get(text_key), f"{field}.{text_key}"), "assistant", ""

@@ -120,6 +120,9 @@ def _trainer(file: Path) -> Log:
     return Log("trainer_state.json", _in_order(moments))
 
 
+_LONGEST_NUMBER = 64  # characters; longer ones are damage, and would be read as infinite
+
+
 def _csv(file: Path) -> Log:
     with file.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.DictReader(handle)
@@ -160,7 +163,7 @@ def _entry(file: Path, place: str, entry: Mapping[str, Any]) -> Iterator[Moment]
 
 def _number(file: Path, place: str, name: str, value: Any) -> float:
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, str) and len(value) > _LONGEST_NUMBER):
             raise ValueError(value)
         return float(value)
     except (TypeError, ValueError, OverflowError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -393,39 +393,47 @@ def test_a_shared_tokenizer_refuses_the_second_thread(
     made = shared(monkeypatch)
     met: list[BaseException | None] = []
     monkeypatch.setenv("QLORA_TUI_HOME", str(tmp_path / "another home"))  # where no tokens of an earlier run are kept
-    real = Tokenizer.encode
+    real = Tokenizer.encode_many
 
-    def raced(self: Tokenizer, text: str) -> Any:
-        if threading.current_thread() is threading.main_thread() and not met:
+    def raced(self: Tokenizer, texts: Sequence[str]) -> Any:
+        if not met:
             met.append(intruder(lambda: made[0].encode("what a screen shows")))
-        return real(self, text)
+        return real(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode", raced)
+    monkeypatch.setattr(Tokenizer, "encode_many", raced)
     ran = drive(run_of(**SETTINGS), tmp_path / "raced")
     assert "'intruder' used the tokenizer that 'MainThread' owns" in str(met[0])
     assert same_bits(tensors(ran), quiet)
 
 
 @pytest.mark.parametrize("setting", ["enable_truncation", "enable_padding"])
+@pytest.mark.parametrize("way", ["encode", "encode_many"])
 def test_a_tokenizer_that_was_made_to_cut_or_pad_ends_the_run_before_anything_is_trained(
-    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, way: str
 ) -> None:
     made = shared(monkeypatch)
-    real, rows = Tokenizer.encode, []
+    monkeypatch.setenv("QLORA_TUI_HOME", str(tmp_path / "another home"))
+    real, changed = {"encode": Tokenizer.encode, "encode_many": Tokenizer.encode_many}, []
 
-    def raced(self: Tokenizer, text: str) -> Any:
-        rows.append(text)
-        if len(rows) == 20:
+    def raced(self: Tokenizer, texts: Any) -> Any:
+        if not changed:
             change = getattr(made[0]._backend, setting)  # one of the two names above
             intruder(lambda: change(4) if setting == "enable_truncation" else change(length=64))
-        return real(self, text)
+            changed.append(setting)
+        return real[way](self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode", raced)
+    if way == "encode":  # rows go one by one where many at once are refused
+        monkeypatch.setattr(Tokenizer, "encode_many", refused)
+    monkeypatch.setattr(Tokenizer, way, raced)
     ran = drive(run_of(**SETTINGS), tmp_path / "raced")
     assert isinstance(ran.error, FenceError)
     assert "cut or pad" in str(ran.error)
-    assert len(rows) == 20
+    assert changed
     assert not ran.of(Stepped)
+
+
+def refused(*_: Any) -> Any:
+    raise ValueError("one of these texts")
 
 
 # 6: streams; there is no CUDA here, so the two questions to it are answered by hand

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.engine import checkpoint
+from qlora_tui.engine import shelf
 from qlora_tui.engine.events import Finished
 from qlora_tui.engine.journal import EVENTS, is_running, read_records
 from qlora_tui.engine.runs import list_runs, read_info
@@ -120,7 +120,7 @@ def test_sigterm_in_training_saves_and_the_run_can_be_resumed(
     (info,) = list_runs(tmp_path / "runs")
     assert word(info.path).outcome == "stopped"
     assert f"stopped and saved at step {info.step}" in word(info.path).reason
-    newest, damaged = checkpoint.newest(info.path)
+    newest, damaged = shelf.newest(info.path)
     assert newest is not None
     assert (newest.name, damaged) == (f"step-{info.step:06d}", [])
     assert (info.path / "adapter" / "adapter_model.safetensors").exists()

@@ -145,7 +145,7 @@ def test_four_bits_on_a_processor_are_no_fault(good: RunConfig) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_cheapest_changes(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Machine("RTX 2080", "cuda", int(1.1 * 2**30), bf16=False, compute_capability=(7, 5))
+    small = Machine("RTX 2080", "cuda", 2**30, bf16=False, compute_capability=(7, 5))
     monkeypatch.setattr(machine, "look", lambda: small)
     with pytest.raises(WontFit) as caught:
         check(replace(good, per_device_train_batch_size=1024, gradient_checkpointing="false"))
