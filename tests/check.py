@@ -1,6 +1,7 @@
 """Everything that must be green, in order: lint, form, types, import contracts, tests (the wheel is one of them).
 
 The same script runs on your machine and in CI. Arguments go to pytest: `python tests/check.py -k budget`.
+Tests run in as many processes as there are processors, four at most: each may hold a gigabyte.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def main(arguments: list[str]) -> int:
     """Run every check even after one failed, so that one run shows everything; pytest's summary comes last."""
     os.chdir(ROOT)
     failed = [name for name, command in CHECKS.items() if not quiet(name, command)]
-    code = subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], check=False).returncode
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the processors; threads of each would fight over them
+    side_by_side = ["-n", str(min(4, os.cpu_count() or 1))]
+    code = subprocess.run([sys.executable, "-m", "pytest", "-q", *side_by_side, *arguments], check=False).returncode
     if failed:
         print(f"not green: {', '.join(failed)} (see above)")
     return code or bool(failed)

@@ -200,8 +200,10 @@ async def test_f_applies_the_cheapest_fix_when_it_does_not_fit(make, until, run_
 async def test_the_model_list_filters_and_arrows_pick(make, until, run_config):
     app = make(RunConfig())
     async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "What do you want to begin from" in words(app))
+        await pilot.press("end")
         await until(pilot, lambda: "your own" in words(app))
-        await pilot.press("end", "enter")
+        await pilot.press("enter")
         await until(pilot, lambda: wizard_of(app).page.title == "model" and "Qwen/Qwen3-8B" in words(app))
         assert "✖ too big" in words(app)
         await pilot.press("enter")

@@ -114,7 +114,7 @@ def test_every_key_is_listed(capsys: Capture) -> None:
         (["demo", "--preset", "chat-8b-24gb", "--no-ui"], "the demo is a preset itself"),
         (["attach", "last"], "no run yet"),
         (["--resume", "last", "--no-ui"], "no run yet"),
-        (["presets", "chat-8b"], "did you mean chat-8b-24gb"),
+        (["presets", "chat-8b-24g"], "did you mean chat-8b-24gb"),
         (["--preset", "dmeo", "--no-ui"], "did you mean demo?"),
         (["--config", "no.toml", "--no-ui"], "no.toml"),
         (["budget"], "no model named"),

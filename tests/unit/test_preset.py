@@ -83,7 +83,7 @@ def test_the_demo_is_what_it_promises():
 
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean chat-8b-24gb"):
-        preset.load("chat-8b")
+        preset.load("chat-8b-24g")
 
 
 def test_keys_may_stand_in_any_table(tmp_path):

@@ -121,12 +121,16 @@ def offers(desk: Desk, given: RunConfig | None, *, demo: bool) -> list[Beginning
     kept = desk.load_draft()
     if kept is not None:
         found.append(Beginning("go on where you left off", _words(kept), kept))
-    ready_made = desk.presets()
-    if desk.machine().kind == "cpu":  # without a graphics card the others take days
-        ready_made.sort(key=lambda ready: ready.name != "demo")
+    cpu = desk.machine().kind == "cpu"  # without a graphics card all but the demo take days
+    ready_made = sorted(desk.presets(), key=lambda ready: (cpu and ready.name != "demo", not _fits(desk, ready.run)))
     found += [Beginning(ready.title or ready.name, ready.why, ready.run, ready.name, ready.run) for ready in ready_made]
     found.append(Beginning("your own", "start from the defaults and choose everything yourself", RunConfig()))
     return found
+
+
+def _fits(desk: Desk, run: RunConfig) -> bool:
+    outlook = desk.outlook(run)
+    return outlook is not None and outlook.budget.fits
 
 
 def _words(run: RunConfig) -> str:
