@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlora_tui.engine.data import Tokenizer, TokenRow
+
 
 @dataclass(frozen=True)
 class Family:
@@ -353,3 +355,14 @@ LATE = Family(  # the end token comes with the next message, and no file names i
     eos="</s>",
 )
 FAMILIES = {name.lower(): family for name, family in list(globals().items()) if isinstance(family, Family)}
+
+
+def trained_texts(tokens: TokenRow, tokenizer: Tokenizer) -> list[str]:
+    """Return each run of trained tokens as text."""
+    runs: list[list[int]] = []
+    for place, index in enumerate(tokens.input_ids):
+        if tokens.trained[place]:
+            if not tokens.trained[place - 1]:
+                runs.append([])
+            runs[-1].append(index)
+    return [tokenizer.decode(ids) for ids in runs]

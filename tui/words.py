@@ -37,15 +37,16 @@ def gib(amount: float, *, unit: bool = True) -> str:
 def span(low: float, high: float) -> str:
     """Return a range of time in one unit, that of its high end, where both ends are near enough for that.
 
-    >>> span(1920, 2220), span(90, 360), span(20, 40), span(3000, 9000)
-    ('32-37 min', '2-6 min', '20-40 s', '50 min - 2 h 30 min')
+    >>> span(1920, 2220), span(90, 360), span(20, 40), span(112, 129), span(2690, 2710), span(3000, 9000)
+    ('32-37 min', '2-6 min', '20-40 s', '112-129 s', '45 min', '50 min - 2 h 30 min')
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         return "unknown"
-    if high < 120:
+    first, last = max(1, round(low / 60)), round(high / 60)
+    if high < 120 or (high < 300 and first == last):
         return f"{low:.0f}-{high:.0f} s"
     if high < 6000:
-        return f"{max(1, round(low / 60))}-{round(high / 60)} min"
+        return f"{last} min" if first == last else f"{first}-{last} min"
     return f"{duration(low)} - {duration(high)}"
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qlora_tui.engine.spec import RunConfig, from_values
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterable[None]:
-    """Sums in one order: two threads may add floats in another, and these tests compare bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def bits_can_be_compared(one_thread: None) -> None:
+    """All tests of this folder sum in one order."""
 
 
 @pytest.fixture

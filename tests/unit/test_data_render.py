@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from chat_families import trained_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.engine.data import Chat, Renderer, Row, Tokenizer, TokenRow, Turn, load_tokenizer
+from qlora_tui.engine.data import Chat, Renderer, Row, Tokenizer, Turn, load_tokenizer
 from qlora_tui.engine.errors import BadRow, ModelError
 
 
@@ -171,16 +172,6 @@ def chat(*contents: str, system: str | None = None) -> Row:
     turns = [Turn("system", system)] if system is not None else []
     turns += [Turn(roles[index % 2], content) for index, content in enumerate(contents)]  # type: ignore[arg-type]
     return Row(1, 1, Chat(tuple(turns)))
-
-
-def trained_texts(tokens: TokenRow, tokenizer: Tokenizer) -> list[str]:
-    runs: list[list[int]] = []
-    for place, index in enumerate(tokens.input_ids):
-        if tokens.trained[place]:
-            if not tokens.trained[place - 1]:
-                runs.append([])
-            runs[-1].append(index)
-    return [tokenizer.decode(ids) for ids in runs]
 
 
 def expected(family: Family, answers: Sequence[str]) -> list[str]:

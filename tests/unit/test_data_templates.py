@@ -24,11 +24,12 @@ from chat_families import (
     SMOLLM3,
     VICUNA,
     Family,
+    trained_texts,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.engine.data import Chat, Renderer, Row, Tokenizer, TokenRow, Turn, load_tokenizer
+from qlora_tui.engine.data import Chat, Renderer, Row, Tokenizer, Turn, load_tokenizer
 from qlora_tui.engine.errors import BadRow, ModelError
 
 Make = Callable[..., Tokenizer]
@@ -97,17 +98,6 @@ def by_hand(marked: str, tokenizer: Tokenizer, family: Family) -> tuple[list[int
         ids += flat  # type: ignore[arg-type]
         mask += [trained] * len(flat)
     return ids, mask
-
-
-def trained_texts(tokens: TokenRow, tokenizer: Tokenizer) -> list[str]:
-    """Return each run of trained tokens as text."""
-    runs: list[list[int]] = []
-    for place, index in enumerate(tokens.input_ids):
-        if tokens.trained[place]:
-            if not tokens.trained[place - 1]:
-                runs.append([])
-            runs[-1].append(index)
-    return [tokenizer.decode(ids) for ids in runs]
 
 
 def between(marked: str) -> list[str]:

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_model, write_tokenizer
 
 from qlora_tui.engine.spec import RunConfig, from_values
 
-sys.path.append(str(Path(__file__).resolve().parent))
-
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterable[None]:
-    """Sums in one order, since these tests compare bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def bits_can_be_compared(one_thread: None) -> None:
+    """All tests of this folder sum in one order."""
 
 
 @pytest.fixture(scope="session")
