@@ -119,9 +119,9 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
 def launches(model: ModelSpec, run: RunConfig) -> tuple[int, int]:
     """Return the kernels that one layer starts in a forward pass, and in a forward and a backward pass together.
 
-    Counted with torch's profiler on an H100 for four shapes (2026-11-27), to within 2 %: a norm is six operations, an
-    adapted module casts A and B, multiplies three times forward and five times backward, and its 4-bit base is widened
-    in three steps (two where its constants are plain).
+    Counted with torch's profiler on an H100 for 17 settings of five shapes (2026-11-27): to 0.2 % for four, 6 % too low
+    for one. A norm is six operations, an adapted module casts A and B, multiplies three times forward and five times
+    backward, and its 4-bit base is widened in three steps (in one where its constants are plain).
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
     widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
