@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from qlora_tui.engine.data import TokenRow, lengths_of
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.places import replace_file
+
+Beside = Callable[[], AbstractContextManager[None]]
+"""Makes the context in which a batch is measured, such as one that lends it memory."""
 
 IMPROVEMENT_NATS = 0.5
 """A drop of this much on held-out answers is called a measurable improvement."""
@@ -52,20 +56,22 @@ class Scorecard:
 
 
 def measure(
-    loaded: Loaded, rows: Sequence[TokenRow], batch: int, poll: Callable[[], None], *, chunk: int = 0
+    loaded: Loaded, rows: Sequence[TokenRow], batch: int, poll: Callable[[], None], *, chunk: int = 0, beside: Beside = nullcontext
 ) -> Generator[int, None, list[RowLoss]]:
     """Measure `rows`, yielding how many are done; returns one loss a row, in the order of `rows`.
 
     Rows go through sorted by length so that little is padded; the result does not depend on `batch` beyond
     rounding. The caller has put the model into eval mode. `poll` is called between batches and may raise; `chunk` is
-    the tokens whose logits are held at once, as in `fast.loss.token_losses`.
+    the tokens whose logits are held at once, as in `fast.loss.token_losses`. Each batch is measured inside `beside()`.
     """
     order = sorted(range(len(rows)), key=lengths_of(rows).__getitem__)
     losses: dict[int, RowLoss] = {}
     for start in range(0, len(order), batch):
         poll()
         chosen = order[start : start + batch]
-        losses.update(zip(chosen, _measure_batch(loaded, [rows[index] for index in chosen], chunk), strict=True))
+        with beside():
+            measured = _measure_batch(loaded, [rows[index] for index in chosen], chunk)
+        losses.update(zip(chosen, measured, strict=True))
         yield len(losses)
     return [losses[index] for index in range(len(rows))]
 

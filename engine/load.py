@@ -18,7 +18,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_tui.engine.errors import ModelError
@@ -28,6 +29,8 @@ from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, checkpointed_of
+
+_WITHOUT_MASK = "sdpa_without_mask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,15 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype)
     _check_head(loaded, base)
     return loaded
+
+
+def attend_without_mask(loaded: Loaded) -> None:
+    """Never make a mask for attention: right for rows padded on the right of which every layer sees the whole.
+
+    transformers leaves it out too, but not while a CUDA graph is recorded: a dense mask costs memory and the flash kernel.
+    """
+    AttentionInterface.register(_WITHOUT_MASK, sdpa_attention_forward)
+    loaded.model.get_base_model().set_attn_implementation(_WITHOUT_MASK)
 
 
 def adapter_config(run: RunConfig, base: Any) -> LoraConfig:

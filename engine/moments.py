@@ -30,6 +30,7 @@ from qlora_tui.engine.sizes import (
     quantized_bytes,
 )
 from qlora_tui.engine.spec import RunConfig, rows_at_once
+from qlora_tui.engine.steptime import recordable
 from qlora_tui.engine.units import count, gib, percent
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -41,7 +42,8 @@ _CUDA_IDLE, _CUDA_IDLE_SHARE, _CUDA_MOST_IDLE = 100 * _MIB, 0.009, 0.6
 # cores, 2026-11-26, within 17 %. The C library keeps freed blocks, and products over the vocabulary pack their operands.
 _CPU_LIBRARIES = int(0.6 * _GIB)
 _CPU_SLACK, _CPU_LOSS_SLACK = 0.3, 2.3
-_CUBLAS = 2  # the thread of the forward pass and that of the backward pass keep a workspace each
+_GRAPHS = 90 * _MIB  # of the context, at the first CUDA graph; one more MiB or so for each, same card
+_CUBLAS = 2  # the thread of the forward pass and that of the backward pass keep a workspace each, on each stream
 
 Sized = tuple[int, str]
 
@@ -65,6 +67,7 @@ class Moments:
     def __init__(self, model: ModelSpec, run: RunConfig, machine: Machine, longest: int | None) -> None:
         self.model, self.run, self.machine = model, run, machine
         self.cuda = machine.kind == "cuda"
+        self.graphs = self.cuda and run.cuda_graphs == "on" and recordable(model, run)
         self.width = element_bytes(run, machine)
         self.batch = Batch(model, run, self.width, rows_at_once(run), min(run.max_length, longest or run.max_length), self.cuda)
         self.tokens = self.batch.tokens
@@ -124,10 +127,7 @@ class Moments:
 
     def at_step(self) -> tuple[Item, ...]:
         """The optimizer works; activations are gone."""
-        spare = 0
-        if choose_optimizer(self.run, self.machine) == "adamw_torch":
-            spare = 4 * (self.params if self.cuda else max(adapter_tensors(self.model, self.run)))
-        return self._items(workspace=(spare, "the optimizer's own copies"))
+        return self._items(workspace=(self._copies(), "the optimizer's own copies"))
 
     def training(self) -> list[tuple[Item, ...]]:
         """Return the moments of a step; the largest of them is its peak."""
@@ -141,7 +141,8 @@ class Moments:
         passing = forward_peak(self.batch)
         peak, how = self._logits(trained=False)
         inside = self._items(activations=(passing.tensors + self.masks, "one layer at a time, nothing is kept"), gradients=0)
-        return [inside, self._items(loss=(peak.tensors, how), kernels=peak.kernels, gradients=0)]
+        measured = [inside, self._items(loss=(peak.tensors, how), kernels=peak.kernels, gradients=0)]
+        return [*measured, *self.training()] if self.graphs else measured  # recorded batches keep their memory, and lend it
 
     def saving(self) -> tuple[Item, ...]:
         """A checkpoint is written; from a card it is copied to RAM tensor by tensor."""
@@ -175,6 +176,8 @@ class Moments:
         weights, parts, adapter, optimizer, data, libraries, context = self.fixed
         gradients = self.params * 4 if gradients is None else gradients
         slack, idle = self._slack(activations[0] + workspace[0], loss[0] + kernels)
+        if self.graphs and activations[0]:  # their memory is apart, so that nothing of it is free for the optimizer
+            workspace = (workspace[0] + self._copies(), workspace[1])
         return (
             weights,
             parts,
@@ -194,7 +197,7 @@ class Moments:
         """Return what is kept but not in use."""
         if self.cuda:
             moving = passing + loss
-            largest = self.tokens * self.model.intermediate_size * self.width
+            largest = self.tokens * self.model.intermediate_size * self.width * (2 if self.model.fused else 1)
             share = f"{_CUDA_IDLE_SHARE:.1%} of what comes and goes"
             how = (
                 f"kept but not in use: {gib(_CUDA_IDLE)}, one of the largest tensors and {share}, at most {percent(_CUDA_MOST_IDLE)} of it"
@@ -207,8 +210,10 @@ class Moments:
         model, run = self.model, self.run
         name = choose_optimizer(run, self.machine)
         ids = self.tokens * 24 + self.batch.length * model.head_dim * 2 * self.width
-        workspace = _CUBLAS * (32 * _MIB if (self.machine.compute_capability or (8, 0)) >= (9, 0) else 8 * _MIB) if self.cuda else 0
-        held = (_CUDA_CONTEXT, "CUDA's context and libraries, measured") if self.cuda else (_CPU_LIBRARIES, "Python, torch and libraries")
+        each = (32 if (self.machine.compute_capability or (8, 0)) >= (9, 0) else 8) * _MIB
+        workspace = _CUBLAS * each * (1 + self.graphs) if self.cuda else 0
+        context = _CUDA_CONTEXT + _GRAPHS * self.graphs
+        held = (context, "CUDA's context and libraries, measured") if self.cuda else (_CPU_LIBRARIES, "Python, torch and libraries")
         return (
             Item("weights", *self._weights()),
             Item("embeddings", *self._parts()),
@@ -248,7 +253,13 @@ class Moments:
         return f"{how}; {gib(movable)} of it may move to RAM when the card is full" if movable else how
 
     def _accumulated(self) -> bool:
-        return self.run.gradient_accumulation_steps > 1
+        return self.run.gradient_accumulation_steps > 1 or self.graphs  # a recorded batch adds to gradients that lie there
+
+    def _copies(self) -> int:
+        """Return what the plain optimizer copies while it works."""
+        if choose_optimizer(self.run, self.machine) != "adamw_torch":
+            return 0
+        return 4 * (self.params if self.cuda else max(adapter_tensors(self.model, self.run)))
 
     def _waiting(self, layers_done: int) -> int:
         """Return the gradients that exist: all of them after a step's first batch, else those of the layers that are done."""

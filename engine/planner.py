@@ -32,6 +32,7 @@ _OPEN: Mapping[str, Value] = {
     "gradient_checkpointing": "auto",
     "per_device_train_batch_size": 0,
     "loss_chunk_size": 0,
+    "cuda_graphs": "auto",
 }
 _GIB = 1 << 30
 
@@ -187,6 +188,7 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
         "per_device_train_batch_size": "by length alone on a processor" if processor else "the fastest that fits",
         "gradient_accumulation_steps": f"{count(rows_per_step(search.asked.run))} rows a step, as asked",
         "loss_chunk_size": "smaller than usual, for memory" if smaller else "by the vocabulary",
+        "cuda_graphs": "launching kernels would take longer" if search.replayed(found) else "kernels take longer than their launches",
     }
 
 

@@ -49,9 +49,11 @@ class Cast:
         train_rows, eval_rows: all of them; the longest are chosen here.
         add: adds the gradient of rows, as a step does, divided by a number of supervised tokens.
         rows_at_once: of training and of evaluation, at the moment they are asked for.
+        warm: micro-batches before the clock counts: one, and one more where batches are recorded at their second sight.
         repeats: micro-batches of one step; a second one meets the gradients of the first, which is where a step peaks.
         chunk: tokens of the loss at once.
         excursion: lends the model to an evaluation.
+        beside: the context in which a batch of it is measured.
         poll: called between parts; may raise.
     """
 
@@ -61,9 +63,11 @@ class Cast:
     eval_rows: Sequence[TokenRow]
     add: Callable[[Sequence[TokenRow], int], object]
     rows_at_once: int
+    warm: int
     repeats: int
     chunk: int
     excursion: Callable[[], AbstractContextManager[None]]
+    beside: evaluate.Beside
     poll: Callable[[], None]
 
 
@@ -103,7 +107,7 @@ def rehearse(cast: Cast, meter: Meter) -> Generator[Phase, None, Rehearsed]:
     seconds: dict[str, float] = {}
     with _untouched(cast):
         with meter.phase("probe", fresh=True):
-            _step(cast, rows, 1)
+            _step(cast, rows, cast.warm)
             yield _progress(cast, 1)
             seconds["train"] = _timed(cast, lambda: _gradients(cast, rows, min(2, cast.repeats))) / min(2, cast.repeats)
             yield _progress(cast, 2)
@@ -179,7 +183,7 @@ def _evaluate(cast: Cast, rows: Sequence[TokenRow]) -> None:
     if not rows:
         return
     with cast.excursion():
-        for _ in evaluate.measure(cast.loaded, rows, len(rows), cast.poll, chunk=cast.chunk):
+        for _ in evaluate.measure(cast.loaded, rows, len(rows), cast.poll, chunk=cast.chunk, beside=cast.beside):
             pass
 
 

@@ -105,6 +105,9 @@ def _combinations(run: RunConfig) -> list[Problem]:
     if run.use_dora and run.lora_dropout:
         told = "with DoRA the base's part would have to be computed twice, with and without dropout"
         found.append(Problem("lora_dropout", told, "say lora_dropout=0, or use_dora=false"))
+    if run.cuda_graphs == "on" and run.lora_dropout:
+        told = f"a recorded batch draws no random numbers, and lora_dropout is {run.lora_dropout:g}"
+        found.append(Problem("cuda_graphs", told, "say cuda_graphs=auto, or lora_dropout=0"))
     return found
 
 

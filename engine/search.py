@@ -70,6 +70,8 @@ class Search:
     def config(self, choice: Choice) -> RunConfig:
         """Return the run with a choice made; what was fixed stays as it was written."""
         changes: dict[str, Any] = {"loss_chunk_size": choice.chunk}
+        if self.asked.run.cuda_graphs == "auto":
+            changes["cuda_graphs"] = "on" if self.replayed(choice) else "off"
         if self.layers_open:
             changes["gradient_checkpointing"] = {0: "false", self.layers: "true"}.get(choice.recomputed, str(choice.recomputed))
         if self.asked.run.per_device_train_batch_size == 0:
@@ -97,13 +99,11 @@ class Search:
 
     def seconds(self, choice: Choice) -> float:
         """Return the seconds of one token, by the formula alone: real steps were measured for few choices, and favour none."""
-        model, machine, mean = self.asked.model, self.asked.machine, self.asked.mean
-        pieces = self._batches.get((choice.rows, choice.chunk))
-        if pieces is None:
-            run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk)
-            pieces = micro_batch(model, run, machine, self.speed, choice.rows, mean)
-            self._batches[choice.rows, choice.chunk] = pieces
-        return pieces.seconds(choice.recomputed) / (choice.rows * mean) + self._update
+        return self._pieces(choice).seconds(choice.recomputed) / (choice.rows * self.asked.mean) + self._update
+
+    def replayed(self, choice: Choice) -> bool:
+        """Say whether a choice's micro-batches are recorded and replayed as CUDA graphs."""
+        return self._pieces(choice).replayed(choice.recomputed)
 
     def rank(self, choice: Choice) -> int:
         """Return which percent of speed a choice falls into; smaller is faster."""
@@ -136,6 +136,14 @@ class Search:
     def ends(self) -> tuple[int, ...]:
         """Return the most and the fewest layers that may be recomputed, or the one number that was fixed."""
         return (self.layers, 0) if self.layers_open else (checkpointed_layers(self.asked.model, self.asked.run),)
+
+    def _pieces(self, choice: Choice) -> MicroBatch:
+        pieces = self._batches.get((choice.rows, choice.chunk))
+        if pieces is None:
+            run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk)
+            pieces = micro_batch(self.asked.model, run, self.asked.machine, self.speed, choice.rows, self.asked.mean)
+            self._batches[choice.rows, choice.chunk] = pieces
+        return pieces
 
     def _most_rows(self) -> int:
         """Return the most rows at once that fit at all; 0 if not even the fewest do."""

@@ -178,6 +178,12 @@ class RunConfig:
         kind="layers",
     )
     loss_chunk_size: int = _key(0, "memory", "Tokens whose logits are held at once; 0: chosen by the vocabulary.", low=0, high=1_048_576)
+    cuda_graphs: str = _key(
+        "auto",
+        "memory",
+        "On CUDA, record micro-batches once and replay them: on, off, or auto: where launching kernels would take longer.",
+        choices=("auto", "on", "off"),
+    )
     rehearsal: bool = _key(True, "memory", "Before step 1, run the longest batch and measure it; off only to save seconds on CUDA.")
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
 

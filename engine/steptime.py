@@ -28,18 +28,22 @@ from qlora_tui.engine.spec import RunConfig, rows_per_step
 
 _MATMUL_SHARE = 0.75  # of the data sheet's products that large ones reach: 765-780 of 989 TFLOP/s on an H100, 2026-11-25
 _MEMORY_SHARE = 0.88  # of the bandwidth that a large copy reaches
-_MOVE_SHARE = 0.55  # of a large copy's rate that a layer's many element-wise kernels reach: fitted with the next and the last of these
+# The next five were fitted together to 32 settings of 0.5 to 14 B on an H100, replayed as CUDA graphs so that no host was in
+# the way (2026-11-27): within 6 %, median 2.4 %.
+_PRODUCT_SHARE = 0.92  # of the seconds that products would take at the measured rate
+_MOVE_SHARE = 0.54  # of a large copy's rate that a layer's many element-wise kernels reach
+_ATTENTION_SHARE = 0.6  # of large products' rate that fused attention reaches
+_KERNEL_SECONDS = 3e-6  # of a card between one kernel and the next
+_LOGIT_PASSES = 17.5  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
 _DEQUANT_SHARE = 0.63  # of the bandwidth that bitsandbytes' 4-bit kernels reach: 52 GB in 24.5 ms, same card
 _LAUNCH_SECONDS = 25e-6  # of a host that nobody measured: 10e-6 is a fast desktop, 35e-6 a virtual machine
 _FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
-_ATTENTION_SHARE = 0.4  # of large products' rate that fused attention reaches: to kernel times of 18 settings of 0.5 to 8 B, within 12 %
 _CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
-_TENSOR_LAUNCHES = 2  # of 8-bit AdamW for each of its tensors: it has no fused loop
+_TENSOR_LAUNCHES = 1.6  # of 8-bit AdamW for each of its tensors: it has no fused loop
 _CHUNK_LAUNCHES = 17  # of one chunk of the loss
 _MORE_LAUNCHES = 1.05  # of what is counted with few tokens: large products come in parts
 _OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add them up, without end the slower alone counts
-_NARROW = 300  # hidden size at which products reach half of what large ones do
-_LOGIT_PASSES = 19  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
+_GRAPHS_PAY = 0.5  # of the device's seconds that the host needs, from where a recorded step is worth its rounded lengths
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
@@ -68,14 +72,25 @@ class MicroBatch:
     host_seconds: float
     again_device_seconds: float
     again_host_seconds: float
+    graphs: str = "off"
 
     def seconds(self, recomputed: int) -> float:
         """Return the seconds of one micro-batch in which so many layers run forward once more."""
-        device = self.device_seconds + recomputed * self.again_device_seconds
-        host = self.host_seconds + recomputed * self.again_host_seconds
+        device, host = self._both(recomputed)
+        if self.replayed(recomputed):
+            return device
         slower = max(device, host)
         both = (device / slower) ** _OVERLAP + (host / slower) ** _OVERLAP
         return slower * math.pow(both, 1 / _OVERLAP)
+
+    def replayed(self, recomputed: int) -> bool:
+        """Say whether it is recorded and replayed as a CUDA graph: if asked for, or where its host would take half its time."""
+        device, host = self._both(recomputed)
+        return self.graphs == "on" or (self.graphs == "auto" and host > _GRAPHS_PAY * device)
+
+    def _both(self, recomputed: int) -> tuple[float, float]:
+        device = self.device_seconds + recomputed * self.again_device_seconds
+        return device, self.host_seconds + recomputed * self.again_host_seconds
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,12 +108,13 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     Raises:
         ConfigError: `lora_target_modules` names a layer that the model does not have.
     """
-    width = element_bytes(run, machine)
-    flops = _product_flops(model, machine, speed, width)
+    width, cuda = element_bytes(run, machine), machine.kind == "cuda"
+    flops = _product_flops(machine, speed, width)
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
-    products = max(2.0 * weights * batch / flops, weights * width / speed.bandwidth_bytes)
+    share = _PRODUCT_SHARE if cuda else 1.0
+    products = max(2.0 * weights * batch / flops * share, weights * width / speed.bandwidth_bytes)
     products += 2.0 * _low_rank(model, run) * batch / flops
     moved = batch * _moved_per_token(model, run, width, tokens) / (speed.bandwidth_bytes * _MOVE_SHARE)
     moved += _full_weights(model, run, width, speed)
@@ -109,11 +125,28 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     chunk = run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // model.vocab_size)
     chunks = math.ceil(batch / chunk)
     head = 2 * model.vocab_size * model.hidden_size
-    loss = max(2.0 * head * batch / flops, chunks * head * width / speed.bandwidth_bytes)
+    loss = max(2.0 * head * batch / flops * share, chunks * head * width / speed.bandwidth_bytes)
     loss += batch * model.vocab_size * _LOGIT_PASSES * width / (speed.bandwidth_bytes * _MOVE_SHARE)
     again, both = launches(model, run)
-    host = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES * speed.launch_seconds
-    return MicroBatch(layers * (forward + backward) + loss, host, forward, again * _MORE_LAUNCHES * speed.launch_seconds)
+    kernels, again_kernels = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
+    between = _KERNEL_SECONDS if cuda else 0.0
+    return MicroBatch(
+        device_seconds=layers * (forward + backward) + loss + kernels * between,
+        host_seconds=kernels * speed.launch_seconds,
+        again_device_seconds=forward + again_kernels * between,
+        again_host_seconds=again_kernels * speed.launch_seconds,
+        graphs=run.cuda_graphs if cuda and recordable(model, run) else "off",
+    )
+
+
+def sees_whole_rows(model: ModelSpec, run: RunConfig, longest: int) -> bool:
+    """Say whether a fused kernel attends in every layer, and sees the whole of a row: then no mask is needed."""
+    return run.attn_implementation == "sdpa" and model.sdpa and (model.sliding_window is None or longest < model.sliding_window)
+
+
+def recordable(model: ModelSpec, run: RunConfig) -> bool:
+    """Say whether a micro-batch can be recorded as a CUDA graph: no random numbers, and attention that makes nothing on the host."""
+    return not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
 
 
 def launches(model: ModelSpec, run: RunConfig) -> tuple[int, int]:
@@ -156,12 +189,9 @@ def micro_batches(run: RunConfig, rows: int) -> int:
     return math.ceil(rows_per_step(run) / rows)
 
 
-def _product_flops(model: ModelSpec, machine: Machine, speed: Speed, width: int) -> float:
-    """Return what products of the model's shape reach: on a card narrow ones less than the large one that was measured."""
-    if machine.kind == "cpu":
-        return speed.matmul_flops
-    flops = speed.matmul_flops * model.hidden_size / (model.hidden_size + _NARROW) * (1 + _NARROW / 4096)
-    return flops * (_FLOAT32_SHARE if width == 4 and machine.bf16 else 1.0)
+def _product_flops(machine: Machine, speed: Speed, width: int) -> float:
+    """Return what products reach: in 32 bits on a card with tensor cores for 16 far less than the 16-bit one that was measured."""
+    return speed.matmul_flops * (_FLOAT32_SHARE if machine.kind == "cuda" and width == 4 and machine.bf16 else 1.0)
 
 
 def _attention(model: ModelSpec, tokens: float) -> float:
@@ -183,7 +213,8 @@ def _moved_per_token(model: ModelSpec, run: RunConfig, width: int, tokens: float
     targeted = model.targeted(run.lora_target_modules)
     norms = 15 * (model.norms_per_layer * model.hidden_size + (model.query_size + model.key_value_size) * model.qk_norm)
     adapter = sum(part.inputs * (3 if run.lora_dropout else 1) + part.outputs * (4 if run.use_dora else 2) for part in targeted)
-    rest = 5 * model.intermediate_size + 6 * model.hidden_size + 6 * (model.query_size + model.key_value_size)
+    copied = 3 * (2 * model.intermediate_size + model.query_size + 2 * model.key_value_size) * model.fused  # taken apart, and joined again
+    rest = copied + 5 * model.intermediate_size + 6 * model.hidden_size + 6 * (model.query_size + model.key_value_size)
     scores = 10 * model.num_attention_heads * tokens if run.attn_implementation == "eager" or not model.sdpa else 0.0
     return width * (norms + adapter + rest + scores)
 

@@ -41,6 +41,7 @@ class Holdout:
     chunk: int
     meter: Meter
     wishes: Wishes
+    beside: evaluate.Beside
     base: list[RowLoss] = field(default_factory=list)
     newest: list[RowLoss] = field(default_factory=list)
     seconds: float = 0.0  # that the last measurement took
@@ -92,7 +93,7 @@ class Holdout:
             return [], said(error)
 
     def _progress(self, loaded: Loaded) -> Generator[Event, None, list[RowLoss]]:
-        work = evaluate.measure(loaded, self.rows, self.halving.rows, lambda: poll_for(self.wishes), chunk=self.chunk)
+        work = evaluate.measure(loaded, self.rows, self.halving.rows, lambda: poll_for(self.wishes), chunk=self.chunk, beside=self.beside)
         try:
             while True:
                 done = next(work)

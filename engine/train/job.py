@@ -17,16 +17,17 @@ import torch
 
 from qlora_tui.engine import builtin, checkpoint, fixes, hub
 from qlora_tui.engine.batches import Order, steps_per_epoch
-from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
+from qlora_tui.engine.data import Dataset, Tokenized, lengths_of, load_tokenizer, prepare
 from qlora_tui.engine.errors import DataError, ModelError, Stopped
 from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Saved, Wishes
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.journal import EVENTS, read_records
-from qlora_tui.engine.load import Loaded, choose_dtype, load, trainable
+from qlora_tui.engine.load import Loaded, attend_without_mask, choose_dtype, load, trainable
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.meter import Meter, out_of_memory
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
+from qlora_tui.engine.steptime import sees_whole_rows
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.attention import tell_kernel
@@ -39,7 +40,7 @@ from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
 from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
-from qlora_tui.engine.train.step import Gradient, Halving, Thrash
+from qlora_tui.engine.train.step import Gradient, Halving, Thrash, recorded
 from qlora_tui.engine.train.triage import Triage
 from qlora_tui.engine.train.worst import worst_first
 from qlora_tui.engine.units import gib
@@ -113,6 +114,8 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     yield Phase("load", "begin", note=job.run.model_name_or_path)
     with meter.phase("load", fresh=True):
         loaded = load(choices.run, folder, job.machine)
+    if device.type == "cuda" and sees_whole_rows(choices.model, choices.run, max(choices.lengths)):
+        attend_without_mask(loaded)
     note = NOT_ON_A_CPU if device.type == "cpu" else ""
     yield Phase("load", "end", seconds=time.monotonic() - began, note=note, **meter.told("load"))
     fence = Fence(loaded)
@@ -276,13 +279,15 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
     optimizer = build_optimizer(run, trainable(loaded.model), device)
     fence.attach(optimizer)
     loaded.model.train()
+    gradient = Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device))
+    gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
     return Loop(
         run=run,
         loaded=loaded,
-        gradient=Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device)),
+        gradient=gradient,
         optimizer=optimizer,
         order=Order(tokenized.train, rows_per_step(run), run.seed),
-        holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes),
+        holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside),
         meter=meter,
         watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
         fence=fence,

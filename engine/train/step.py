@@ -7,7 +7,8 @@ the same step. That is what makes running out of memory survivable: the same row
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,9 +18,11 @@ from qlora_tui.engine.batches import Batch, collate, micro_batches
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Finding
+from qlora_tui.engine.fast.graphs import Graphs
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import RandomState, empty_cache, in_use, out_of_memory, said
+from qlora_tui.engine.spec import RunConfig
 
 MOST_HALVINGS = 3
 """Beyond this the estimate was wrong by a factor of eight: the run ends rather than crawl."""
@@ -86,7 +89,9 @@ class Gradient:
     halving: Halving
     chunk: int
     thrash: Thrash
+    graphs: Graphs | None = None  # records batches and replays them; None where each kernel is started by itself
     _found: list[Finding] = field(default_factory=list)
+    _warm: bool = False
 
     def of_step(self, rows: Sequence[TokenRow], supervised: int, step: int) -> tuple[float, float]:
         """Add up the gradient of a step; returns its loss in nats a token and the seconds spent on batches.
@@ -103,8 +108,25 @@ class Gradient:
                 return done
             for parameter in self.parameters:
                 parameter.grad = None
+            self.release()
             start.restore()
             self._found.append(self.halving.halve(step, words))
+
+    def record(self, lengths: Sequence[int] | None) -> None:
+        """Record batches of rows of `lengths` tokens from now on; with None, start each kernel by itself."""
+        self.release()
+        self.graphs = None if lengths is None else Graphs(self.loaded.model, self.parameters, self.losses, lengths)
+
+    def release(self) -> None:
+        """Let go of recorded batches: their memory is free for other work, and what they were made of may change."""
+        if self.graphs is not None:
+            self.graphs.release()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Let an evaluation use the memory of recorded batches, which lies idle between them."""
+        with nullcontext() if self.graphs is None else self.graphs.beside():
+            yield
 
     def tell(self, step: int) -> list[Finding]:
         """Return what memory made of `step`, once."""
@@ -123,20 +145,48 @@ class Gradient:
             began = time.monotonic()
             batch = collate(part, self.loaded.device)
             data_seconds += time.monotonic() - began
-            loss = self._loss(batch, supervised)
-            loss.backward()
-            total += loss.detach()
+            total += self._backward(batch, supervised)
         return float(total), data_seconds
 
-    def _loss(self, batch: Batch, supervised: int) -> torch.Tensor:
-        """Return the summed loss of `batch` over `supervised`; no name holds hidden states when its backward pass begins.
+    def _backward(self, batch: Batch, supervised: int) -> torch.Tensor:
+        """Add the gradient of one batch and return its loss over `supervised`.
+
+        The first batch of a run goes the plain way also where the others are replayed: libraries choose kernels and make
+        workspaces at their first use, which no graph may hold.
+        """
+        if self.graphs is not None:
+            self.graphs.lend()
+        if self.graphs is not None and self._warm:
+            try:
+                return self.graphs.add(batch, supervised)
+            except RuntimeError as error:
+                if out_of_memory(error) or not self.graphs.why_not:
+                    raise
+                why_not = self.graphs.why_not
+            self._give_up(why_not)
+        loss = self.losses(batch.input_ids_BT, batch.positions_N, batch.labels_N).sum() / supervised
+        loss.backward()
+        if self.graphs is not None and not self._warm:
+            self._warm = True
+            empty_cache(self.loaded.device)  # graphs have a pool of their own
+        return loss.detach()
+
+    def losses(self, ids_BT: torch.Tensor, positions_N: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each supervised token [N]; no name holds hidden states when its backward pass begins.
 
         The backward pass does not read them. The supervised ones are a copy, and the rest is dropped before logits are made.
         """
-        hidden_BTH = self.loaded.hidden(batch.input_ids_BT)
-        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, batch.positions_N)
+        hidden_BTH = self.loaded.hidden(ids_BT)
+        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, positions_N)
         del hidden_BTH
-        return token_losses(hidden_NH, self.loaded.head, batch.labels_N, self.chunk).sum() / supervised
+        return token_losses(hidden_NH, self.loaded.head, labels_N, self.chunk)
+
+    def _give_up(self, why_not: str) -> None:
+        """Go on without recording; nothing of a batch that could not be recorded was computed."""
+        self.graphs = None
+        empty_cache(self.loaded.device)  # what the recording left behind
+        told = f"batches cannot be recorded as CUDA graphs here, so each kernel is started by itself: {why_not}"
+        self._found.append(Finding("graphs", "info", 0, told, (), {}))
 
     def _attempt(self, rows: Sequence[TokenRow], supervised: int) -> tuple[tuple[float, float] | None, str]:
         """Return what `add` returns, or None and the error's words; the error itself, with its frames, ends here."""
@@ -160,6 +210,11 @@ class Took:
         """Return that, and what the step's rows and the memory say, as fields of `Stepped`."""
         tokens = sum(len(row.input_ids) for row in rows)
         return {**asdict(self), "tokens": tokens, "rows": tuple(row.row for row in rows), **in_use(device)}
+
+
+def recorded(run: RunConfig, loaded: Loaded) -> bool:
+    """Say whether batches are recorded as CUDA graphs: chosen by the planner, and only a card can."""
+    return run.cuda_graphs == "on" and loaded.device.type == "cuda"
 
 
 def allocator_retries() -> int:

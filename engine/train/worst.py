@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 import torch
 
 from qlora_tui.engine import measured
-from qlora_tui.engine.data import Tokenized
+from qlora_tui.engine.data import Tokenized, lengths_of
 from qlora_tui.engine.events import Event, Finding, Phase, Planned
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.meter import empty_cache, out_of_memory, said
@@ -17,6 +17,7 @@ from qlora_tui.engine.spec import checkpointed_of, rows_at_once
 from qlora_tui.engine.train.choices import Choices
 from qlora_tui.engine.train.holdout import poll_for
 from qlora_tui.engine.train.loop import Loop
+from qlora_tui.engine.train.step import recorded
 from qlora_tui.engine.units import gib
 
 
@@ -43,7 +44,7 @@ def worst_first(
         changes = choices.leaner()
         if not changes:
             raise choices.refuse(f"the rehearsal of the longest batch did not fit: {words}", lacking)
-        _resize(loop, choices)
+        _resize(loop, choices, tokenized)
         yield Finding("memory", "warn", 0, f"the rehearsal did not fit ({words}); now leaner: {changes}", (), {"lacking_bytes": lacking})
         yield planned()
     if cuda and (speed := pieces(loop.loaded, choices.model, loop.run)) is not None:  # each time: a host is not always as fast
@@ -61,9 +62,11 @@ def _rehearse_once(choices: Choices, loop: Loop, tokenized: Tokenized) -> Genera
         eval_rows=tokenized.holdout,
         add=loop.gradient.add,
         rows_at_once=rows_at_once(run),
+        warm=1 if loop.gradient.graphs is None else 2,
         repeats=run.gradient_accumulation_steps,
         chunk=run.loss_chunk_size,
         excursion=loop.fence.excursion,
+        beside=loop.gradient.beside,
         poll=lambda: poll_for(loop.wishes),
     )
     try:
@@ -79,12 +82,13 @@ def _rehearse_once(choices: Choices, loop: Loop, tokenized: Tokenized) -> Genera
     return None, words, max(1, needed - choices.plan.budget.total_bytes)
 
 
-def _resize(loop: Loop, choices: Choices) -> None:
+def _resize(loop: Loop, choices: Choices, tokenized: Tokenized) -> None:
     """Give a loop that has not begun the leaner choices."""
     run = loop.run = choices.run
     layers = loop.loaded.decoder.layers
     assert isinstance(layers, torch.nn.ModuleList)
     recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
     loop.gradient.halving.rows = loop.holdout.halving.rows = rows_at_once(run)
+    loop.gradient.record(lengths_of(tokenized.train) if recorded(run, loop.loaded) else None)
     loop.gradient.chunk = loop.holdout.chunk = run.loss_chunk_size
     loop.meter.predicted = choices.predicted()

@@ -58,6 +58,12 @@ PLAIN, EIGHT = {"optim": "adamw_torch"}, {"optim": "adamw_8bit"}
 EAGER = {"attn_implementation": "eager"}
 
 CASES: tuple[Case, ...] = (
+    Case(QWEN05, 16, 256, "false", LORA | EIGHT),
+    Case(LLAMA1, 16, 256, "false", EIGHT),
+    Case(QWEN4, 8, 512, "true", {"lora_r": 64, "optim": "adamw_8bit"}),
+    Case(SMOL3, 2, 2048, "18", FP4),
+    Case(LLAMA8, 2, 2048, "true", {"loss_chunk_size": 256}),
+    Case(GEMMA3, 4, 2048, "true", {}),
     Case(QWEN05, 1, 512, "true", saved=True),
     Case(QWEN05, 8, 1024, "false", {"lora_r": 64}),
     Case(QWEN05, 16, 512, "12", PLAIN),
@@ -85,15 +91,9 @@ CASES: tuple[Case, ...] = (
     Case(LLAMA8, 1, 4096, "16", {}),
     Case(LLAMA8, 1, 2048, "false", {"lora_r": 8}),
     Case(LLAMA8, 1, 1024, "true", LORA),
-    Case(LLAMA8, 1, 8192, "true", {"lora_r": 64} | PLAIN),
     Case(QWEN14, 1, 2048, "true", {}),
-    Case(QWEN14, 2, 1024, "20", {"lora_r": 32}),
     Case(PHI4, 1, 2048, "true", {}),
     Case(PHI4, 4, 512, "false", {"lora_r": 8}),
-    Case(QWEN05, 16, 256, "false", LORA | EIGHT),
-    Case(LLAMA1, 16, 256, "false", EIGHT),
-    Case(QWEN4, 8, 512, "true", {"lora_r": 64, "optim": "adamw_8bit"}),
-    Case(SMOL3, 2, 2048, "18", FP4),
-    Case(LLAMA8, 2, 2048, "true", {"loss_chunk_size": 256}),
-    Case(GEMMA3, 4, 2048, "true", {}),
+    Case(LLAMA8, 1, 8192, "true", {"lora_r": 64} | PLAIN),
+    Case(QWEN14, 2, 1024, "20", {"lora_r": 32}),
 )

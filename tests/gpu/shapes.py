@@ -206,6 +206,7 @@ def clear() -> None:
     GlobalPageManager.get_instance().paged_tensors.clear()
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # else those of each stream stay, and cut the memory of the next run into pieces
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
 

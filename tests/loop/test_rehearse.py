@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import time
@@ -114,8 +115,6 @@ def rows(run_of: Make) -> Any:
 def cast_of(loaded: Loaded, rows: Any, optimizer: torch.optim.Optimizer, **changes: Any) -> rehearse.Cast:
     halving = step.Halving("training", 2, loaded.device, WontFit)
     gradient = step.Gradient(loaded, list(trainable(loaded.model).values()), halving, 0, step.Thrash(loaded.device))
-    import contextlib
-
     usual: dict[str, Any] = {
         "train_rows": rows.train,
         "eval_rows": rows.holdout,
@@ -124,6 +123,8 @@ def cast_of(loaded: Loaded, rows: Any, optimizer: torch.optim.Optimizer, **chang
         "repeats": 2,
         "chunk": 0,
         "excursion": contextlib.nullcontext,
+        "beside": contextlib.nullcontext,
+        "warm": 1,
         "poll": lambda: None,
     }
     return rehearse.Cast(loaded=loaded, optimizer=optimizer, **{**usual, **changes})

@@ -43,7 +43,23 @@ def test_the_card_formula_meets_what_was_measured_on_an_h100(changes, tokens_per
     # and two runs of one setting differed by 7 %
     speed = dataclasses.replace(steptime.table_speed(H100), launch_seconds=36e-6)
     monkeypatch.setattr(forecast, "speed_of", lambda _: speed)
-    assert rate(LLAMA, with_(**changes), H100) == pytest.approx(tokens_per_second, rel=0.12)
+    assert rate(LLAMA, with_(cuda_graphs="off", **changes), H100) == pytest.approx(tokens_per_second, rel=0.12)
+
+
+def test_a_recorded_step_takes_what_its_kernels_take_whatever_the_host():
+    slow = dataclasses.replace(steptime.table_speed(H100), launch_seconds=1e-3)
+    for pieces in (steptime.table_speed(H100), slow):
+        recorded = steptime.micro_batch(LLAMA, with_(cuda_graphs="on"), H100, pieces, 2, 2048)
+        assert recorded.seconds(32) == recorded.device_seconds + 32 * recorded.again_device_seconds
+    assert steptime.micro_batch(LLAMA, with_(cuda_graphs="off"), H100, slow, 2, 2048).seconds(32) > 10 * recorded.seconds(32)
+
+
+@pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"attn_implementation": "eager"}], ids=lambda change: next(iter(change)))
+def test_what_draws_random_numbers_or_makes_masks_on_the_host_is_not_recorded(changes):
+    speed = dataclasses.replace(steptime.table_speed(H100), launch_seconds=1e-3)
+    assert steptime.micro_batch(LLAMA, TWO_ROWS, H100, speed, 2, 2048).replayed(32)
+    assert not steptime.micro_batch(LLAMA, with_(**changes), H100, speed, 2, 2048).replayed(32)
+    assert not steptime.micro_batch(LLAMA, TWO_ROWS, TWO_CORES, speed, 2, 2048).replayed(32)
 
 
 def test_the_device_part_meets_the_kernels_measured_there():
@@ -98,7 +114,7 @@ def test_a_16_bit_base_is_not_dequantized_and_only_a_4_bit_one_minds_how_fast_th
 def test_short_rows_cost_less_a_token_once_the_batch_is_large_and_the_mean_of_both_lies_between():
     run = with_(per_device_train_batch_size=64, gradient_accumulation_steps=1, max_length=16_384)
     short, long = (forecast.seconds_per_token(LLAMA, run, H100, row_tokens=tokens) for tokens in (512, 16_384))
-    assert short < 0.7 * long
+    assert short < 0.75 * long
 
     def epoch(lengths):
         found = forecast.before(LLAMA, run, H100, tokens_per_epoch=10**7, steps=10, steps_per_epoch=10, lengths=lengths)
@@ -306,12 +322,12 @@ def test_more_steps_narrow_the_range():
 
 def test_the_operations_are_the_models_and_checkpointing_adds_a_forward_pass_of_the_layers():
     # one operation a second and nothing else: short rows, since attention is counted at a lower rate than products;
-    # the width at which products are measured is the model's own
+    # the base's products are 8 % faster than the one that is measured
     batch = steptime.micro_batch(LLAMA, RunConfig(), H100, Speed(1.0, math.inf, math.inf, 0.0), 1, 16)
     adapter = 6 * sizes.adapter_params(LLAMA, RunConfig())
     head = 4 * LLAMA.vocab_size * LLAMA.hidden_size
-    assert batch.seconds(0) / 16 == pytest.approx(4 * LLAMA.linear_params + head + adapter, rel=2e-3)
-    assert (batch.seconds(32) - batch.seconds(0)) / 16 == pytest.approx(2 * LLAMA.linear_params, rel=0.01)
+    assert batch.seconds(0) / 16 == pytest.approx(0.92 * (4 * LLAMA.linear_params + head) + adapter, rel=2e-3)
+    assert (batch.seconds(32) - batch.seconds(0)) / 16 == pytest.approx(0.92 * 2 * LLAMA.linear_params, rel=0.01)
 
 
 @given(

@@ -1,0 +1,208 @@
+"""A micro-batch as one CUDA graph: its thousands of kernels are handed over at once.
+
+Python needs 25 to 50 microseconds for each kernel of a forward and backward pass, and a card is often done sooner: a
+0.5 B model's kernels take a tenth of what their launches take. Recorded once for each shape of a batch and then
+replayed, a micro-batch takes what the card takes. The numbers are the same kernels' on the same tensors.
+
+A graph reads and writes fixed addresses. So inputs are copied into tensors of its own, gradients lie in one buffer
+that is lent to the parameters, and lengths and numbers of supervised tokens are rounded up to a few sizes. All graphs
+share one pool of memory, which is as large as the largest of them needs, and only one of them runs at a time.
+
+Shapes: B rows, T tokens of the longest row, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from qlora_tui.engine.batches import Batch
+from qlora_tui.engine.meter import empty_cache, out_of_memory
+from qlora_tui.engine.text import one_line
+
+SIZES = 12
+"""Row lengths that are told apart: each more saves padding and costs a recording, which takes about as long as a step."""
+MOST_HELD = 24
+_SUPERVISED_PARTS = 4  # the number of supervised tokens is rounded up to so many parts of all
+
+Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Row ids [B, T], positions [N] and labels [N] in; the loss of each supervised token [N] out, differentiable."""
+
+
+class Shape(NamedTuple):
+    """What one graph is made for."""
+
+    rows: int
+    length: int
+    supervised: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Names the memory that graphs share; torch's own MemPool ends the process when it goes after a recording that failed."""
+
+    id: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A graph and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    ids_BT: torch.Tensor
+    positions_N: torch.Tensor
+    labels_N: torch.Tensor
+    shares_N: torch.Tensor
+    loss: torch.Tensor
+
+    def fill(self, batch: Batch, supervised: int) -> None:
+        """Copy a batch in; what is padded counts nothing."""
+        rows, length = batch.input_ids_BT.shape
+        self.ids_BT.zero_()
+        self.ids_BT[:rows, :length].copy_(batch.input_ids_BT)
+        number, size = len(batch.labels_N), self.ids_BT.shape[1]
+        self.positions_N[:number].copy_(batch.positions_N // length * size + batch.positions_N % length)
+        self.labels_N[:number].copy_(batch.labels_N)
+        self.shares_N.zero_()
+        self.shares_N[:number].fill_(1.0 / supervised)
+
+
+class Graphs:
+    """Records micro-batches by shape and replays them; falls back to the plain way where one cannot be recorded."""
+
+    def __init__(self, module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], losses: Losses, lengths: Sequence[int]) -> None:
+        """Serve rows of `lengths` tokens; nothing is recorded and no memory is taken before the first batch.
+
+        Args:
+            module: what the losses come from; a batch that changes its buffers cannot be recorded.
+            parameters: those that are trained.
+            losses: the work of a forward pass.
+            lengths: tokens of every row.
+        """
+        self._module, self._parameters, self._losses = module, list(parameters), losses
+        self._sizes = sizes(lengths)
+        self._held: dict[Shape, _Recorded] = {}
+        self._pool: _Pool | None = None
+        self._gradients: torch.Tensor | None = None
+        self._views: list[torch.Tensor] = []
+        self.why_not = ""
+
+    def shape(self, batch: Batch) -> Shape:
+        """Return the shape of the graph that serves `batch`."""
+        rows, longest = batch.input_ids_BT.shape
+        at = bisect.bisect_left(self._sizes, longest)
+        length = self._sizes[at] if at < len(self._sizes) else longest
+        part = -(-rows * length // _SUPERVISED_PARTS)
+        return Shape(rows, length, min(rows * length, -(-len(batch.labels_N) // part) * part))
+
+    def add(self, batch: Batch, supervised: int) -> torch.Tensor:
+        """Add the gradient of `batch` to the parameters' and return its summed loss over `supervised`.
+
+        Raises:
+            torch.OutOfMemoryError: a recording did not fit; all are let go.
+            RuntimeError: a recording failed for another reason, which `why_not` names; the plain way is left.
+        """
+        shape = self.shape(batch)
+        self.lend()
+        recorded = self._held.pop(shape, None) or self._record(shape)
+        self._held[shape] = recorded  # the last used is last
+        if len(self._held) > MOST_HELD:
+            del self._held[next(iter(self._held))]
+        recorded.fill(batch, supervised)
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Let other work of this thread use the pool's memory: between two batches nothing in it is in use.
+
+        What that work makes must be gone, or on the processor, before the next batch is replayed.
+        """
+        if self._pool is None:
+            yield
+            return
+        here, stream = torch.cuda.current_stream(), _stream(self._parameters[0].device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):  # type: ignore[arg-type]  # it reads the id alone
+            yield
+        here.wait_stream(stream)
+
+    def release(self) -> None:
+        """Let go of every graph and of the gradients' buffer, so that other work finds their memory free."""
+        if self._gradients is None:
+            return
+        device = self._gradients.device
+        self._held.clear()
+        self._views, self._gradients, self._pool = [], None, None
+        empty_cache(device)
+
+    def lend(self) -> None:
+        """Give every parameter its part of the buffer, emptied, unless this step has done so; before any batch of a step."""
+        if self._gradients is None:
+            first = self._parameters[0]
+            self._gradients = torch.zeros(sum(each.numel() for each in self._parameters), dtype=first.dtype, device=first.device)
+            parts = self._gradients.split([each.numel() for each in self._parameters])
+            self._views = [part.view(each.shape) for part, each in zip(parts, self._parameters, strict=True)]
+        if self._parameters[0].grad is None:
+            self._gradients.zero_()
+            for parameter, view in zip(self._parameters, self._views, strict=True):
+                parameter.grad = view
+
+    def _record(self, shape: Shape) -> _Recorded:
+        device = self._parameters[0].device
+        here, stream = torch.cuda.current_stream(device), _stream(device)
+        if self._pool is None:
+            self._pool = _Pool(torch.cuda.graph_pool_handle())
+        ids_BT = torch.zeros(shape.rows, shape.length, dtype=torch.long, device=device)
+        positions_N = torch.arange(shape.supervised, device=device)
+        labels_N = torch.zeros(shape.supervised, dtype=torch.long, device=device)
+        shares_N = torch.zeros(shape.supervised, device=device)
+        graph, buffers = torch.cuda.CUDAGraph(), _addresses(self._module)
+        stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]  # torch's own example
+                try:
+                    loss = (self._losses(ids_BT, positions_N, labels_N) * shares_N).sum()
+                    loss.backward()
+                    loss = loss.detach()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            self.release()
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # ending a recording that broke raises too
+            if not out_of_memory(cause):
+                self.why_not = one_line(cause, limit=200)
+            raise cause from None
+        here.wait_stream(stream)
+        if _addresses(self._module) != buffers:
+            self.release()
+            self.why_not = "the model makes its buffers anew while it runs"
+            raise RuntimeError(self.why_not)
+        return _Recorded(graph, ids_BT, positions_N, labels_N, shares_N, loss)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that batches are recorded on: one for good, since cuBLAS keeps a workspace for each it ever saw."""
+    return torch.cuda.Stream(device)
+
+
+def _addresses(module: torch.nn.Module) -> list[int]:
+    return [buffer.data_ptr() for buffer in module.buffers()]
+
+
+def sizes(lengths: Sequence[int], number: int = SIZES) -> list[int]:
+    """Return at most `number` lengths, ascending, so that about as many rows are rounded up to each; the longest is one.
+
+    >>> sizes([10, 20, 30, 40], 2)
+    [20, 40]
+    """
+    ordered = sorted(lengths)
+    return sorted({ordered[-(-len(ordered) * part // number) - 1] for part in range(1, number + 1)})
