@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,8 @@ from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import redact, safe_text
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.desk import Desk
+from qlora_tui.tui.screens.keys import KeyedScreen, bindings
+from qlora_tui.tui.screens.palette import PaletteDialog
 from qlora_tui.tui.screens.run import RunScreen
 from qlora_tui.tui.screens.wizard import WizardScreen
 from qlora_tui.tui.terminal import TerminalGuard, restore_terminal
@@ -84,10 +86,7 @@ class TunerApp(App[AppExit]):
         "screens/dialogs.tcss",
         "screens/wizard.tcss",
     ]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+c", "interrupt", show=False, priority=True, system=True),
-        Binding("ctrl+q", "leave", show=False, priority=True, system=True),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("app")
 
     def __init__(
         self,
@@ -110,6 +109,7 @@ class TunerApp(App[AppExit]):
         self.theme = THEME.name
         self.start, self.draft, self.follow = start, draft, follow
         self.readonly, self.ascii_only, self.demo = readonly, ascii_only, demo
+        self.chosen_keys: Mapping[str, str] = {}
         self.folder = follow
         self.desk = desk or Desk()
         self.failure = ""
@@ -179,6 +179,11 @@ class TunerApp(App[AppExit]):
             self._leave_wizard()
         else:
             self._top_action(screen.action_leave)
+
+    def action_palette(self) -> None:
+        """List what can be done now; what is chosen is done as if its key had been pressed."""
+        if isinstance(self.screen, KeyedScreen):
+            self.push_screen(PaletteDialog(self.screen))
 
     def get_key_display(self, binding: Binding) -> str:
         """Name keys in words where arrows and carets cannot be shown."""

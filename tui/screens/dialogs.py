@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
@@ -14,6 +14,7 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from qlora_tui.tui.panels import cells
+from qlora_tui.tui.screens.keys import bindings
 
 Choice = Literal["stop", "detach", "abort", "cancel"]
 _CHOICES: dict[Choice, tuple[str, str]] = {
@@ -27,11 +28,7 @@ _CHOICES: dict[Choice, tuple[str, str]] = {
 class StopDialog(ModalScreen[Choice]):
     """Ask how to leave a run; the first choice is what Enter takes."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,q", "choose('cancel')", "back"),
-        Binding("s", "choose('stop')", "stop and save", show=False),
-        Binding("d", "choose('detach')", "leave it running", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("stop dialog")
 
     def __init__(self, *, first: Choice = "stop") -> None:
         """Offer all choices with `first` on top."""
@@ -59,9 +56,9 @@ class StopDialog(ModalScreen[Choice]):
 
 
 class HelpDialog(ModalScreen[None]):
-    """The keys of a screen, made from its bindings so that none can be missing."""
+    """The keys of a screen, made from the table of actions so that none can be missing."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter,f1", "dismiss", "close")]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("help dialog")
 
     def __init__(self, keys: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> None:
         """Show `keys` as (key, what it does), then notes."""
@@ -76,25 +73,3 @@ class HelpDialog(ModalScreen[None]):
             yield Static("Keys", markup=False, classes="question")
             yield Static(cells.stack([*lines, *([Content("")] if notes else []), *notes]), markup=False)
             yield Static("esc closes", markup=False, classes="keys")
-
-
-def keys_of(bindings: Sequence[BindingType]) -> list[tuple[str, str]]:
-    """Return (key, description) of bindings that say what they do."""
-    told = [binding for binding in bindings if isinstance(binding, Binding) and binding.description]
-    return [(binding.key_display or _key_words(binding.key), binding.tooltip or binding.description) for binding in told]
-
-
-_NAMES = {
-    "question_mark": "?",
-    "slash": "/",
-    "escape": "esc",
-    "full_stop": ".",
-    "pageup": "pgup",
-    "pagedown": "pgdn",
-    "left_square_bracket": "[",
-    "right_square_bracket": "]",
-}
-
-
-def _key_words(keys: str) -> str:
-    return " ".join(_NAMES.get(key, key.replace("ctrl+", "^")) for key in keys.split(",")[:2])

@@ -14,11 +14,10 @@ from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal
-from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Footer, Input
+from textual.widgets import Input
 
 from qlora_tui.engine.errors import JournalError
 from qlora_tui.engine.events import decode
@@ -33,7 +32,8 @@ from qlora_tui.tui.panels.memory import MemoryPanel
 from qlora_tui.tui.panels.scorecard import ScorecardPanel
 from qlora_tui.tui.panels.status import StatusLine
 from qlora_tui.tui.panels.summary import SummaryPanel
-from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog, keys_of
+from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog
+from qlora_tui.tui.screens.keys import KeyedScreen, KeyLine, bindings, help_of
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.state import RunState, fold
 
@@ -47,34 +47,14 @@ PANELS = ("loss", "memory", "device", "findings", "log")
 Leave = Callable[[str], None]
 
 
-class RunScreen(Screen[None]):
+class RunScreen(KeyedScreen):
     """One run, live or finished."""
 
     AUTO_FOCUS = ""  # keys belong to the screen; the search line takes the focus only when asked for
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-short"), (22, "-usual"), (30, "-tall")]  # noqa: RUF012
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("s", "stop", "stop", tooltip="stop: choose how"),
-        Binding("d", "detach", "leave running", tooltip="close the screen; training goes on"),
-        Binding("k", "save", "save now", tooltip="save a checkpoint at the next safe point"),
-        Binding("z", "zoom", "zoom", tooltip="make one panel fill the screen, or back"),
-        Binding("y", "log_y", "log scale", tooltip="logarithmic loss axis, or back"),
-        Binding("slash", "find", "find", key_display="/", tooltip="show only log lines with some words"),
-        Binding("question_mark", "help", "help", key_display="?"),
-        Binding("q", "leave", "quit", tooltip="leave; asks first while the run is training"),
-        Binding("1", "panel(0)", "panel", show=False, key_display="1-5", tooltip="show one panel alone, or back"),
-        Binding("2", "panel(1)", show=False),
-        Binding("3", "panel(2)", show=False),
-        Binding("4", "panel(3)", show=False),
-        Binding("5", "panel(4)", show=False),
-        Binding("escape", "back", "back", show=False, key_display="esc", tooltip="one level back"),
-        Binding("up,j", "scroll(1)", show=False),
-        Binding("down", "scroll(-1)", show=False),
-        Binding("pageup", "scroll(10)", show=False),
-        Binding("pagedown", "scroll(-10)", show=False),
-        Binding("home,g", "scroll(100000)", show=False),
-        Binding("end,G", "scroll(-100000)", show=False),
-    ]
+    place = "run"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("run")
 
     def __init__(self, folder: Path, leave: Leave, *, owned: bool, readonly: bool, ascii_only: bool) -> None:
         """Follow the run in `folder`.
@@ -115,7 +95,7 @@ class RunScreen(Screen[None]):
         yield FindingsPanel(id="findings")
         yield LogPanel(id="log")
         yield Line(placeholder="words to look for in the log", id="find", compact=True)
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Show what is there, then look again four times a second."""
@@ -269,12 +249,7 @@ class RunScreen(Screen[None]):
     def action_help(self) -> None:
         """Show the keys."""
         notes = ["Ctrl+C stops and saves at once; a second Ctrl+C ends without saving.", one_line(f"This run: {self.folder}")]
-        scrolls = [("up down", "scroll a panel that fills the screen; pgup, pgdn, home and end too")]
-        self.app.push_screen(HelpDialog([*keys_of(self._offered()), *scrolls], notes if self.running else notes[1:]))
-
-    def _offered(self) -> list[BindingType]:
-        """Return the keys that would do something now."""
-        return [key for key in self.BINDINGS if isinstance(key, Binding) and self.check_action(key.action, ())]
+        self.app.push_screen(HelpDialog(help_of(self), notes if self.running else notes[1:]))
 
     @on(Input.Changed, "#find")
     def _search_changed(self, event: Input.Changed) -> None:
