@@ -60,6 +60,7 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
     "app": (
         Action("interrupt", "ctrl+c", first=True, footer=False, palette=False),
         Action("leave", "ctrl+q", "quit", "leave, also while you type", first=True, footer=False, palette=False),
+        Action("theme", "", "theme", "dark or light: the other one, also the next time", footer=False),
         Action("palette", "colon,ctrl+p", "all keys", "find what can be done here by its words", written=":", footer=False, palette=False),
     ),
     "run": (
@@ -69,6 +70,7 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
         Action("zoom", "z", "zoom", "make one panel fill the screen, or back"),
         Action("log-scale", "y", "log scale", "logarithmic loss axis, or back", does="log_y"),
         Action("find", "slash", "find", "show only log lines with some words", written="/"),
+        Action("copy", "c", "copy", "copy what the chosen panel says, where the terminal allows it, and into a file"),
         _HELP,
         Action("quit", "q", "quit", "leave; asks first while the run is training", does="leave", always=True),
         Action("panel-1", "1", "panel", "show one panel alone, or back", does="panel(0)", written="1-5", footer=False, palette=False),
@@ -86,7 +88,7 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
         Action("previous", _BACK, "back", "one page back; nothing is lost", written="esc"),
         Action("fix", "f", "tip", "apply what stands under the memory bar"),
         Action("probe", "t", "test run", "train on 50 rows, keep nothing, and measure the speed; again: stop it"),
-        Action("copy", "c", "copy command", "copy the command, where the terminal allows it"),
+        Action("copy", "c", "copy command", "copy the command, where the terminal allows it, and into a file"),
         _HELP,
         Action("text-help", "f1", "help", "help, also while you type", does="text_help", written="F1", always=True, palette=False),
         Action("quit", "q", "quit", "leave; an unfinished run is kept for the next time", does="app.leave", always=True),

@@ -72,6 +72,12 @@ class Panel(Static):
         """Return the words in the frame."""
         return Content.assemble((self.digit, "bold $primary"), f" {self.noun}" if self.digit else self.noun)
 
+    def words(self) -> str:
+        """Return what is shown as text: heading and lines, without the spaces that end them."""
+        heading = self._heading.plain.strip() if self._heading else ""
+        lines = [line.rstrip() for line in self._shown.plain.split("\n")] if self._shown else []
+        return "\n".join([*([heading] if heading else []), *lines]).strip("\n")
+
     def _redraw(self) -> None:
         size = self.content_size
         if not self.display or size.width <= 0 or size.height <= 0:
@@ -82,6 +88,7 @@ class Panel(Static):
         self._key = key
         heading, drawn = self.heading(self._state, self._view), self.draw(self._state, self._view, size.width, size.height)
         heading = heading.truncate(max(1, self.outer_size.width - 6), ellipsis=True)
+        heading, drawn = cells.themed(heading), cells.themed(drawn)
         if self._view.ascii_only:
             heading, drawn = cells.plain_ascii(heading), cells.plain_ascii(drawn)
         if self._heading is None or not self._heading.is_same(heading):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -23,6 +23,7 @@ from qlora_tui.engine.errors import JournalError
 from qlora_tui.engine.events import decode
 from qlora_tui.engine.journal import EVENTS, Tail, is_running, leave_wish
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui import window
 from qlora_tui.tui.panels.base import Panel, View
 from qlora_tui.tui.panels.device import DevicePanel
 from qlora_tui.tui.panels.findings import FindingsPanel
@@ -37,6 +38,9 @@ from qlora_tui.tui.screens.keys import KeyedScreen, KeyLine, bindings, help_of
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.state import RunState, fold
 
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import TunerApp
+
 TICK = 0.25
 SLOW_TICK = 1.0  # for a run that has ended: nothing more is expected, though a resume may still come
 _BLOCK = 1 << 18
@@ -49,6 +53,8 @@ Leave = Callable[[str], None]
 
 class RunScreen(KeyedScreen):
     """One run, live or finished."""
+
+    app: TunerApp
 
     AUTO_FOCUS = ""  # keys belong to the screen; the search line takes the focus only when asked for
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
@@ -80,7 +86,8 @@ class RunScreen(KeyedScreen):
         self._leave_at_end = False
         self._interrupted = False
         self._was_running = True
-        self._seen_running = False
+        self._seen_running = self._rung_bad = False
+        self._titled_at = 0.0
         self.behind = True
 
     def compose(self) -> ComposeResult:
@@ -137,6 +144,7 @@ class RunScreen(KeyedScreen):
         self.set_class(bool(self.state.warnings), "-warned")
         for panel in self.query(Panel):
             panel.show(self.state, self.view)
+        self._tell_terminal()
         if self.running != self._was_running:
             self._was_running = self.running
             self.refresh_bindings()
@@ -145,6 +153,17 @@ class RunScreen(KeyedScreen):
             if not self.running and isinstance(self.app.screen, StopDialog):
                 self.app.screen.dismiss("cancel")  # nothing is left to stop: show how it ended instead
         self._seen_running = self.running and not self.behind
+
+    def _tell_terminal(self) -> None:
+        """Set the window's title, once a second at most, and ring once when the loss stops being a number."""
+        now = self.view.now
+        if now - self._titled_at >= 1.0 or not self.running:
+            self._titled_at = now
+            self.app.say_title(window.run_title(self.state, now, lost=self.view.lost))
+        if self.state.history.bad and not self._rung_bad:
+            self._rung_bad = True
+            if self._seen_running:
+                self.app.bell()
 
     @property
     def running(self) -> bool:
@@ -206,6 +225,11 @@ class RunScreen(KeyedScreen):
     def action_save(self) -> None:
         """Ask for a checkpoint."""
         self._wish("save")
+
+    def action_copy(self) -> None:
+        """Copy what the chosen panel says; a viewer that only looks writes nothing into the run's folder."""
+        text = self.query_one(f"#{PANELS[self._selected]}", Panel).words()
+        self.app.copy_out(text, *(() if self.readonly else (self.folder,)))
 
     def action_log_y(self) -> None:
         """Switch the loss axis between linear and logarithmic."""

@@ -214,8 +214,7 @@ class WizardScreen(KeyedScreen):
 
     def action_copy(self) -> None:
         """Send the command to the terminal's clipboard; whether it took it cannot be known."""
-        self.app.copy_to_clipboard(self.command())
-        self.app.notify("sent to the terminal's clipboard, where it allows that", timeout=3, markup=False)
+        self.app.copy_out(self.command())
 
     def action_text_help(self) -> None:
         """Show the keys, also where a question mark is typed."""
