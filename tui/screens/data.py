@@ -71,7 +71,7 @@ class DataPage(Page):
     """One line for the data; beneath it what is in them: format, faults by row, lengths, what is trained, copies."""
 
     title = "data"
-    keys = "data page"
+    place = "data page"
     types = True
     BINDINGS: ClassVar[list[BindingType]] = bindings("data page")
 

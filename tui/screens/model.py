@@ -34,7 +34,7 @@ class ModelPage(Page):
     """A line to type in, and a list that it filters; the arrows move in the list while one types."""
 
     title = "model"
-    keys = "model page"
+    place = "model page"
     types = True
     BINDINGS: ClassVar[list[BindingType]] = bindings("model page")
 

@@ -26,7 +26,7 @@ class Page(Vertical):
     """One step of the wizard. `enter` brings it up, `commit` says whether one may go on."""
 
     title: ClassVar[str] = ""
-    keys: ClassVar[str] = "field"
+    place: ClassVar[str] = "field"
     """The place in the table of actions whose keys this page adds."""
     types: ClassVar[bool] = False
     """Whether one types on this page, so that letters are no keys."""

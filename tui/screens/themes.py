@@ -65,7 +65,10 @@ DARK = _theme(
         "plot-line": "#56b4e9",
         "plot-eval": "#e69f00",
         "plot-bad": "#ee7733",
-        "plot-axis": "#8793a5",
+        "plot-axis": "#8e9bad",
+        "part-activations": "#d083b0",
+        "part-loss": "#f0e442",
+        "part-rest": "#9aa5b5",
     },
     dark=True,
 )
@@ -88,6 +91,9 @@ LIGHT = _theme(
         "plot-eval": "#8f5200",
         "plot-bad": "#a8321b",
         "plot-axis": "#505c6c",
+        "part-activations": "#8f3f70",
+        "part-loss": "#6b5f00",
+        "part-rest": "#566270",
     },
     dark=False,
 )
@@ -110,6 +116,9 @@ DARK_16 = _theme(
         "plot-eval": "#ffff55",
         "plot-bad": "#ff5555",
         "plot-axis": "#aaaaaa",
+        "part-activations": "#ff55ff",
+        "part-loss": "#ffffff",
+        "part-rest": "#aaaaaa",
     },
     dark=True,
 )
@@ -132,6 +141,9 @@ LIGHT_16 = _theme(
         "plot-eval": "#aa0000",
         "plot-bad": "#aa0000",
         "plot-axis": "#000000",
+        "part-activations": "#aa00aa",
+        "part-loss": "#000000",
+        "part-rest": "#555555",
     },
     dark=False,
 )

@@ -27,7 +27,7 @@ from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui import words
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels import cells
-from qlora_tui.tui.panels.budgetbar import draw_outlook
+from qlora_tui.tui.panels.budgetbar import draw_outlook, in_few_words
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.probe import probe_lines
 from qlora_tui.tui.reading import Reading
@@ -54,8 +54,8 @@ class WizardScreen(KeyedScreen):
 
     app: TunerApp
 
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
-    VERTICAL_BREAKPOINTS = [(0, "-flat"), (14, "-short"), (22, "-usual")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
+    VERTICAL_BREAKPOINTS = [(0, "-bare"), (12, "-flat"), (14, "-short"), (22, "-usual")]  # noqa: RUF012
     place = "wizard"
     BINDINGS: ClassVar[list[BindingType]] = bindings("wizard")
 
@@ -100,6 +100,7 @@ class WizardScreen(KeyedScreen):
             yield NumbersPage(self)
             yield GoPage(self)
         yield Static("", markup=False, id="outlook")
+        yield Static("", markup=False, id="few")
         yield KeyLine()
 
     def on_mount(self) -> None:
@@ -227,7 +228,7 @@ class WizardScreen(KeyedScreen):
 
     def places(self) -> list[tuple[str, DOMNode]]:
         """Return whose keys are heard here, as the table of actions calls them: the page's before the wizard's."""
-        return [(self.page.keys, self.page), (self.place, self)]
+        return [(self.page.place, self.page), (self.place, self)]
 
     @property
     def typing(self) -> bool:
@@ -260,6 +261,7 @@ class WizardScreen(KeyedScreen):
         key = "" if self.page.types else "f"  # where one types, f is a letter
         bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting, no_time=self._no_time(), key=key)
         self._put("#outlook", bar)
+        self._put("#few", in_few_words(STEPS[self._page], self._page + 1, self.run, self.outlook, width))
         self._put("#steps", self._steps(width))
         keys = (self._page, self._advice is None)
         if keys != self._keys:
