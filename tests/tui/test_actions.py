@@ -35,7 +35,7 @@ def listed(app: TunerApp) -> list[str]:
 
 
 def footer(app: TunerApp) -> str:
-    return "".join(f"{key.key_display} {key.description} " for key in app.screen.query_one(Footer).children)
+    return "".join(f"{key.key_display} {key.description}  " for key in app.screen.query_one(Footer).children)
 
 
 def test_nothing_is_bound_outside_the_table():
@@ -128,8 +128,8 @@ async def test_the_footer_cuts_nothing_in_half_and_keeps_help_and_quit(write_run
     folder, _, _ = write_run()
     app = follow(folder)
     async with app.run_test(size=(width, 24)) as pilot:
-        await until(pilot, lambda: "? help q quit" in footer(app))
-        assert len(footer(app)) <= width
+        await until(pilot, lambda: "? help  q quit" in footer(app))
+        assert len(footer(app)) <= width + 1
         await pilot.resize_terminal(120, 24)
         await until(pilot, lambda: "log scale" in footer(app))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -23,6 +24,10 @@ _CHOICES: dict[Choice, tuple[str, str]] = {
     "abort": ("abort now", "lose what came after the last checkpoint"),
     "cancel": ("back", "change nothing"),
 }
+
+
+_KEY = 8
+"""Cells for the keys in the help."""
 
 
 class StopDialog(ModalScreen[Choice]):
@@ -67,9 +72,16 @@ class HelpDialog(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Lay out the table."""
-        lines = [Content.assemble((f"{key:>10}  ", f"bold {cells.MAIN}"), meaning) for key, meaning in self._keys]
-        notes = [Content.styled(note, cells.DIM) for note in self._notes]
+        width = max(20, min(76, int(self.app.size.width * 0.96)) - 7)
+        lines = [line for key, meaning in self._keys for line in _told(key, meaning, width)]
+        notes = [Content.styled(line, cells.DIM) for note in self._notes for line in textwrap.wrap(note, width)]
         with Vertical(id="dialog"):
             yield Static("Keys", markup=False, classes="question")
             yield Static(cells.stack([*lines, *([Content("")] if notes else []), *notes]), markup=False)
             yield Static("esc closes", markup=False, classes="keys")
+
+
+def _told(key: str, meaning: str, width: int) -> list[Content]:
+    """Return a key and what it does, with what does not fit beneath the words and not beneath the key."""
+    wrapped = textwrap.wrap(meaning, max(10, width - _KEY - 2)) or [""]
+    return [Content.assemble((f"{'' if at else key:>{_KEY}}  ", f"bold {cells.MAIN}"), line) for at, line in enumerate(wrapped)]

@@ -61,9 +61,12 @@ class KeyLine(Footer):
         self._width = 0
 
     def compose(self) -> ComposeResult:
-        """Leave out what does not fit, from the end: a key that is cut in half helps nobody."""
+        """Leave out what does not fit, from the end: a key that is cut in half helps nobody.
+
+        There is one cell before the first key, and two after each that the last one does without.
+        """
         found = [key for key in super().compose() if isinstance(key, FooterKey)]
-        room = self.screen.size.width - sum(_width(key) for key in found if key.action in _ALWAYS)
+        room = self.screen.size.width + 1 - sum(_width(key) for key in found if key.action in _ALWAYS)
         for key in found:
             room -= 0 if key.action in _ALWAYS else _width(key)
             if room >= 0 or key.action in _ALWAYS:
@@ -80,7 +83,7 @@ _ALWAYS = {action.call for actions in PLACES.values() for action in actions if a
 
 
 def _width(key: FooterKey) -> int:
-    return cell_len(f"{key.key_display} {key.description} ")
+    return cell_len(f"{key.key_display} {key.description}  ")
 
 
 def chosen_keys(node: DOMNode) -> Mapping[str, str]:
