@@ -30,6 +30,7 @@ from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.datalook import DataLook, with_lengths
 from qlora_tui.tui.lengths import Lengths
 from qlora_tui.tui.preferences import Preferences
+from qlora_tui.tui.screens.keys import KeyLine
 from qlora_tui.tui.screens.wizard import STEPS
 
 HERE = Path(__file__).resolve().parent
@@ -366,6 +367,8 @@ async def _wizard(app: TunerApp, pilot: Any, shot: Shot) -> list[list[Cell]]:
         await pilot.press("enter")
         await _until(pilot, lambda before=before: wizard.page is not before)
         await _settled(app, pilot)
+    if page != "goal":
+        await _until(pilot, lambda: "done about" in _words_on(app))
     await _settled(app, pilot)
     return cells(app)
 
@@ -387,6 +390,7 @@ async def _settled(app: TunerApp, pilot: Any) -> None:
     for box in app.screen.query(Input):
         box.cursor_blink = False
     await app.workers.wait_for_complete()
+    await _until(pilot, lambda: all(line.children for line in app.screen.query(KeyLine)))
     deadline, before = time.monotonic() + PATIENCE, None
     while (now := cells(app)) != before:
         assert time.monotonic() < deadline, "the screen never came to rest"

@@ -82,6 +82,7 @@ class TunerApp(App[AppExit]):
         """Keep what the screens need; see `run_app`."""
         super().__init__()
         self.animation_level = "none"
+        self.set_class(ascii_only, "-ascii")
         self._dress(preferences or Preferences())
         self.start, self.draft, self.follow = start, draft, follow
         self.readonly, self.ascii_only, self.demo = readonly, ascii_only, demo

@@ -146,6 +146,7 @@ async def test_on_a_page_to_type_on_the_palette_opens_by_ctrl_p_and_leaves_lette
         await until(pilot, lambda: app.focused.value.endswith(":"))
         await pilot.press("ctrl+p")
         await until(pilot, lambda: isinstance(app.screen, PaletteDialog) and any("F3" in line for line in listed(app)))
+        assert [line for line in listed(app) if line.startswith("quit")], "where one types, q is a letter, and quitting has a name"
         await pilot.press(*"limit nothing has this", "escape")
         screen = app.screen
         assert isinstance(screen, KeyedScreen)

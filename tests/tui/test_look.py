@@ -37,6 +37,12 @@ def words(app: TunerApp) -> str:
     return "\n".join("".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips())
 
 
+def whole(app: TunerApp) -> str:
+    """Return every cell, those of the screens beneath a window too."""
+    update = app.screen._compositor.render_update(full=True, screen_stack=app._background_screens)
+    return "\n".join("".join(segment.text for strip in strips for segment in strip) for strips in update.strips)
+
+
 def told(app: TunerApp) -> str:
     return " ".join(str(notice.message) for notice in app._notifications)
 
@@ -407,3 +413,16 @@ def test_what_is_said_now_wins_over_the_file_and_the_file_over_the_last_time(hom
     (home / "state" / "theme.txt").write_text("rubbish")
     prefer(home, "")
     assert preferences.read().theme == "auto"
+
+
+async def test_no_window_draws_more_than_ascii_either(write_run, until):
+    folder, _, _ = write_run()
+    app = follow(folder, ascii_only=True, on_abort=lambda: None)
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        for key, sign in (("question_mark", "esc closes"), ("colon", "leave running"), ("s", "back"), ("c", "clipboard")):
+            await pilot.press(key)
+            await until(pilot, lambda sign=sign: sign in whole(app))
+            assert {char for char in whole(app) if not char.isascii()} == set()
+            await pilot.press("escape")
+            await until(pilot, lambda: app.screen is app.run_screen)

@@ -77,7 +77,8 @@ class HelpDialog(ModalScreen[None]):
         notes = [Content.styled(line, cells.DIM) for note in self._notes for line in textwrap.wrap(note, width)]
         with Vertical(id="dialog"):
             yield Static("Keys", markup=False, classes="question")
-            yield Static(cells.stack([*lines, *([Content("")] if notes else []), *notes]), markup=False)
+            told = cells.stack([*lines, *([Content("")] if notes else []), *notes])
+            yield Static(cells.plain_ascii(told) if self.app.has_class("-ascii") else told, markup=False)
             yield Static("esc closes", markup=False, classes="keys")
 
 

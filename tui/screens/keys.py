@@ -94,20 +94,16 @@ def chosen_keys(node: DOMNode) -> Mapping[str, str]:
 
 
 def offered(screen: KeyedScreen) -> list[tuple[Action, DOMNode]]:
-    """Return what can be done on `screen` now, and what obeys it; where one types, letters are only letters."""
-    chosen = chosen_keys(screen)
-    found: list[tuple[Action, DOMNode]] = []
-    for place, node in (*screen.places(), ("app", screen.app)):
-        for action in PLACES[place]:
-            swallowed = screen.typing and _types(keys_of(action, chosen))
-            if _allows(node, action) and not swallowed:
-                found.append((action, node))
-    return found
+    """Return what can be done on `screen` now, and what obeys it."""
+    places = (*screen.places(), ("app", screen.app))
+    return [(action, node) for place, node in places for action in PLACES[place] if _allows(node, action)]
 
 
 def help_of(screen: KeyedScreen) -> list[tuple[str, str]]:
-    """Return (keys, what they do) for all that can be done on `screen` now."""
-    return help_lines((action for action, _ in offered(screen)), chosen_keys(screen))
+    """Return (keys, what they do) for all that can be done on `screen` now; where one types, letters are only letters."""
+    chosen = chosen_keys(screen)
+    heard = [action for action, _ in offered(screen) if not (screen.typing and _types(keys_of(action, chosen)))]
+    return help_lines(heard, chosen)
 
 
 def means_something(screen: Screen[object], key: str) -> bool:

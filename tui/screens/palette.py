@@ -33,7 +33,7 @@ class PaletteDialog(ModalScreen[None]):
         self._found = [(action, node) for action, node in offered(screen) if action.palette and action.label]
         self._fitting = self._found
         self._chosen = chosen_keys(screen)
-        self._ascii = screen.has_class("-ascii")
+        self._ascii = screen.app.has_class("-ascii")
 
     def compose(self) -> ComposeResult:
         """Lay out the line and the list."""
@@ -46,7 +46,6 @@ class PaletteDialog(ModalScreen[None]):
 
     def on_mount(self) -> None:
         """List everything."""
-        self.set_class(self._ascii, "-ascii")
         self._list("")
         self.query_one("#words", Input).focus()
 
