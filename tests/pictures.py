@@ -368,7 +368,7 @@ async def _wizard(app: TunerApp, pilot: Any, shot: Shot) -> list[list[Cell]]:
         await _until(pilot, lambda before=before: wizard.page is not before)
         await _settled(app, pilot)
     if page != "goal":
-        await _until(pilot, lambda: "done about" in _words_on(app))
+        await _until(pilot, lambda: wizard.outlook is not None and wizard.outlook.time is not None)
     await _settled(app, pilot)
     return cells(app)
 
