@@ -12,7 +12,7 @@ from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import Outlook
 
-_LABEL = 9
+_LABEL, _ALL = 9, 5
 _GROUPS = (
     ("weights", ("weights", "embeddings"), "█", "#56b4e9"),
     ("adapter", ("adapter", "gradients"), "▓", "#2fb992"),
@@ -32,9 +32,17 @@ def badge(budget: Budget) -> Part:
 
 
 def draw_outlook(
-    outlook: Outlook | None, advice: Fix | None, width: int, *, now: float, waiting: str = "", no_time: str = "", key: str = "f"
+    outlook: Outlook | None,
+    advice: Fix | None,
+    width: int,
+    *,
+    now: float,
+    waiting: str = "",
+    no_time: str = "",
+    key: str = "f",
+    room: int = 5,
 ) -> Content:
-    """Return the five lines of the bar; an estimate says that it is one.
+    """Return the five lines of the bar, or the most telling of them where there is less room; an estimate says that it is one.
 
     Args:
         outlook: what the run would need, or None while the model is not known.
@@ -44,6 +52,7 @@ def draw_outlook(
         waiting: why there is no outlook.
         no_time: why there is no time yet.
         key: the key that takes the advice here, if there is one.
+        room: lines to draw in.
     """
     if outlook is None:
         hint = waiting or "pick a model to see what it needs"
@@ -56,11 +65,14 @@ def draw_outlook(
     mark = badge(budget)
     length = max(10, width - _LABEL - len(figure) - len(mark[0]) - 3)
     parts = [_label("memory"), *cells.bar(_pieces(budget), max(total, used), length), (figure, "bold")]
-    lines = [cells.row(parts, [mark], width), cells.assemble([_label(""), *cells.fit(_legend(budget), width - _LABEL)])]
-    lines.append(cells.assemble([_label("plan"), (one_line(outlook.plan.why, limit=200), "")]).truncate(width, ellipsis=True))
-    lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now, no_time)]))
-    lines.append(_advice(outlook, advice, width, f"{key} " if key else ""))
-    return cells.stack(lines)
+    bar = cells.row(parts, [mark], width)
+    legend = cells.assemble([_label(""), *cells.fit(_legend(budget), width - _LABEL)])
+    time = cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now, no_time)])
+    told = _advice(outlook, advice, width, f"{key} " if key else "")
+    if room < _ALL:
+        return cells.stack([bar, time, legend if budget.fits and not budget.tight else told][:room])
+    why = cells.assemble([_label("plan"), (one_line(outlook.plan.why, limit=200), "")]).truncate(width, ellipsis=True)
+    return cells.stack([bar, legend, why, time, told])
 
 
 def _label(text: str) -> Part:
@@ -92,6 +104,11 @@ def _short(amount: float) -> str:
 
 
 def _time(outlook: Outlook, width: int, now: float, no_time: str) -> list[Part]:
+    if outlook.time is None and outlook.typical is not None:
+        low, mid, high = outlook.typical.total_seconds
+        told: list[list[Part]] = [[(words.duration(mid), "bold"), (f" ({words.span(low, high)})", cells.DIM)]]
+        told += [[(f"for {outlook.assumed}", "")], [("· an estimate; yours once data are named", cells.DIM)]]
+        return cells.fit(told, width, " ")
     if outlook.time is None:
         return [("no estimate for this device" if outlook.steps else no_time, cells.DIM)]
     low, mid, high = outlook.time.total_seconds

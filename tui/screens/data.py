@@ -244,6 +244,10 @@ class DataPage(Page):
         if going_on and not look.problem:
             self.wizard.action_next()
 
+    def refresh_run(self, *, anew: bool = False) -> None:
+        """Draw again: something became known."""
+        self.show()
+
     def show(self) -> None:
         """Draw what was found, or that it is being looked for."""
         look, width = self._look, max(20, self.query_one("#data-scroll").scrollable_content_region.width - 2)

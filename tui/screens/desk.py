@@ -45,17 +45,21 @@ if TYPE_CHECKING:
     from qlora_tui.engine.data import Row
 
 DRAFT = "draft.toml"
+_USUAL_ROWS = 1000
+_USUAL_SHARE = 4
+"""Rows of which a time is told before data are named, and the part of `max_length` that they are taken to be long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A ready-made run to begin from."""
+    """A ready-made run to begin from; `card` is what it was made for, `goal` one of `preset.GOALS`."""
 
     name: str
     title: str
     why: str
     card: str
     run: RunConfig
+    goal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ class ModelChoice:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run would need: memory with the planner's choices made, and time where the data are known."""
+    """What a run would need: memory with the planner's choices made, and time where the data are known.
+
+    Without data there is `typical`: the time of `assumed`, rows that are made up to have a figure at all.
+    """
 
     plan: Plan
     time: Before | None = None
@@ -81,6 +88,8 @@ class Outlook:
     held: int = 0
     """Rows to measure on."""
     remarks: tuple[str, ...] = ()
+    typical: Before | None = None
+    assumed: str = ""
 
     @property
     def budget(self) -> Budget:
@@ -113,7 +122,7 @@ class Desk:
                 run = preset.resolve(preset=name, config=None, flags={})
             except EngineError:
                 continue
-            found.append(Ready(name, ready.title, ready.why, ready.card, run))
+            found.append(Ready(name, ready.title, ready.why, ready.card, run, ready.goal))
         return found
 
     def model(self, run: RunConfig) -> ModelSpec | None:
@@ -247,7 +256,9 @@ class Desk:
             plan = self._plan(spec, run, look)
         except EngineError:
             return None
-        if look is None or not look.rows or look.problem or look.unwritable:
+        if look is None:
+            return self._typical(spec, plan)
+        if not look.rows or look.problem or look.unwritable:
             return Outlook(plan)
         lengths = look.lengths.fitted(run)
         each = lengths.mean(run.max_length)
@@ -271,6 +282,36 @@ class Desk:
         told = forecast.remarks(spec, plan.run, self.machine(), time, longest=longest, longest_chat=chat)
         unknown = "" if scored else triage_remark(run)
         return Outlook(plan, time, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])))
+
+    def _typical(self, spec: ModelSpec, plan: Plan) -> Outlook:
+        """Return the outlook of a run whose data nobody has named: its time is that of so many rows of a length that is usual for it."""
+        run, each = plan.run, max(16, plan.run.max_length // _USUAL_SHARE)
+        trained, held = used_rows(run, Lengths(), _USUAL_ROWS)
+        per_epoch = max(1, math.ceil(trained / rows_per_step(run)))
+        steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
+        time = forecast.before(
+            spec,
+            run,
+            self.machine(),
+            tokens_per_epoch=each * trained,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            holdout_tokens=each * held,
+        )
+        rows = min(_USUAL_ROWS, run.max_samples or _USUAL_ROWS)
+        return Outlook(plan, typical=time, assumed=f"{rows:,} rows of {each:,} tokens")
+
+    def gated(self, run: RunConfig) -> bool:
+        """Say whether the run's model is known to need a licence accepted on the hub."""
+        entry = models.find_entry(run.model_name_or_path)
+        return entry is not None and entry.gated
+
+    def card_bytes(self, card: str) -> int:
+        """Return the memory of the card called `card`; 0 where it is none, which any machine is enough for."""
+        try:
+            return machine.find_card(card).total_bytes if card else 0
+        except EngineError:
+            return 0
 
     def remedies(self, run: RunConfig, look: DataLook | None = None) -> list[Fix]:
         """Return what makes the run fit, cheapest first, or faster where it fits already."""

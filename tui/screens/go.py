@@ -40,11 +40,11 @@ class GoPage(Page):
 
     def enter(self) -> None:
         """Show the run as it is now."""
-        self.refresh_summary()
+        self.refresh_run()
         self.query_one("#go-scroll").focus()
 
-    def refresh_summary(self) -> None:
-        """Draw the summary again, such as after the cheapest fix was applied."""
+    def refresh_run(self, *, anew: bool = False) -> None:
+        """Draw the summary again, such as after a change was taken or given back."""
         wizard = self.wizard
         lines = summary(wizard.run, wizard.outlook, wizard.data_of_run(), wizard.command(), max(30, wizard.size.width - 6))
         self.query_one("#go-summary", Static).update(self.text(cells.stack(lines)))
