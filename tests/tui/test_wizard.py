@@ -16,9 +16,9 @@ from qlora_tui.engine.spec import RunConfig, from_values, read_text, values_of
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent
-from qlora_tui.tui.screens.data import complete
 from qlora_tui.tui.screens.dialogs import HelpDialog
 from qlora_tui.tui.screens.fixlist import FixList
+from qlora_tui.tui.screens.line import complete
 from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
 from qlora_tui.tui.screens.wizard import WizardScreen
 
@@ -481,10 +481,10 @@ def test_paths_are_completed(tmp_path):
     (tmp_path / "chats.jsonl").write_text("")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "x\x1b[31m").write_text("")
-    assert complete(f"{tmp_path}/ch") == f"{tmp_path}/chats.jsonl"
-    assert complete(f"{tmp_path}/co") == f"{tmp_path}/corpus/"
-    assert complete(f"{tmp_path}/nothing") is None
-    assert complete(f"{tmp_path}/x") is None
-    assert complete("builtin:p") == "builtin:python-docs"
-    assert complete("buil") == "builtin:python-docs"
-    assert complete("") is None
+    assert complete(f"{tmp_path}/ch", "builtin:python-docs") == f"{tmp_path}/chats.jsonl"
+    assert complete(f"{tmp_path}/co", "builtin:python-docs") == f"{tmp_path}/corpus/"
+    assert complete(f"{tmp_path}/nothing", "builtin:python-docs") is None
+    assert complete(f"{tmp_path}/x", "builtin:python-docs") is None
+    assert complete("builtin:p", "builtin:python-docs") == "builtin:python-docs"
+    assert complete("buil", "builtin:python-docs") == "builtin:python-docs"
+    assert complete("", "builtin:python-docs") is None

@@ -85,15 +85,16 @@ def _pieces(budget: Budget) -> list[tuple[float, str, str]]:
     return [*pieces, (rest, _REST[1], _REST[2]), (float(budget.machine.others_bytes), "▒", cells.DIM)]
 
 
+def parts_of(budget: Budget) -> list[tuple[str, float]]:
+    """Return the parts of the bar that are worth a figure, by label, the rest last; they add up to the whole."""
+    found = [(label, float(budget.bytes_of(*names))) for label, names, _, _ in _GROUPS]
+    shown = [(label, amount) for label, amount in found if amount >= _SMALL]  # what would read 0.0 is part of the rest
+    return [*shown, (_REST[0], budget.total_bytes - sum(amount for _, amount in shown))]
+
+
 def _legend(budget: Budget) -> list[list[Part]]:
-    shown: list[list[Part]] = []
-    rest = float(budget.total_bytes)
-    for label, names, _, style in _GROUPS:
-        amount = budget.bytes_of(*names)
-        if amount >= _SMALL:  # what would read 0.0 is part of the rest
-            rest -= amount
-            shown.append([(label, style), (f" {_short(amount)}", "")])
-    shown.append([(_REST[0], _REST[2]), (f" {_short(rest)}", "")])
+    styles = {label: style for label, _, _, style in _GROUPS} | {_REST[0]: _REST[2]}
+    shown: list[list[Part]] = [[(label, styles[label]), (f" {_short(amount)}", "")] for label, amount in parts_of(budget)]
     if budget.machine.others_bytes:
         shown.append([("others", cells.DIM), (f" {_short(budget.machine.others_bytes)}", cells.DIM)])
     return shown

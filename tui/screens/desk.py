@@ -6,7 +6,6 @@ calls it on a thread of its own.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING
 from textual.worker import NoActiveWorker, get_current_worker
 
 from qlora_tui.engine import forecast, hub, machine, models, planner, preset
-from qlora_tui.engine.budget import Budget
+from qlora_tui.engine.budget import Budget, estimate
 from qlora_tui.engine.errors import ConfigError, EngineError, Stopped
 from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before
 from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.measured import correction_now
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import place, replace_file
 from qlora_tui.engine.planner import Plan
@@ -30,7 +30,6 @@ from qlora_tui.tui.datalook import DataLook, look_of, passages, with_lengths
 from qlora_tui.tui.lengths import (
     Lengths,
     cost_words,
-    hub_cache,
     measure,
     renderer_of,
     tokenizer_folder,
@@ -39,6 +38,7 @@ from qlora_tui.tui.lengths import (
 )
 from qlora_tui.tui.probe import Probed, probe
 from qlora_tui.tui.scoring import Scored, answers_of, score, scored_by
+from qlora_tui.tui.screens.shelves import cached, folders, shape_of
 from qlora_tui.tui.writtenrows import WrittenRows
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class ModelChoice:
     spec: ModelSpec
     place: str
     note: str = ""
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,7 @@ class Desk:
         if not name:
             return None
         known = self._specs.get((name, run.revision))
-        if known is None:
-            try:
-                known = models.from_folder(Path(name).expanduser()) if Path(name).expanduser().is_dir() else models.find(name)
-            except (EngineError, OSError):
-                return None
-        return known
+        return known or shape_of(name)
 
     def look_up(self, name: str, revision: str) -> ModelSpec:
         """Return the shape of any model; slow, may ask the hub.
@@ -152,9 +148,9 @@ class Desk:
         return spec
 
     def models(self) -> list[ModelChoice]:
-        """Return models on this disk first, then the catalogue, smallest first; slow, reads the hub's cache."""
-        cached = _cached_models()
-        found = [ModelChoice(name, spec, "on disk") for name, spec in cached if spec is not None]
+        """Return models on this disk first, then the catalogue, smallest first; slow, reads this folder and the hub's cache."""
+        found = self.folders(".")
+        found += [ModelChoice(name, spec, "on disk") for name, spec in cached()]
         demo = models.find_entry(DEMO_MODEL)
         if demo is not None:
             ready = tokenizer_folder(RunConfig(model_name_or_path=DEMO_MODEL)) is not None
@@ -163,9 +159,27 @@ class Desk:
         listed = sorted(models.entries(), key=lambda entry: entry.spec.params)
         for entry in listed:
             if entry.spec.name not in here:
-                note = "needs a licence accepted on the hub" if entry.gated else entry.licence
-                found.append(ModelChoice(entry.spec.name, entry.spec, "to fetch", note))
+                found.append(ModelChoice(entry.spec.name, entry.spec, "to fetch", entry.licence, entry.gated))
         return found
+
+    def folders(self, where: str) -> list[ModelChoice]:
+        """Return models in folders in and under `where`; slow, reads the disk."""
+        return [ModelChoice(name, spec, "this folder" if where == "." else "on disk") for name, spec in folders(where)]
+
+    def least(self, run: RunConfig) -> Budget | None:
+        """Return the least memory that `run` can do with, or None while its model is not known; the planner may spend more on speed."""
+        spec = self.model(run)
+        try:
+            return estimate(spec, run, self.machine(), correction=correction_now(self.machine().name)) if spec else None
+        except EngineError:
+            return None
+
+    def checkpoint_bytes(self, run: RunConfig) -> int:
+        """Return about how large one checkpoint of `run` is; 0 while its model is not known."""
+        from qlora_tui.engine.preflight import checkpoint_bytes  # it needs the room of data, which nobody waits for before this
+
+        spec = self.model(run)
+        return checkpoint_bytes(run, spec) if spec else 0
 
     def look_at_data(self, run: RunConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> DataLook:
         """Return what the run's data hold; slow, reads all of them; `progress` gets bytes read and bytes in all, 0 where nobody knows.
@@ -376,18 +390,3 @@ def _stopping() -> Callable[[], None]:
             raise Stopped("the reading was given up")
 
     return stopping
-
-
-@functools.cache
-def _cached_models() -> list[tuple[str, ModelSpec | None]]:
-    """Return models in the hub's cache, read from its folders alone: importing the hub's library costs more."""
-    found: dict[str, ModelSpec | None] = {}
-    for config in sorted(hub_cache().glob("models--*/snapshots/*/config.json")):
-        name = config.parents[2].name.removeprefix("models--").replace("--", "/")
-        if not any(config.parent.glob("*.safetensors")):
-            continue
-        try:
-            found[name] = models.from_folder(config.parent)
-        except (EngineError, OSError):
-            continue
-    return list(found.items())

@@ -82,7 +82,7 @@ def note_of(setting: Setting, scene: Scene) -> str:
         case "lora_r" if (doubled := _bytes_of(scene, {"lora_r": run.lora_r * 2})) is not None:
             return f"learns more; {_signed(doubled)} a doubling"
         case "per_device_train_batch_size" if not run.per_device_train_batch_size and scene.outlook:
-            return f"takes {rows_at_once(planned)}: the fastest that fits"
+            return f"takes {rows_at_once(planned)}: {'the fastest that fits' if scene.outlook.budget.fits else 'the least there is'}"
         case "gradient_accumulation_steps":
             return f"{rows_per_step(run):,} rows a step; costs no memory"
         case "gradient_checkpointing" if run.gradient_checkpointing == "auto" and scene.spec and scene.outlook:

@@ -19,7 +19,8 @@ from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.settings import Setting
 
 LABEL = 15
-VALUE = 17
+VALUE, SHORT_VALUE, NARROW = 17, 10, 70
+"""Cells for the value, and for it on a screen narrower than the last: what stands beside it needs them more."""
 
 
 class FieldRow(Static, can_focus=True):
@@ -106,6 +107,10 @@ class FieldRow(Static, can_focus=True):
             self._type((self._typing or "") + one_line(event.text, limit=40))
             event.stop()
 
+    def on_resize(self) -> None:
+        """Draw for the new width."""
+        self.redraw()
+
     def on_focus(self) -> None:
         """Say that this field is the current one; Textual's own flag changes only after this."""
         self._current = True
@@ -130,9 +135,10 @@ class FieldRow(Static, can_focus=True):
         cursor = "_" if self._typing is not None and focused else ""
         left, right = ("‹", "›") if focused else (" ", " ")
         shown = one_line(value, limit=200) + cursor
-        if len(shown) > VALUE:  # what is being typed is seen at its end
-            shown = f"…{shown[1 - VALUE :]}" if cursor else f"{shown[: VALUE - 1]}…"
-        room = max(0, VALUE - Content(shown).cell_length)
+        most = SHORT_VALUE if self.app.size.width < NARROW else VALUE
+        if len(shown) > most:  # what is being typed is seen at its end
+            shown = f"…{shown[1 - most :]}" if cursor else f"{shown[: most - 1]}…"
+        room = max(0, most - Content(shown).cell_length)
         width = max(20, self.size.width or 76)
         line = Content.assemble(
             (f" {self.setting.label:<{LABEL}}", "bold" if focused else ""),
@@ -141,7 +147,7 @@ class FieldRow(Static, can_focus=True):
             (f" {right}", cells.MAIN),
             (" " * room, ""),
             self.beside,
-        ).truncate(width, ellipsis=True)
+        )
         indent = " " * (LABEL + 3)
         told = textwrap.wrap(f"✖ {self.fault}", max(20, width - len(indent))) if self.fault else []
         lines = [line, *[Content.styled(f"{indent}{part}", cells.BAD) for part in told]]

@@ -5,6 +5,7 @@ A number takes the change, `u` gives it back, and the memory bar beneath follows
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
@@ -20,7 +21,6 @@ from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import badge
-from qlora_tui.tui.panels.cells import Part
 
 if TYPE_CHECKING:
     from qlora_tui.tui.screens.wizard import WizardScreen
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class FixList(ModalScreen[None]):
     """Up to five changes; each says what it saves, and what it costs in time and quality."""
 
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (16, "-short"), (30, "-usual")]  # noqa: RUF012  Textual declares it without ClassVar
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f,q", "dismiss", "back", key_display="esc"),
         Binding("u", "undo", "undo"),
@@ -75,35 +76,34 @@ class FixList(ModalScreen[None]):
 
     def _show(self) -> None:
         wizard = self._wizard
-        width = max(30, min(100, self.size.width) - 10)
+        width = max(30, min(100, self.size.width) - 12)
         listed = self.query_one(OptionList)
         listed.clear_options()
         lines = [self._lines(number, fix, width) for number, fix in enumerate(wizard.remedies, 1)]
         listed.add_options([Option(self._text(line)) for line in lines])
         listed.highlighted = 0 if lines else None
         self.query_one("#fix-title", Static).update(self._text(self._title()))
-        keys = "1-5 or enter: take it" if lines else "nothing more to change"
-        undo = f"   u: give back ({self._taken})" if self._taken else "   u: undo" if wizard.undone else ""
-        self.query_one("#fix-keys", Static).update(self._text(Content(f"{keys}{undo}   esc: back")))
+        keys = f"1-{len(lines)} or enter: take it" if lines else "nothing more to change"
+        undo = f"  u: give back ({self._taken})" if self._taken else "  u: undo" if wizard.undone else ""
+        self.query_one("#fix-keys", Static).update(self._text(Content(f"{keys}{undo}  esc: back")))
 
     def _title(self) -> Content:
         outlook = self._wizard.outlook
         if outlook is None:
             return Content("nothing to change")
         budget = outlook.budget
-        what = "What to change" if not budget.fits or budget.tight else "It fits; what the room left could buy"
-        size = f"   {words.gib(budget.total_bytes)} of {words.gib(budget.machine.total_bytes)}  "
+        what = "What to change" if not budget.fits or budget.tight else "It fits; what more room buys"
+        size = f"  {words.gib(budget.total_bytes, unit=False)} of {words.gib(budget.machine.total_bytes)}  "
         return cells.assemble([(what, "bold"), (size, ""), badge(budget)])
 
     def _lines(self, number: int, fix: Fix, width: int) -> Content:
         """Return what to do, and beneath it what that saves and costs."""
         head = cells.assemble([(f"{number} ", f"bold {cells.MAIN}"), (one_line(fix.text, limit=200).split(": ", 1)[0], "")])
         saves = f"saves {words.size(fix.saves_bytes)}" if fix.saves_bytes >= 0 else f"takes {words.size(-fix.saves_bytes)} more"
-        groups: list[list[Part]] = [[(saves, cells.MAIN)], [(_time(fix.time_factor), "")]]
-        groups.append([(one_line(fix.quality, limit=80) or "the result stays the same", "")])
-        if fix.enough and fix.saves_bytes >= 0:
-            groups.insert(0, [("● then it fits", cells.GOOD)])
-        return cells.stack([head.truncate(width, ellipsis=True), cells.assemble([("    ", ""), *cells.fit(groups, width - 4, " · ")])])
+        costs = f"{saves} · {_time(fix.time_factor)} · {one_line(fix.quality, limit=80) or 'the result stays the same'}"
+        enough = " · then it fits" if fix.enough and fix.saves_bytes >= 0 else ""
+        told = [Content.styled(f"    {line}", cells.DIM) for line in textwrap.wrap(costs + enough, width - 4)]
+        return cells.stack([head.truncate(width, ellipsis=True), *told])
 
     def _text(self, content: Content) -> Content:
         return cells.plain_ascii(content) if self._wizard.ascii_only else content
@@ -115,6 +115,6 @@ def _time(factor: float) -> str:
     >>> _time(1.31), _time(0.5), _time(1.01)
     ('1.3x the time', '2.0x faster', 'the same time')
     """
-    if 0.97 < factor < 1.03:
+    if 0.95 < factor < 1.05:
         return "the same time"
     return f"{factor:.1f}x the time" if factor > 1 else f"{1 / factor:.1f}x faster"

@@ -93,7 +93,7 @@ class Start:
         wizard = self._wizard
         found = problems(wizard.run)
         if self._start is None and not found:
-            found = [Problem("", "nothing here can start a run", "use the command above")]
+            found = [Problem("", "nothing here can start a run", "use the command that stands here")]
         if found:
             wizard.show_problems(found)
             return

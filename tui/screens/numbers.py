@@ -70,17 +70,13 @@ class NumbersPage(Page):
             self._explain(focused.setting, scene, odd)
 
     def fold(self) -> None:
-        """Show the rarer settings, or hide them again; the focus stays in sight."""
+        """Show the rarer settings and go to the first of them, or hide them again."""
         self.open = not self.open
         fields = self.query(FieldRow)
         for field in list(fields)[len(MAIN) :]:
             field.display = self.open
-        focused = next((field for field in fields if field.has_focus), None)
-        if focused is None or not focused.display:
-            (list(fields)[len(MAIN) - 1]).focus()
         self.refresh_run()
-        if self.open:
-            self.call_after_refresh(self.query_one("#more-line").scroll_visible, animate=False, top=True)
+        list(fields)[len(MAIN) if self.open else 0].focus()
 
     def commit(self) -> bool:
         """Go on only when no field holds something that is not a value."""
@@ -140,17 +136,21 @@ class NumbersPage(Page):
         self.query_one("#more-line", Static).update(self.text(cells.assemble(parts).truncate(width, ellipsis=True)), layout=False)
 
     def _explain(self, setting: Setting, scene: Scene, odd: dict[str, Unusual]) -> None:
-        """Say what the field does to memory, time and quality; a warning comes first, and in short rooms alone."""
+        """Say what the field does to memory, time and quality, as the budget measured it; a warning comes first."""
         width, room = max(20, self.wizard.size.width - 4), max(1, self.query_one("#field-help").size.height or 2)
-        measured = effect_of(setting, scene)
-        told: list[Part] = []
+        measured, words = effect_of(setting, scene), setting.effect or setting.help
+        lines: list[Content] = []
         if warning := odd.get(setting.name):
-            told.append((f"▲ {warning.why}", cells.WARN))
-        words = setting.effect or setting.help
-        text = f"{words} {measured}" if measured and len(words) + len(measured) + 1 <= width else words
-        told.append((text, ""))
-        if measured and text == words:
-            told.insert(len(told) - (room < 3), (measured, cells.MAIN))
-        told.append((f"{setting.name}: {setting.help}", cells.DIM))
-        lines = [Content.styled(f" {line}", style) for part, style in told for line in textwrap.wrap(part, width)]
+            lines += _wrapped(f"▲ {warning.why}", width, cells.WARN)
+        if measured and len(words) + len(measured) + 2 <= width:
+            lines.append(Content.assemble((f" {words} ", ""), (f" {measured}", cells.MAIN)))
+        else:
+            last = _wrapped(measured, width, cells.MAIN)
+            lines += [*_wrapped(words, width, "")[: max(1, room - len(lines) - len(last))], *last]
+        if setting.effect:
+            lines += _wrapped(f"{setting.name}: {setting.help}", width, cells.DIM)
         self.query_one("#field-help", Static).update(self.text(cells.stack(lines[:room])), layout=False)
+
+
+def _wrapped(text: str, width: int, style: str) -> list[Content]:
+    return [Content.styled(f" {line}", style) for line in textwrap.wrap(text, width)]

@@ -62,14 +62,14 @@ class WizardScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "next", "go on", priority=True, tooltip="go on; on the last page: start the run"),
         Binding("escape", "previous", "back", key_display="esc", tooltip="one page back; nothing is lost"),
-        Binding("f", "fixes", "tips", tooltip="what to change so that it fits, or is faster: ranked, each with its cost"),
+        Binding("f", "fixes", "tips", tooltip="what to change so that it fits or is faster, with its cost"),
         Binding("u", "undo", "undo", tooltip="take the last change back"),
-        Binding("m", "more", "more", tooltip="show or hide the settings that are rarely changed"),
-        Binding("t", "probe", "test run", tooltip="train on 50 rows, keep nothing, and measure the speed; again: stop it"),
+        Binding("m", "more", "more", show=False, tooltip="show or hide the settings that are rarely changed"),
+        Binding("t", "probe", "test run", tooltip="train on 50 rows to measure the speed; again: stop it"),
         Binding("c", "copy", "copy command", tooltip="copy the command, where the terminal allows it"),
         Binding("question_mark", "help", "help", key_display="?"),
         Binding("f1", "text_help", "help", key_display="F1", tooltip="help, also while you type"),
-        Binding("q", "app.leave", "quit", tooltip="leave; an unfinished run is kept for the next time"),
+        Binding("q", "app.leave", "quit", tooltip="leave; what is unfinished is offered the next time"),
     ]
 
     def __init__(
@@ -245,7 +245,7 @@ class WizardScreen(Screen[None]):
         keys = [
             key for key in self.BINDINGS if isinstance(key, Binding) and (key.action == "previous" or self.check_action(key.action, ()))
         ]
-        quits = [Binding("ctrl+q", "leave", "quit", tooltip="leave; an unfinished run is kept for the next time")]
+        quits = [Binding("ctrl+q", "leave", "quit", tooltip="leave; what is unfinished is offered the next time")]
         return [*[key for key in keys if not (letters and (len(key.key) == 1 or key.key == "question_mark"))], *(quits if letters else [])]
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
