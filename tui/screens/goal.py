@@ -197,11 +197,11 @@ def best_first(desk: Desk, ready: Sequence[Ready]) -> list[Ready]:
     larger model: a run made for a larger card may fit, but not in comfort.
     """
 
-    def rank(one: Ready) -> tuple[bool, bool, int, int]:
+    def rank(one: Ready) -> tuple[bool, bool, int, int, str]:
         outlook, spec, wants = desk.outlook(one.run), desk.model(one.run), desk.card_bytes(one.card)
         fits = outlook is not None and outlook.budget.fits
         larger = wants > desk.machine().total_bytes * 1.08  # cards of one size differ by so much
-        return (not fits, larger, wants if larger else -wants, -(spec.params if spec else 0))
+        return (not fits, larger, wants if larger else -wants, -(spec.params if spec else 0), one.name)
 
     return sorted(ready, key=rank)
 

@@ -88,6 +88,18 @@ class NumbersPage(Page):
         wrong.focus()
         return False
 
+    @property
+    def half_typed(self) -> bool:
+        """Whether a field holds something that is not a value."""
+        return any(field.fault for field in self.query(FieldRow))
+
+    def drop_typing(self) -> None:
+        """Show the values again in place of what is none."""
+        for field in self.query(FieldRow):
+            field.use(self.wizard.run, field.beside, anew=True)
+        self.refresh_run()
+        self.wizard.redraw_keys()
+
     def keys(self) -> list[tuple[str, str]]:
         """Return the keys of a field."""
         return [

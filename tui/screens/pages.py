@@ -42,6 +42,14 @@ class Page(Vertical):
         """Go a step back within the page; False where there is none."""
         return False
 
+    @property
+    def half_typed(self) -> bool:
+        """Whether something stands on the page that is no value."""
+        return False
+
+    def drop_typing(self) -> None:
+        """Show the values again in place of what is none."""
+
     def refresh_run(self, *, anew: bool = False) -> None:
         """Show the wizard's run again, which was changed elsewhere; `anew`: over what is being typed too."""
 

@@ -211,8 +211,10 @@ class WizardScreen(Screen[None]):
         self.refresh_page(anew=True)
 
     def action_undo(self) -> None:
-        """Take the last change back."""
-        if self.undone and not self.starting:
+        """Take the last change back, or first what was typed and is no value."""
+        if self.page.half_typed:
+            self.page.drop_typing()
+        elif self.undone and not self.starting:
             self.change(self.undone.back(self.run))
             self.refresh_page(anew=True)
 
@@ -258,7 +260,7 @@ class WizardScreen(Screen[None]):
         if action == "fixes":
             return bool(self.remedies) and here in ("numbers", "go")
         if action == "undo":
-            return bool(self.undone) and here in ("numbers", "go")
+            return (bool(self.undone) or self.page.half_typed) and here in ("numbers", "go")
         if action == "previous":
             return self._page > 0 or self.page.inside
         if action == "text_help":
