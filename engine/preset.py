@@ -19,12 +19,32 @@ from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import GROUPS, KEYS, Key, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
 
 _ABOUT = "preset"  # the table of a preset that is about it and not part of the run
-_ABOUT_KEYS = ("title", "why", "card")
+_ABOUT_KEYS = ("title", "why", "card", "goal")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a person wants of a model. `name` is what a preset says as its `goal`."""
+
+    name: str
+    title: str
+    detail: str
+
+
+GOALS = (
+    Goal("chat", "a chat assistant", "it answers as in your conversations"),
+    Goal("qa", "answers about your domain", "your products, papers or rules, as questions with answers"),
+    Goal("classify", "classification", "labels, routes, or short answers of one form"),
+    Goal("code", "code", "your repository, your libraries, your style"),
+    Goal("style", "a style or a voice", "it writes as you do, and knows what it knew"),
+    Goal("try", "just try it", "a small real model and real rows, in minutes, on any machine"),
+)
+"""What people want, in the order in which they are asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine.
+    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine. `goal` is one of `GOALS`.
 
     `text` is the file as written, with the reason for every value; saved as a file, `--config` reads it.
     """
@@ -33,6 +53,7 @@ class Preset:
     title: str
     why: str
     card: str
+    goal: str
     values: Mapping[str, Value]
     text: str
 
@@ -60,8 +81,8 @@ def load(name: str) -> Preset:
     text = importlib.resources.files("qlora_tui.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     where = f"{name}.toml"
     about = _parse(text, where).get(_ABOUT, {})
-    title, why, card = (str(about.get(key, "")) for key in _ABOUT_KEYS)
-    return Preset(name, title, why, card, _read(text, where), text)
+    title, why, card, goal = (str(about.get(key, "")) for key in _ABOUT_KEYS)
+    return Preset(name, title, why, card, goal, _read(text, where), text)
 
 
 def read_file(path: Path) -> dict[str, Value]:

@@ -23,6 +23,7 @@ class Action:
         written: how the key is written, where its name does not do.
         footer: whether the footer shows it; what does not fit there is left out from the end of the table.
         always: whether the footer keeps it however narrow the screen is.
+        least: whether the footer leaves it out first: what the screen shows by itself.
         first: whether it goes before what a focused widget does with the key.
         palette: whether the palette offers it; what moves a cursor is no use there.
     """
@@ -35,6 +36,7 @@ class Action:
     written: str = ""
     footer: bool = True
     always: bool = False
+    least: bool = False
     first: bool = False
     palette: bool = True
 
@@ -86,32 +88,49 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
     "wizard": (
         Action("next", "enter", "go on", "go on; on the last page: start the run", written="enter", first=True),
         Action("previous", _BACK, "back", "one page back; nothing is lost", written="esc"),
-        Action("fix", "f", "tip", "apply what stands under the memory bar"),
-        Action("probe", "t", "test run", "train on 50 rows, keep nothing, and measure the speed; again: stop it"),
+        Action("fixes", "f", "tips", "what to change so that it fits or is faster, with its cost"),
+        Action("undo", "u", "undo", "take the last change back"),
+        Action("more", "m", "more", "show or hide the settings that are rarely changed", footer=False),
+        Action("probe", "t", "test run", "train on 50 rows to measure the speed; again: stop it"),
         Action("copy", "c", "copy command", "copy the command; a file gets it too"),
         _HELP,
         Action("text-help", "f1", "help", "help, also while you type", does="text_help", written="F1", always=True, palette=False),
-        Action("quit", "q", "quit", "leave; an unfinished run is kept for the next time", does="app.leave", always=True),
+        Action("quit", "q", "quit", "leave; what is unfinished is offered the next time", does="app.leave", always=True),
     ),
+    "goal page": (
+        Action("up", "up,down", "choose", "choose; the memory bar shows what each needs", "nothing", "↑↓", footer=False, palette=False),
+    ),
+    "go page": (Action("up", "up,down", "scroll", "scroll the plan", "nothing", "↑↓", footer=False, palette=False),),
     "model page": (
         Action("up", "up", "pick", "pick from the list; the memory bar shows what each needs", "move(-1)", "↑↓", palette=False),
         _hidden("down", "down", "move(1)"),
+        Action("complete", "tab", "complete", "complete the path", footer=False, palette=False),
         _hidden("page-up", "pageup", "move(-8)"),
         _hidden("page-down", "pagedown", "move(8)"),
     ),
     "data page": (
-        Action("skip-bad", "ctrl+o", "go on without broken rows", does="skip_bad", footer=False),
-        Action("complete", "tab", "complete", "complete the path", palette=False),
+        Action("skip-bad", "ctrl+o", "skip bad", "go on without broken rows, or take that back", "skip_bad"),
+        Action("complete", "tab", "complete", "complete the path", footer=False, palette=False),
         Action("rows", "f2", "rows", "see the rows as they will be trained", written="F2"),
         Action("triage", "f3", "triage", "find answers that the base already knows", written="F3"),
         Action("page-up", "pageup", "scroll", "scroll up", "scroll(-1)", footer=False, palette=False),
         Action("page-down", "pagedown", "scroll", "scroll down", "scroll(1)", footer=False, palette=False),
-        Action("too-long", "f4", "too long", "drop rows that are too long, cut or split them", "too_long", "F4"),
+        Action("too-long", "f4", "long", "drop rows that are too long, cut or split them", "too_long", "F4"),
+        Action("copies", "f5", "copies", "leave out exact copies of earlier rows, also near ones, or none", written="F5"),
     ),
     "field": (
-        Action("up", "up", "field", "go to another line", "app.focus_previous", "↑↓", palette=False),
+        Action("up", "up", "field", "go to another field", "app.focus_previous", "↑↓", least=True, palette=False),
         _hidden("down", "down", "app.focus_next"),
-        Action("left", "left", "change", "change the value; or type one over it", "step(-1)", "←→", palette=False),
+        Action(
+            "left",
+            "left",
+            "change",
+            "the next usual value; or type one",
+            "step(-1)",
+            "←→",
+            least=True,
+            palette=False,
+        ),
         _hidden("right", "right", "step(1)"),
     ),
     "rows": (
@@ -140,6 +159,11 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
         Action("stop", "s", "stop and save", does="choose('stop')", footer=False, palette=False),
         Action("detach", "d", "leave it running", does="choose('detach')", footer=False, palette=False),
     ),
+    "fix list": (
+        Action("close", "escape,f,q", "back", does="dismiss", written="esc", palette=False),
+        Action("undo", "u", "undo", "give the last change back"),
+        *(_hidden(f"take-{number}", str(number), f"take({number - 1})") for number in range(1, 6)),
+    ),
     "palette": (
         Action("close", "escape", "back", does="dismiss", palette=False),
         Action("take", "enter", "do it", written="enter", first=True, palette=False),
@@ -153,6 +177,8 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
 
 _TOGETHER = (
     ("app", "run"),
+    ("app", "wizard", "goal page"),
+    ("app", "wizard", "go page"),
     ("app", "wizard", "model page"),
     ("app", "wizard", "data page"),
     ("app", "wizard", "field"),
@@ -160,6 +186,7 @@ _TOGETHER = (
     ("app", "triage"),
     ("stop dialog",),
     ("help dialog",),
+    ("fix list",),
     ("palette",),
 )
 """Places whose keys are heard at the same time: there, one key means one thing."""

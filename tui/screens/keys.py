@@ -66,11 +66,13 @@ class KeyLine(Footer):
         There is one cell before the first key, and two after each that the last one does without.
         """
         found = [key for key in super().compose() if isinstance(key, FooterKey)]
-        room = self.screen.size.width + 1 - sum(_width(key) for key in found if key.action in _ALWAYS)
-        for key in found:
-            room -= 0 if key.action in _ALWAYS else _width(key)
+        room = self.screen.size.width + 1
+        kept = set()
+        for key in sorted(found, key=lambda key: (key.action not in _ALWAYS, key.action in _LEAST)):
+            room -= _width(key)
             if room >= 0 or key.action in _ALWAYS:
-                yield key
+                kept.add(key)
+        yield from (key for key in found if key in kept)
 
     def on_resize(self, event: events.Resize) -> None:
         """Choose anew for another width."""
@@ -80,6 +82,7 @@ class KeyLine(Footer):
 
 
 _ALWAYS = {action.call for actions in PLACES.values() for action in actions if action.always}
+_LEAST = {action.call for actions in PLACES.values() for action in actions if action.least}
 
 
 def _width(key: FooterKey) -> int:
@@ -106,11 +109,15 @@ def help_of(screen: KeyedScreen) -> list[tuple[str, str]]:
     return help_lines(heard, chosen)
 
 
+_COMING = ("fixes", "undo")
+"""What may come and go while one types: its letter is no text even while it does nothing."""
+
+
 def means_something(screen: Screen[object], key: str) -> bool:
     """Say whether `key` is one of the letters with a meaning on `screen`, so that a field does not take it as typed."""
     chosen = chosen_keys(screen)
     found = [action for place in ("app", "wizard") for action in PLACES[place] if key in keys_of(action, chosen).split(",")]
-    return any(action.name == "fix" or _allows(screen, action) for action in found)  # a tip may come and go while one types
+    return any(action.name in _COMING or _allows(screen, action) for action in found)
 
 
 def _allows(node: DOMNode, action: Action) -> bool:
