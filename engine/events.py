@@ -140,6 +140,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the model wrote when it was asked in the middle of training; `prompt` and `text` are foreign words."""
+
+    type: ClassVar[str] = "sampled"
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """A checkpoint was written, verified and renamed into place."""
 
@@ -247,6 +257,7 @@ Event = (
     | Planned
     | Stepped
     | Evaluated
+    | Sampled
     | Saved
     | MarkedHealthy
     | Resumed
@@ -319,11 +330,17 @@ def decode(line: str) -> Record | None:
     if kind is None:
         return None
     try:
-        fields = {item.name: _revive(raw[item.name], str(item.type)) for item in dataclasses.fields(kind) if item.name in raw}
+        fields = {name: raw[name] if plainly else _revive(raw[name], shape) for name, shape, plainly in _SHAPES[kind] if name in raw}
         return Record(int(raw["attempt"]), int(raw["seq"]), float(raw["t"]), kind(**fields))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
+
+_SHAPES: Mapping[type[Event], tuple[tuple[str, str, bool], ...]] = {
+    kind: tuple((item.name, str(item.type), "float" not in str(item.type) and "tuple" not in str(item.type)) for item in dataclasses.fields(kind))
+    for kind in EVENT_TYPES.values()
+}
+"""By kind: each field's name, its annotation, and whether JSON holds it as it is; worked out once, since files hold millions of lines."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -87,29 +87,52 @@ class Journal:
 
 
 class Tail:
-    """The reading end: every call returns what was appended since the last one, in whole lines."""
+    """The reading end: every call returns what was appended since the last one, in whole lines.
 
-    def __init__(self, path: Path) -> None:
-        """Follow `path` from its start; it need not exist yet."""
+    `offset` stands behind the last whole line that was read. A line that is still torn is read again, since the next
+    attempt cuts it off: a reader that had swallowed it would go on in the middle of what comes instead.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """Follow `path`, which need not exist yet, from `offset`, where a line begins."""
         self.path = path
-        self._offset = 0
-        self._rest = b""
+        self.offset = offset
+
+    @classmethod
+    def near_end(cls, path: Path, length: int) -> Tail:
+        """Follow `path` from the first line that begins in its last `length` bytes."""
+        tail = cls(path, max(0, size_of(path) - length))
+        if tail.offset:
+            with path.open("rb") as file:
+                file.seek(tail.offset - 1)
+                tail.offset += len(file.readline()) - 1
+        return tail
 
     def lines(self, limit: int = 1 << 22) -> list[str]:
-        """Return new whole lines, reading at most `limit` bytes so that a long history never freezes a screen."""
+        """Return new whole lines, reading about `limit` bytes at most so that a long history never freezes a screen."""
         try:
             with self.path.open("rb") as file:
-                file.seek(self._offset)
+                file.seek(self.offset)
                 block = file.read(limit)
+                if len(block) == limit and b"\n" not in block:
+                    block += file.readline()  # one line longer than a block
         except FileNotFoundError:
             return []
-        self._offset += len(block)
-        *whole, self._rest = (self._rest + block).split(b"\n")
+        *whole, torn = block.split(b"\n")
+        self.offset += len(block) - len(torn)
         return [line.decode("utf-8", "replace") for line in whole]
 
     def records(self) -> list[Record]:
         """Return new records, skipping what this version does not know."""
         return [record for line in self.lines() if (record := decode(line)) is not None]
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file that need not exist."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def read_records(path: Path) -> list[Record]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.tui import plot
 from qlora_tui.tui.history import History
+from qlora_tui.tui.sight import Sight
 
 
 def series(losses: list[float], **more) -> plot.Series:
@@ -65,7 +66,7 @@ def test_losses_above_zero_have_no_negative_axis():
 
 
 def test_measured_points_and_checkpoints_are_drawn():
-    drawn = plot.draw(series([2.0] * 40, evals=[(0, 2.5), (20, 2.2)], checkpoints=[20]), 60, 12).plain
+    drawn = plot.draw(series([2.0] * 40, evals=[(0, 2.5), (20, 2.2)], marks={"saved": [20]}), 60, 12).plain
     assert drawn.count("◆") == 2
     assert drawn.count("▴") == 1
 
@@ -73,7 +74,7 @@ def test_measured_points_and_checkpoints_are_drawn():
 def test_a_spike_stays_visible_however_many_steps_share_a_column():
     losses = [1.0] * 3000
     losses[1500] = 3.0
-    top = lines_of(plot.draw(series(losses), 60, 12, plot.Look(all_values=True)))[0]
+    top = lines_of(plot.draw(series(losses), 60, 12, plot.Look(sight=Sight(everything=True))))[0]
     assert any(char not in " │┤.0123456789" for char in top)
 
 
