@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -337,7 +338,7 @@ def decode(line: str) -> Record | None:
 
 
 _SHAPES: Mapping[type[Event], tuple[tuple[str, str, bool], ...]] = {
-    kind: tuple((item.name, str(item.type), "float" not in str(item.type) and "tuple" not in str(item.type)) for item in dataclasses.fields(kind))
+    kind: tuple((item.name, str(item.type), not re.search("float|tuple", str(item.type))) for item in dataclasses.fields(kind))
     for kind in EVENT_TYPES.values()
 }
 """By kind: each field's name, its annotation, and whether JSON holds it as it is; worked out once, since files hold millions of lines."""

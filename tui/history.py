@@ -32,7 +32,7 @@ class Bucket(NamedTuple):
     low: float
     high: float
     smooth: Smooth
-    count: int = 1
+    steps: int = 1
     bad: int = 0
     rate: float = 0.0
     grad: float = math.nan
@@ -79,8 +79,8 @@ class History(NamedTuple):
             bucket = Bucket(step, step, low, high, smooth, 1, int(not finite), rate, grad, total, seconds)
         else:
             low, high = min(old.low, low), max(old.high, high)
-            bucket = Bucket(old.first, step, low, high, smooth, old.count + 1, old.bad + (not finite), rate, grad, total, seconds)
-        if bucket.count < self.stride:
+            bucket = Bucket(old.first, step, low, high, smooth, old.steps + 1, old.bad + (not finite), rate, grad, total, seconds)
+        if bucket.steps < self.stride:
             return History(self.sealed, bucket, self.stride, sums, parts, bad, total)
         sealed, stride = (*self.sealed, bucket), self.stride
         if len(sealed) >= LIMIT:
@@ -120,4 +120,4 @@ def _halved(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
 
 def _merged(left: Bucket, right: Bucket) -> Bucket:
     low, high = min(left.low, right.low), max(left.high, right.high)
-    return right._replace(first=left.first, low=low, high=high, count=left.count + right.count, bad=left.bad + right.bad)
+    return right._replace(first=left.first, low=low, high=high, steps=left.steps + right.steps, bad=left.bad + right.bad)

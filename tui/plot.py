@@ -207,7 +207,8 @@ def _marked(drawn: Text, series: Series, seen: Sequence[Bucket], frame: _Frame, 
         line.truncate(width, pad=False)
     cross = look.sight.cross
     if cross is not None and axis > 0 and frame.holds(cross):
-        lines[:axis] = [_crossed(line, frame.column(cross)) for line in lines[:axis]]
+        for index in range(axis):
+            lines[index] = _crossed(lines[index], frame.column(cross))
     if look.ascii_only:
         for line in lines:
             line.plain = line.plain.translate(_ASCII_AXES)

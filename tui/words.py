@@ -50,6 +50,20 @@ def span(low: float, high: float) -> str:
     return f"{duration(low)} - {duration(high)}"
 
 
+def left(seconds: tuple[float, float, float]) -> tuple[str, str]:
+    """Return a time left and its range, without saying the unit twice.
+
+    >>> left((1920, 2040, 2220)), left((20, 30, 40)), left((3000, 6000, 9000))
+    (('34 min', '32-37'), ('30 s', '20-40'), ('1 h 40 min', '50 min - 2 h 30 min'))
+    """
+    low, mid, high = seconds
+    middle, around = duration(mid), span(low, high)
+    for unit in (" min", " s"):
+        if middle.endswith(unit) and around.endswith(unit) and middle.count(" ") == around.count(" ") == 1:
+            return middle, around.removesuffix(unit)
+    return middle, around
+
+
 def clock(moment: float, *, seconds: bool = False) -> str:
     """Return the local time of day of a Unix time."""
     return time.strftime("%H:%M:%S" if seconds else "%H:%M", time.localtime(moment))

@@ -286,15 +286,16 @@ async def test_an_adapter_named_within_the_run_is_shown_with_its_folder(write_ru
         assert "stopped: stopped" not in words(app)
 
 
-async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until):
-    folder, _, lock = write_run()
+async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until, run_config):
+    folder, _, lock = write_run([])
     lock.release()
+    told = [ev.Record(1, at + 1, 1000.0 + at, event) for at, event in enumerate([*opening(run_config), *middle()])]
+    (folder / "events.jsonl").write_text("".join(ev.encode(record) + "\n" for record in told))
     app = follow(folder)
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: app.run_screen.state.step == 20)
         app.run_screen._opened = 0.0
-        app.run_screen.state = app.run_screen.state.__class__(run_id="r", seq=999, marks=app.run_screen.state.marks)
-        await until(pilot, lambda: "✖ crashed" in words(app) and "qlora-tui --resume r" in words(app))
+        await until(pilot, lambda: "✖ crashed, silent for" in words(app) and "qlora-tui --resume 2026" in words(app))
 
 
 async def test_number_keys_and_z_zoom(write_run, until):
@@ -313,18 +314,24 @@ async def test_number_keys_and_z_zoom(write_run, until):
         await until(pilot, lambda: "loss" in shown(app))
 
 
-async def test_find_shows_only_matching_log_lines(write_run, until):
-    folder, _, _ = write_run()
+async def test_find_goes_from_match_to_match_in_the_log(write_run, until):
+    folder, _, _ = write_run([*[ev.Phase("load", "begin", note=f"part {number} of the whale") for number in range(60)], *middle()])
     app = follow(folder)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: "step 20/40" in words(app))
-        await pilot.press("slash", *"NOT a num")
-        await until(pilot, lambda: "lines with 'NOT a num': 1" in words(app))
+        await until(pilot, lambda: app.run_screen.state.step == 20)
+        await pilot.press("slash", *"WHALE")
+        await until(pilot, lambda: "60 of 60 with 'WHALE'" in words(app))
+        assert "part 59 of the whale" in words(app)
         await pilot.press("enter")
-        await until(pilot, lambda: "the loss was not a number" in words(app))
-        assert "checkpoint" not in words(app).split("5 log")[1]
+        await pilot.press(*"nnn")
+        await until(pilot, lambda: "57 of 60 with" in words(app) and "part 56 of the whale" in words(app))
+        await pilot.press(*"N" * 4)
+        await until(pilot, lambda: "1 of 60 with" in words(app) and "part 0 of the whale" in words(app))
+        assert "part 59 of the whale" not in words(app)
         await pilot.press("escape")
-        await until(pilot, lambda: "checkpoint of step 20" in words(app))
+        await until(pilot, lambda: "with 'WHALE'" not in words(app) and "checkpoint of step 20" in words(app))
+        await pilot.press("slash", *"no such thing", "enter", "n")
+        await until(pilot, lambda: "no lines with 'no such thing'" in words(app))
 
 
 async def test_y_switches_the_loss_axis(write_run, until):
@@ -333,7 +340,7 @@ async def test_y_switches_the_loss_axis(write_run, until):
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "step 20/40" in words(app))
         await pilot.press("y")
-        await until(pilot, lambda: app.run_screen.view.log_y and "  log" in words(app))
+        await until(pilot, lambda: app.run_screen.view.log_y and "  log " in words(app))
 
 
 async def test_help_lists_the_keys(write_run, until):

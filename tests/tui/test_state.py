@@ -55,7 +55,7 @@ def test_history_never_lets_non_finite_losses_into_its_range(losses: list[float]
     for number, loss in enumerate(losses, 1):
         history = history.add(number, loss)
     finite = [loss for loss in losses if math.isfinite(loss)]
-    assert sum(bucket.count for bucket in history.buckets) == len(losses)
+    assert sum(bucket.steps for bucket in history.buckets) == len(losses)
     assert history.bad == sum(bucket.bad for bucket in history.buckets) == len(losses) - len(finite)
     assert min((bucket.low for bucket in history.buckets), default=math.inf) == min(finite, default=math.inf)
     assert max((bucket.high for bucket in history.buckets), default=-math.inf) == max(finite, default=-math.inf)
@@ -137,7 +137,7 @@ def test_histories_of_every_kind_are_bounded():
     state = fold_all(records(*told))
     assert len(state.log) <= LOG_LINES
     assert len(state.findings) <= 200
-    assert len(state.usage) <= 240
+    assert len(state.readings) <= 600
     assert len(state.marks) <= 32
 
 

@@ -29,7 +29,11 @@ class MemoryPanel(Panel):
         lines = [cells.assemble([*marked, (tail, "bold")]), cells.assemble(cells.fit(_figures(state, others), width))]
         if height >= 4:
             lines.append(cells.assemble([("█ this run  ▒ other programs  │ predicted", cells.DIM)]))
-        if height >= 8 and state.predicted_parts:
+        if height >= 6 and state.readings:
+            past = [(reading.t, reading.ours) for reading in state.readings]
+            line = cells.timeline(past, min(60, width - 14), state.t, low=0.0, high=float(total))
+            lines.append(cells.assemble([("last 10 min   ", cells.DIM), (line, cells.MAIN)]))
+        if height >= 9 and state.predicted_parts:
             lines += _parts(state, width)
         return cells.stack(lines[:height])
 
@@ -53,6 +57,9 @@ def _figures(state: RunState, others: int) -> list[list[Part]]:
         found.append([("peak ", cells.DIM), (words.gib(state.peak_bytes, unit=False), cells.WARN if over else "")])
     if others:
         found.append([("others ", cells.DIM), (words.gib(others, unit=False), "")])
+    now, _, total = readings(state)
+    if total:
+        found.append([("free ", cells.DIM), (words.gib(max(0, total - (now or 0) - others), unit=False), "")])
     return found
 
 
