@@ -193,8 +193,9 @@ def _marked(drawn: Text, series: Series, seen: Sequence[Bucket], frame: _Frame, 
     lines = drawn.split("\n")
     axis = max((index for index, line in enumerate(lines) if "└" in line.plain), default=-1)
     if axis > 0:
-        above = [frame.column(bucket.last) for bucket in seen if bucket.high > frame.top and bucket.high >= bucket.low]
-        below = [frame.column(bucket.last) for bucket in seen if bucket.low < frame.bottom and bucket.high >= bucket.low]
+        finite, hair = [bucket for bucket in seen if bucket.high >= bucket.low], 1e-6 * (frame.top - frame.bottom)
+        above = [frame.column(bucket.last) for bucket in finite if bucket.high > frame.top + hair]
+        below = [frame.column(bucket.last) for bucket in finite if bucket.low < frame.bottom - hair]
         bad = [frame.column(bucket.last) for bucket in seen if bucket.bad]
         lines[0] = _put(lines[0], above, "^" if look.ascii_only else "▲", f"bold {_css(EVAL)}")
         lines[axis - 1] = _put(lines[axis - 1], below, "v" if look.ascii_only else "▼", f"bold {_css(EVAL)}")

@@ -73,7 +73,7 @@ class Sight:
         """Return it with `factor` times as many steps in sight, around the crosshair if there is one."""
         left, right = self.edges(first, last, horizon)
         whole = max(last, first + CLOSEST) - first
-        span = int(min(max(CLOSEST, (right - left) * factor), whole + 1))
+        span = int(min(max(CLOSEST, min(right - left, whole) * factor), whole + 1))
         if span > whole:
             return replace(self, span=0, left=0)
         if self.cross is None:

@@ -341,6 +341,7 @@ async def test_y_switches_the_loss_axis(write_run, until):
         await until(pilot, lambda: "step 20/40" in words(app))
         await pilot.press("y")
         await until(pilot, lambda: app.run_screen.view.log_y and "  log " in words(app))
+        assert "cut off" not in words(app)
 
 
 async def test_help_lists_the_keys(write_run, until):

@@ -110,7 +110,7 @@ def _legend(state: RunState, view: View, *, cut_off: bool) -> list[list[Part]]:
         glyph = "x" if view.ascii_only else "×"
         groups.append([(f"{state.history.bad:,} not finite ", cells.DIM), (glyph, f"bold {_hex(plot.BAD)}")])
     if cut_off:
-        groups.append([("cut off ", cells.DIM), ("^" if view.ascii_only else "▲", f"bold {_hex(plot.EVAL)}"), (" (o all)", cells.DIM)])
+        groups.append([("cut off ", cells.DIM), ("^" if view.ascii_only else "▲", f"bold {_hex(plot.EVAL)}")])
     return groups
 
 

@@ -22,12 +22,12 @@ class MemoryPanel(Panel):
         now, others, total = readings(state)
         if not total:
             return cells.assemble([("no reading yet", cells.DIM)])
-        tail = f"  {words.gib(now or 0, unit=False)}/{words.gib(total)}"
+        tail = f"  {words.gib(now or 0, unit=False)}/{words.gib(total, unit=width >= 26)}"
         length = max(8, width - len(tail))
         parts = cells.bar([(now or 0, "█", _colour(state, total)), (others, "▒", cells.DIM)], total, length)
         marked = _with_mark(parts, state.predicted_bytes, total, length)
         lines = [cells.assemble([*marked, (tail, "bold")]), cells.assemble(cells.fit(_figures(state, others), width))]
-        if height >= 4:
+        if height >= 3:
             lines.append(cells.assemble([("█ this run  ▒ other programs  │ predicted", cells.DIM)]))
         if height >= 6 and state.readings:
             past = [(reading.t, reading.ours) for reading in state.readings]

@@ -76,9 +76,9 @@ def kept(state: RunState, view: View) -> list[Part]:
     """Return how old the last checkpoint is, and which was the last that proved healthy; nothing before the first."""
     if state.saved is None:
         return []
-    age = words.duration(max(0, int((view.now - state.saved_at) // 60) * 60)) if view.now - state.saved_at >= 60 else "just now"
-    ago = f"{age} ago" if age != "just now" else age
-    found: list[Part] = [("saved ", cells.DIM), (f"step {state.saved.step:,}", ""), (f" {ago}" if not state.finished else "", cells.DIM)]
+    minutes = int(max(0.0, view.now - state.saved_at) // 60)
+    age = "just now" if not minutes else f"{minutes} min ago" if minutes < 120 else f"{words.duration(minutes * 60)} ago"
+    found: list[Part] = [("saved ", cells.DIM), (f"step {state.saved.step:,}", ""), (f" {age}" if not state.finished else "", cells.DIM)]
     if state.healthy is not None:
         found.append((f", healthy {state.healthy:,}", cells.DIM))
     return found

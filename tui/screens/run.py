@@ -234,9 +234,10 @@ class RunScreen(LookingScreen):
 
     def action_help(self) -> None:
         """Show the keys."""
+        marks = "Marks on the loss axis: C or a triangle saved, ! warning, L learning rate set, P pause, R resumed, B went back."
         notes = ["Ctrl+C stops and saves at once; a second Ctrl+C ends without saving.", one_line(f"This run: {self.folder}")]
         scrolls = [("up down", "scroll a panel that fills the screen; pgup, pgdn, home and end too")]
-        self.app.push_screen(HelpDialog([*keys_of(self._offered()), *scrolls], notes if self.running else notes[1:]))
+        self.app.push_screen(HelpDialog([*keys_of(self._offered()), *scrolls], [marks, *(notes if self.running else notes[1:])]))
 
     def _offered(self) -> list[BindingType]:
         """Return the keys that would do something now."""
