@@ -1,12 +1,13 @@
 """The loss plot: the only file that knows plotext.
 
-plotext is slow past a thousand points and raises on infinities, so it is fed at most two finite points a dot
-column (the range of the steps in it). Non-finite steps never reach it: they are marked on the bottom row and
-cannot bend an axis. The result is a `Text` that any Static can show.
+plotext draws the frame, the ticks and the measured points. It is slow past a thousand points and raises on infinities, so
+the curve is laid over its frame in dots: the range of the steps in a dot column, and the smoothed line over it. Non-finite
+steps reach neither: they are marked on the bottom row and cannot bend an axis. The result is a `Text` that any Static can show.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from qlora_tui.tui import axes
 from qlora_tui.tui.axes import nice_ticks
+from qlora_tui.tui.braille import Canvas, glyph
 from qlora_tui.tui.history import Bucket
 from qlora_tui.tui.sight import Scale, Sight
 
@@ -112,13 +114,7 @@ def draw(series: Series, width: int, height: int, look: Look | None = None) -> T
     words = axes.labels(ranges[3])
     margin = max(map(len, words)) + 1
     frame = _Frame(scale.at(left), scale.at(right), *ranges[:3], margin, width - margin, scale)
-    _prepare(width, height)
-    _plot_lines(finite, frame, style)
-    if points:
-        marker = "E" if style.ascii_only else "◆"
-        plotext.scatter([scale.at(step) for step, _ in points], [frame.y(loss) for _, loss in points], marker=marker, color=EVAL)
-    _plot_axes(frame, ranges[3], words, width)
-    drawn = Text.from_ansi(plotext.build())
+    drawn = Text.from_ansi(_framed(frame, ranges[3], words, points, (width, height), style))
     return _marked(drawn, series, seen, frame, width, style)
 
 
@@ -139,50 +135,74 @@ def _y_axis(
     return bottom, top, log_y, axes.log_ticks(bottom, top) if log_y else nice_ticks(bottom, top, count)
 
 
-def _prepare(width: int, height: int) -> None:
+def _framed(
+    frame: _Frame, ticks: Sequence[float], words: Sequence[str], points: Sequence[tuple[int, float]], size: tuple[int, int], look: Look
+) -> str:
+    """Return what plotext draws: axes, ticks and the measured points, in escape sequences of its own."""
     plotext.clear_figure()
     plotext.limitsize(False, False)
-    plotext.plotsize(width, height)
+    plotext.plotsize(*size)
     plotext.theme("clear")
     plotext.xaxes(True, False)
     plotext.yaxes(True, False)
-
-
-def _plot_lines(finite: Sequence[Bucket], frame: _Frame, look: Look) -> None:
-    """Draw the raw range, then the smoothed line over it; two points a column at most."""
-    columns = frame.room * (1 if look.ascii_only else 2)
-    spans: dict[int, tuple[float, float, float]] = {}
-    for bucket in finite:
-        column = min(columns - 1, max(0, round(frame.share(bucket.last) * (columns - 1))))
-        low, high, _ = spans.get(column, (math.inf, -math.inf, 0.0))
-        spans[column] = (min(low, bucket.low), max(high, bucket.high), bucket.smooth[look.sight.weight])
-    width = (frame.right - frame.left) / max(1, columns - 1)
-    xs: list[float] = []
-    ys: list[float] = []
-    for index, (column, (low, high, _)) in enumerate(sorted(spans.items())):
-        x = frame.left + column * width
-        pair = (low, high) if index % 2 else (high, low)
-        xs += [x, x]
-        ys += [frame.y(pair[0]), frame.y(pair[1])]
-    smooth = [(frame.left + column * width, value) for column, (_, _, value) in sorted(spans.items()) if math.isfinite(value)]
-    if xs:
-        plotext.plot(xs, ys, marker=":" if look.ascii_only else "braille", color=RAW)
-    if smooth:
-        line = "*" if look.ascii_only else "braille"
-        plotext.plot([x for x, _ in smooth], [frame.y(y) for _, y in smooth], marker=line, color=SMOOTH)
-
-
-def _plot_axes(frame: _Frame, ticks: Sequence[float], words: Sequence[str], width: int) -> None:
+    plotext.scatter([frame.left], [frame.y(frame.bottom)], marker=" ")  # without a point it draws no axes
+    if points:
+        marker = "E" if look.ascii_only else "◆"
+        plotext.scatter([frame.x.at(step) for step, _ in points], [frame.y(loss) for _, loss in points], marker=marker, color=EVAL)
     plotext.xlim(frame.left, frame.right)
     plotext.ylim(frame.y(frame.bottom), frame.y(frame.top))
     plotext.yticks([frame.y(tick) for tick in ticks], words)
-    count = max(2, width // 16)
+    count = max(2, size[0] // 16)
     if frame.x.counts == "step":
-        steps = [tick for tick in nice_ticks(frame.left, frame.right, count) if tick == int(tick)]
-        plotext.xticks(steps, [f"{int(tick):,}" for tick in steps])
-        return
-    found = (axes.time_ticks if frame.x.counts == "time" else nice_ticks)(frame.left, frame.right, count)
-    plotext.xticks(found, [axes.passed(tick) if frame.x.counts == "time" else axes.amount(tick) for tick in found])
+        found = [tick for tick in nice_ticks(frame.left, frame.right, count) if tick == int(tick)]
+        plotext.xticks(found, [f"{int(tick):,}" for tick in found])
+    else:
+        found = (axes.time_ticks if frame.x.counts == "time" else nice_ticks)(frame.left, frame.right, count)
+        plotext.xticks(found, [axes.passed(tick) if frame.x.counts == "time" else axes.amount(tick) for tick in found])
+    return str(plotext.build())
+
+
+def _curves(finite: Sequence[Bucket], frame: _Frame, rows: int, look: Look) -> tuple[Canvas, Canvas]:
+    """Return the raw range and the smoothed line in dots; a column's range is that of all the steps in it."""
+    raw, smooth = (Canvas(frame.room, rows, ascii_only=look.ascii_only) for _ in range(2))
+    bottom, room = frame.y(frame.bottom), max(1e-12, frame.y(frame.top) - frame.y(frame.bottom))
+    tall = raw.high - 1
+    spans: dict[int, tuple[float, float, float]] = {}
+    for bucket in finite:
+        column = min(raw.wide - 1, max(0, round(frame.share(bucket.last) * (raw.wide - 1))))
+        low, high, _ = spans.get(column, (math.inf, -math.inf, 0.0))
+        spans[column] = (min(low, bucket.low), max(high, bucket.high), bucket.smooth[look.sight.weight])
+
+    def dot(value: float) -> int:
+        return round((frame.y(value) - bottom) / room * tall)
+
+    way: list[tuple[int, int]] = []
+    ordered = sorted(spans.items())
+    for index, (column, (low, high, _)) in enumerate(ordered):
+        ends = (dot(low), dot(high))
+        raw.bar(column, *ends)
+        way.append((column, ends[index % 2]))
+    raw.line(way)
+    smooth.line([(column, dot(value)) for column, (_, _, value) in ordered if math.isfinite(value)])
+    return raw, smooth
+
+
+def _laid_over(line: Text, raw: Sequence[int], smooth: Sequence[int], margin: int, look: Look) -> Text:
+    """Return a line of the frame with the dots of both curves where it is empty; the smoothed one gives the colour they share."""
+    plain = line.plain.ljust(margin + len(raw))
+    cells = list(plain)
+    styled: list[tuple[str, int]] = []
+    for at, (under, over) in enumerate(zip(raw, smooth, strict=True), margin):
+        if not (under or over) or cells[at] not in (" ", "\u2800"):
+            continue
+        cells[at] = ("*" if over else ":") if look.ascii_only else glyph(under | over)
+        styled.append((_css(SMOOTH if over else RAW), at))
+    line = line.copy()
+    line.plain = "".join(cells)
+    for style, run in itertools.groupby(enumerate(styled), key=lambda one: (one[1][0], one[1][1] - one[0])):
+        columns = [at for _, (_, at) in run]
+        line.stylize(style[0], columns[0], columns[-1] + 1)
+    return line
 
 
 _ASCII_AXES = str.maketrans({"┤": "+", "│": "|", "└": "+", "─": "-", "┬": "+", "┼": "+", "\u2800": " "})
@@ -193,6 +213,9 @@ def _marked(drawn: Text, series: Series, seen: Sequence[Bucket], frame: _Frame, 
     lines = drawn.split("\n")
     axis = max((index for index, line in enumerate(lines) if "└" in line.plain), default=-1)
     if axis > 0:
+        raw, smooth = _curves([bucket for bucket in seen if bucket.high >= bucket.low], frame, axis, look)
+        for index in range(axis):
+            lines[index] = _laid_over(lines[index], raw.row(index), smooth.row(index), frame.margin, look)
         finite, hair = [bucket for bucket in seen if bucket.high >= bucket.low], 1e-6 * (frame.top - frame.bottom)
         above = [frame.column(bucket.last) for bucket in finite if bucket.high > frame.top + hair]
         below = [frame.column(bucket.last) for bucket in finite if bucket.low < frame.bottom - hair]

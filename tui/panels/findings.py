@@ -31,7 +31,7 @@ class FindingsPanel(Panel):
         """Draw the newest warnings that fit."""
         if not state.findings:
             return cells.assemble([("✔ ", cells.GOOD), ("nothing to worry about so far", cells.DIM)])
-        ordered = sorted(state.findings[::-1], key=lambda finding: finding.severity == "info")
+        ordered = sorted(state.findings, key=lambda finding: (finding.severity != "info", finding.step), reverse=True)
         lines: list[Content] = []
         for finding in ordered:
             lines += _lines(finding, width, full=view.zoomed == "findings")
