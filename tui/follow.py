@@ -23,7 +23,6 @@ LONG = 3 << 20
 """Bytes from which on the end of a file is shown first: a shorter one is folded in less than a fifth of a second."""
 END = 1 << 20
 _HEAD = 1 << 18
-_BLOCK = 1 << 16
 _PLACES = 4096
 _CLOSE = 6 << 20
 """The most bytes read again for a closer look: some twelve thousand steps, a sixth of a second."""
@@ -32,7 +31,7 @@ _CLOSE = 6 << 20
 class Follower:
     """One journal, read as it grows: `state` is what to show now, `behind` says that not all of it was folded yet."""
 
-    def __init__(self, path: Path, run_id: str = "", *, long: int = LONG, end: int = END) -> None:
+    def __init__(self, path: Path, run_id: str = "", *, long: int = LONG, end: int = END, block: int = 1 << 16) -> None:
         """Follow `path`, which need not exist yet.
 
         Args:
@@ -40,10 +39,11 @@ class Follower:
             run_id: the run's name until the file tells it.
             long: bytes from which on the end is read first.
             end: how many bytes of the end are read first.
+            block: how many bytes are folded at once.
         """
         self.path = path
         self.behind = True
-        self._long, self._near = long, end
+        self._long, self._near, self._block = long, end, block
         self._folded = RunState(run_id=run_id)
         self._tail = Tail(path)
         self._ahead: _Ahead | None = None
@@ -93,7 +93,7 @@ class Follower:
     def _slice(self) -> bool:
         """Fold one block; return False at the end of the file."""
         began = self._tail.offset
-        lines = self._tail.lines(_BLOCK)
+        lines = self._tail.lines(self._block)
         records = [record for line in lines if (record := decode(line)) is not None]
         self._remember(records, began)
         self._folded = fold_all(records, self._folded)
@@ -104,7 +104,7 @@ class Follower:
         for record in records:
             event = record.event
             if isinstance(event, ev.Stepped):
-                if not self._places or began >= self._places[-1][1] + _BLOCK // 2:
+                if not self._places or began >= self._places[-1][1] + self._block // 2:
                     self._places.append((event.step, began))
                 if self._close is not None and self._close.buckets and event.step == self._close.buckets[-1].last + 1:
                     self._close = _added(self._close, event, _seconds(self._folded.history.buckets, event.step))

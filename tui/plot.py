@@ -188,14 +188,14 @@ def _curves(finite: Sequence[Bucket], frame: _Frame, rows: int, look: Look) -> t
 
 
 def _laid_over(line: Text, raw: Sequence[int], smooth: Sequence[int], margin: int, look: Look) -> Text:
-    """Return a line of the frame with the dots of both curves where it is empty; the smoothed one gives the colour they share."""
+    """Return a line of the frame with the dots of both curves where it is empty; a cell that the smoothed one crosses is its alone."""
     plain = line.plain.ljust(margin + len(raw))
     cells = list(plain)
     styled: list[tuple[str, int]] = []
     for at, (under, over) in enumerate(zip(raw, smooth, strict=True), margin):
         if not (under or over) or cells[at] not in (" ", "\u2800"):
             continue
-        cells[at] = ("*" if over else ":") if look.ascii_only else glyph(under | over)
+        cells[at] = ("*" if over else ":") if look.ascii_only else glyph(over or under)
         styled.append((_css(SMOOTH if over else RAW), at))
     line = line.copy()
     line.plain = "".join(cells)

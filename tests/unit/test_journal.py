@@ -84,6 +84,31 @@ def test_a_reader_takes_a_long_file_in_parts(tmp_path: Path) -> None:
     assert len(tail.lines()) == 8
 
 
+def test_a_torn_line_is_read_again_once_it_is_whole_or_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one\ntorn and lo")
+    tail = Tail(path)
+    assert tail.lines() == ["one"]
+    path.write_bytes(b"one\ntwo\n")
+    assert tail.lines() == ["two"]
+
+
+def test_a_line_longer_than_a_part_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100 + b"\nshort\n")
+    tail = Tail(tmp_path / "file")
+    assert tail.lines(limit=10) == ["x" * 100]
+    assert tail.lines(limit=10) == ["short"]
+
+
+@pytest.mark.parametrize(
+    ("length", "seen"), [(1000, ["one", "two", "three"]), (10, ["two", "three"]), (9, ["three"]), (6, ["three"]), (5, [])]
+)
+def test_a_reader_may_begin_near_the_end(tmp_path: Path, length: int, seen: list[str]) -> None:
+    (tmp_path / "file").write_bytes(b"one\ntwo\nthree\n")
+    assert Tail.near_end(tmp_path / "file", length).lines() == seen
+    assert Tail.near_end(tmp_path / "none", length).lines() == []
+
+
 def test_an_old_wish_is_never_read_again(tmp_path: Path) -> None:
     leave_wish(tmp_path, "stop")
     inbox = Inbox(tmp_path)
