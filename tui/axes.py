@@ -53,8 +53,10 @@ def labels(ticks: Sequence[float]) -> list[str]:
     if len(ticks) == 1:
         return [f"{ticks[0]:.4g}"]
     gap = min((abs(b - a) for a, b in itertools.pairwise(ticks)), default=1.0)
-    digits = min(6, max(0, -math.floor(math.log10(gap) + 1e-9))) if gap > 0 else 2
-    return [f"{tick:.{digits}f}" if abs(tick) < 1e6 else f"{tick:.1e}" for tick in ticks]
+    digits = max(0, -math.floor(math.log10(gap) + 1e-9)) if gap > 0 else 2
+    if digits > 6:
+        return [f"{tick:.3g}" for tick in ticks]
+    return [f"{tick:.{digits}f}" if abs(tick) < 1e6 else f"{tick:.3g}" for tick in ticks]
 
 
 def amount(value: float) -> str:
@@ -117,9 +119,10 @@ def padded(low: float, high: float, count: int, *, log: bool) -> tuple[float, fl
 
 def _round_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.7)
 
 
 def _multiples(low: float, high: float, step: float) -> list[float]:
     first = math.ceil(low / step - 1e-9)
-    return [round((first + index) * step, 12) for index in range(int((high - first * step) / step + 1e-9) + 1)]
+    digits = max(0, 2 - math.floor(math.log10(step)))
+    return [round((first + index) * step, digits) for index in range(int((high - first * step) / step + 1e-9) + 1)]

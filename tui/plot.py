@@ -130,7 +130,7 @@ def _y_axis(
         low = min([low, *[value for value in measured if low - value <= reach]])
         high = max([high, *[value for value in measured if value - high <= reach]])
     log_y = look.log_y and low > 0
-    count = max(2, min(6, height // 2))
+    count = max(1, min(6, (height - 2) // 2))
     bottom, top = axes.padded(low, high, count, log=log_y)
     return bottom, top, log_y, axes.log_ticks(bottom, top) if log_y else nice_ticks(bottom, top, count)
 

@@ -161,9 +161,8 @@ def folded(path: Path) -> None:
             began = time.perf_counter()
             plot.draw(series, width, height)
             times.append((time.perf_counter() - began) * 1000)
-        print(
-            f"plot of {len(state.history.buckets):,} buckets in {width}x{height} cells: {statistics.median(times):.1f} ms, {max(times):.1f} at most"
-        )
+        told = f"{statistics.median(times):.1f} ms, {max(times):.1f} at most"
+        print(f"plot of {len(state.history.buckets):,} buckets in {width}x{height} cells: {told}")
 
 
 def main() -> None:
