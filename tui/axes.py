@@ -94,7 +94,8 @@ def usual_range(lows: Sequence[float], highs: Sequence[float], *, everything: bo
         return low, high
     start = int(len(highs) * WARM_UP)
     ranked_lows, ranked_highs = sorted(lows[start:]), sorted(highs[start:])
-    usual_low, usual_high = ranked_lows[len(ranked_lows) // 100], ranked_highs[len(ranked_highs) - 1 - len(ranked_highs) // 100]
+    left_out = math.ceil(len(ranked_highs) / 100)
+    usual_low, usual_high = ranked_lows[left_out], ranked_highs[-1 - left_out]
     room = usual_high - usual_low
     if not room > 0 or high - low <= _OUTLYING * room:
         return low, high

@@ -113,7 +113,8 @@ def draw(series: Series, width: int, height: int, look: Look | None = None) -> T
     ranges = _y_axis(finite, points, style, height)
     words = axes.labels(ranges[3])
     margin = max(map(len, words)) + 1
-    frame = _Frame(scale.at(left), scale.at(right), *ranges[:3], margin, width - margin, scale)
+    begin = scale.at(left)
+    frame = _Frame(begin, max(scale.at(right), begin + 1e-6), *ranges[:3], margin, width - margin, scale)
     drawn = Text.from_ansi(_framed(frame, ranges[3], words, points, (width, height), style))
     return _marked(drawn, series, seen, frame, width, style)
 

@@ -117,7 +117,7 @@ class Scale:
         index = bisect_left(self._steps, step)
         if index >= len(self._steps):
             end = self._steps[-1]
-            return self._values[-1] + (step - end) * (self._values[-1] - self._values[0]) / max(1, end - self._steps[0])
+            return self._values[-1] + (step - end) * self._values[-1] / max(1, end)
         if not index:
             first = self._steps[0]
             return self._values[0] * max(0.0, step) / first if first > 0 else self._values[0]

@@ -103,6 +103,7 @@ _PHASE_WORDS = {
     "eval": "measure held-out rows",
     "save": "save",
     "pause": "pause",
+    "sample": "write samples",
     "export": "export",
 }
 
