@@ -31,19 +31,19 @@ _CLOSE = 6 << 20
 class Follower:
     """One journal, read as it grows: `state` is what to show now, `behind` says that not all of it was folded yet."""
 
-    def __init__(self, path: Path, run_id: str = "", *, long: int = LONG, end: int = END, block: int = 1 << 16) -> None:
+    def __init__(self, path: Path, run_id: str = "", *, long: int | None = None, end: int = END, block: int = 1 << 16) -> None:
         """Follow `path`, which need not exist yet.
 
         Args:
             path: an `events.jsonl`.
             run_id: the run's name until the file tells it.
-            long: bytes from which on the end is read first.
+            long: bytes from which on the end is read first; `LONG` if none are named.
             end: how many bytes of the end are read first.
             block: how many bytes are folded at once.
         """
         self.path = path
         self.behind = True
-        self._long, self._near, self._block = long, end, block
+        self._long, self._near, self._block = LONG if long is None else long, end, block
         self._folded = RunState(run_id=run_id)
         self._tail = Tail(path)
         self._ahead: _Ahead | None = None
