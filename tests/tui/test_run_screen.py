@@ -572,8 +572,7 @@ async def test_a_long_run_shows_its_end_before_it_was_read(write_run, until, mon
         await until(pilot, lambda: "step 3,000/3,000" in words(app))
         await until(pilot, lambda: not app.run_screen.behind)
         assert app.run_screen.state.history.buckets[0].first == 1
-        await until(pilot, lambda: "reading" not in words(app).split("
-")[2])
+        await until(pilot, lambda: "reading" not in words(app).splitlines()[2])
 
 
 async def test_only_the_cells_that_changed_are_sent(write_run, until):
