@@ -590,4 +590,4 @@ async def test_only_the_cells_that_changed_are_sent(write_run, until):
         cells = sum(region.width * region.height for regions in sent for region in regions)
         assert sent
         assert all(sent)
-        assert cells < 40 * len(sent)
+        assert cells < 78 * len(sent)  # of two lines of 78
