@@ -485,7 +485,7 @@ async def test_marks_are_named_where_there_is_room(write_run, until, run_config)
     app = follow(folder)
     async with app.run_test(size=(200, 50)) as pilot:
         await until(pilot, lambda: "saved ▴  warning !  rate set L  pause P" in words(app))
-        assert "saved step 50 just now, healthy 50" in words(app)
+        assert "saved step 50, just now, healthy 50" in words(app)
 
 
 async def test_samples_are_browsed(write_run, until, run_config):

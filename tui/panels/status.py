@@ -78,7 +78,7 @@ def kept(state: RunState, view: View) -> list[Part]:
         return []
     minutes = int(max(0.0, view.now - state.saved_at) // 60)
     age = "just now" if not minutes else f"{minutes} min ago" if minutes < 120 else f"{words.duration(minutes * 60)} ago"
-    found: list[Part] = [("saved ", cells.DIM), (f"step {state.saved.step:,}", ""), (f" {age}" if not state.finished else "", cells.DIM)]
+    found: list[Part] = [("saved ", cells.DIM), (f"step {state.saved.step:,}", ""), (f", {age}" if not state.finished else "", cells.DIM)]
     if state.healthy is not None:
         found.append((f", healthy {state.healthy:,}", cells.DIM))
     return found
