@@ -21,6 +21,7 @@ FINDINGS = 200
 EVALS = 500
 SAMPLES = 240
 MARKS = 32
+ANSWERS = 16
 
 Kind = Literal["info", "good", "warn", "bad"]
 Changes = dict[str, Any]
@@ -99,6 +100,9 @@ class RunState:
     forecast_at: float = 0.0
     log: tuple[Line, ...] = ()
     answer: ev.Command | None = None
+    answers: tuple[ev.Command, ...] = ()
+    paused_at: float = 0.0
+    asked_to_pause: bool = False
     finished: ev.Finished | None = None
 
     @property
@@ -143,6 +147,8 @@ def _started(state: RunState, event: ev.Started, t: float) -> Changes:
         "started_at": t,
         "finished": None,
         "answer": None,
+        "paused_at": 0.0,
+        "asked_to_pause": False,
         "doing": None,
         "log": _say(state, t, text),
     }
@@ -158,6 +164,7 @@ _PHASE_WORDS = {
     "eval": "measure held-out rows",
     "save": "save",
     "pause": "pause",
+    "sample": "sample",
     "export": "export",
 }
 
@@ -176,6 +183,17 @@ def phase_words(name: str, note: str = "") -> str:
 
 
 def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
+    return _phase_told(state, event, t) | (_paused(state, event, t) if event.name == "pause" else {})
+
+
+def _paused(state: RunState, event: ev.Phase, t: float) -> Changes:
+    """Remember since when the run rests: it may save meanwhile, and one phase is all that `doing` holds."""
+    if event.state == "end":
+        return {"paused_at": 0.0, "asked_to_pause": False}
+    return {"paused_at": state.paused_at or t}
+
+
+def _phase_told(state: RunState, event: ev.Phase, t: float) -> Changes:
     if event.state == "end":
         seconds = event.seconds if event.seconds is not None else max(0.0, t - state.doing.since) if state.doing else 0.0
         told = event.name not in ("train", "save") or bool(event.note)
@@ -271,6 +289,11 @@ def _saved(state: RunState, event: ev.Saved, t: float) -> Changes:
     return {"saved": event, "saved_at": t, "adapter": adapter, "marks": marks, "log": log}
 
 
+def _sampled(state: RunState, event: ev.Sampled, t: float) -> Changes:
+    text = f"{one_line(event.prompt, limit=60)} → {one_line(event.text, limit=300) or '(nothing)'}"
+    return {"log": _say(state, t, f"sample after step {event.step}: {text}")}
+
+
 def _marked_healthy(state: RunState, event: ev.MarkedHealthy, t: float) -> Changes:
     return {"log": _say(state, t, f"checkpoint of step {event.step} is healthy: the steps after it were clean", "good")}
 
@@ -320,14 +343,16 @@ def _finding(state: RunState, event: ev.Finding, t: float) -> Changes:
 
 def _command(state: RunState, event: ev.Command, t: float) -> Changes:
     text = f"{event.name}: {'will be done' if event.obeyed else 'refused'}" + (f", {event.why}" if event.why else "")
-    return {"answer": event, "log": _say(state, t, text, "info" if event.obeyed else "warn")}
+    asked = event.name == "pause" if event.obeyed and event.name in ("pause", "resume") else state.asked_to_pause
+    answers = (*state.answers[-(ANSWERS - 1) :], event)
+    return {"answer": event, "answers": answers, "asked_to_pause": asked, "log": _say(state, t, text, "info" if event.obeyed else "warn")}
 
 
 def _finished(state: RunState, event: ev.Finished, t: float) -> Changes:
     kind: Kind = "good" if event.outcome == "done" else "warn" if event.outcome in ("stopped", "aborted") else "bad"
     outcome = event.outcome.replace("_", " ")
     log = _say(state, t, event.reason if event.reason.startswith(outcome) else f"{outcome}: {event.reason}", kind)
-    return {"finished": event, "doing": None, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
+    return {"finished": event, "doing": None, "paused_at": 0.0, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
 
 
 _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
@@ -337,6 +362,7 @@ _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
     ev.Planned.type: _planned,
     ev.Stepped.type: _stepped,
     ev.Evaluated.type: _evaluated,
+    ev.Sampled.type: _sampled,
     ev.Saved.type: _saved,
     ev.MarkedHealthy.type: _marked_healthy,
     ev.Resumed.type: _resumed,

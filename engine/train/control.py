@@ -59,7 +59,7 @@ def _pause(loop: Loop, wish: Wish) -> Iterator[Event]:
 
 def _resume(loop: Loop, wish: Wish) -> Iterator[Event]:
     if not loop.pause.asked:
-        yield _refused(wish, "it waits for the device to cool down" if loop.pause.resting else "it is not paused")
+        yield _refused(wish, loop.pause.why())
         return
     loop.pause.asked = False
     yield _obeyed(wish)

@@ -119,7 +119,7 @@ class Parked:
         free = free_bytes(self._folder.parent)
         if free < self.bytes + SPARE_BYTES:
             told = f"neither RAM ({gib(ram_bytes()[1])} free) nor the disk ({gib(free)}) has room for {gib(self.bytes)}"
-            raise SpaceError(told, where=str(self._folder.parent))
+            raise SpaceError(told)
         discard(self._folder)
         try:
             self._folder.mkdir(mode=0o700)

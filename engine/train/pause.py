@@ -38,6 +38,12 @@ class Pause:
     parked: Parked | None = None
     unfit: bool = False
 
+    def why(self) -> str:
+        """Say why a wish to go on can do nothing: nobody asked for this pause, or it was taken back already."""
+        if not self.resting:
+            return "it is not paused"
+        return "it goes on as soon as the device has room" if self.parked else "it waits for the device to cool down"
+
     def lent(self) -> AbstractContextManager[None]:
         """Make adapter and optimizer readable for a save in a pause."""
         return nullcontext() if self.parked is None else self.parked.lent()
@@ -83,7 +89,7 @@ def rest(loop: Loop, between: Callable[[], Iterator[Event]], up: Callable[[], bo
 def _put_away(loop: Loop) -> Iterator[Event]:
     """Save, then free the device; where there is no room for that, pause all the same and say so."""
     yield from loop.save()
-    on = "p goes on" if loop.step else "p goes on; nothing is saved before the first step"
+    on = "p on the run screen goes on" + ("" if loop.step else "; nothing is saved before the first step")
     try:
         loop.pause.parked = parked = Parked(loop.loaded, loop.optimizer, loop.holdout.folder)
     except SpaceError as error:

@@ -24,6 +24,9 @@ _OUTCOMES = {
     "diverged": ("✖ diverged", cells.BAD),
 }
 
+_SILENT_SECONDS = 15.0
+"""A run says something every second, how the device is; this much silence means that its process does not get to it."""
+
 
 def state_words(state: RunState, view: View) -> Part:
     """Return the state of the run as a glyph and a word; colour only repeats what they say."""
@@ -33,11 +36,25 @@ def state_words(state: RunState, view: View) -> Part:
         return ("✖ crashed", cells.BAD)
     if view.stopping:
         return ("◌ stopping, then saves", cells.WARN)
+    if state.paused_at:
+        return _resting(state, view)
+    if (silent := view.now - state.t) > _SILENT_SECONDS and state.t:
+        return (f"◌ no word for {words.since(silent)}", cells.WARN)
+    if state.asked_to_pause:
+        return ("◌ pausing", cells.WARN)
     if state.doing and state.doing.name != "train":
         return (f"◌ {phase_words(state.doing.name, state.doing.note)}", cells.MAIN)
     if state.last or state.doing:
         return ("● training", cells.GOOD)
     return ("◌ starting", cells.MAIN)
+
+
+def _resting(state: RunState, view: View) -> Part:
+    """Return how long the run has paused, and what would end that."""
+    since = words.since(view.now - state.paused_at)
+    if not state.asked_to_pause:
+        return (f"◌ paused {since}, goes on by itself", cells.WARN)
+    return (f"◌ paused {since}{'' if view.readonly else ' · p goes on'}", cells.WARN)
 
 
 def figures(state: RunState, view: View) -> list[list[Part]]:
@@ -52,7 +69,7 @@ def figures(state: RunState, view: View) -> list[list[Part]]:
         found.append([("loss ", cells.DIM), (words.number(loss), "bold")])
     if state.finished:
         found.append([("took ", cells.DIM), (words.duration(state.t - state.started_at), "bold")])
-    elif state.forecast and state.step < state.total_steps and not view.stopping and not view.lost:
+    elif state.forecast and state.step < state.total_steps and not (view.stopping or view.lost or state.paused_at):
         found.append(_time_left(state, view))
     if state.speed is not None:
         found.append([(f"{state.speed:,.0f}", "bold"), (" tok/s", cells.DIM)])
