@@ -19,11 +19,11 @@ from qlora_tui.engine.errors import JournalError
 
 FORMAT_VERSION = 1
 
-PhaseName = Literal["fetch", "load", "data", "plan", "probe", "train", "eval", "save", "pause", "export"]
+PhaseName = Literal["fetch", "load", "data", "plan", "probe", "train", "eval", "save", "pause", "sample", "export"]
 PhaseState = Literal["begin", "progress", "end"]
 Severity = Literal["info", "warn", "stop"]
 Outcome = Literal["done", "stopped", "aborted", "failed", "will_not_fit", "diverged"]
-WishName = Literal["stop", "abort", "save"]
+WishName = Literal["stop", "abort", "save", "pause", "resume", "sample", "set"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What the model wrote when it was asked in the middle of training; `prompt` and `text` are foreign words."""
+    """What the model answered after `step`; `prompt` and `text` are foreign, and whoever shows them makes them safe."""
 
     type: ClassVar[str] = "sampled"
     step: int
@@ -230,13 +230,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A wish was obeyed or refused, and why."""
+    """A wish was obeyed or refused, and why.
+
+    `set` alone has a `step`, the first one that it counts for, and its `args`: with them another run can do the same.
+    """
 
     type: ClassVar[str] = "command"
     id: str
     name: str
     obeyed: bool
     why: str = ""
+    step: int | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +306,7 @@ class Wishes(Protocol):
         """Return "stop" or "abort" once asked for; polled inside every long loop."""
 
     def take(self) -> list[Wish]:
-        """Return the wishes that arrived since the last call; called at safe points only."""
+        """Return the wishes that arrived since the last call, at safe points only; whoever takes one answers it with a `Command`."""
 
 
 def encode(record: Record) -> str:

@@ -18,6 +18,7 @@ EVALS = 500
 READINGS = 600
 MARKS = 32
 MOMENTS = 256
+ANSWERS = 16
 TEXTS = 50
 
 Kind = Literal["info", "good", "warn", "bad"]
@@ -120,6 +121,9 @@ class RunState:
     forecast_at: float = 0.0
     log: tuple[Line, ...] = ()
     answer: ev.Command | None = None
+    answers: tuple[ev.Command, ...] = ()
+    paused_at: float = 0.0
+    asked_to_pause: bool = False
     finished: ev.Finished | None = None
 
     @property

@@ -15,6 +15,7 @@ from qlora_tui.engine import events as ev
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.runstate import (
+    ANSWERS,
     EVALS,
     FINDINGS,
     LOG_LINES,
@@ -88,6 +89,8 @@ def _started(state: RunState, event: ev.Started, t: float) -> Changes:
         "spent_before": spent(state, state.t),
         "finished": None,
         "answer": None,
+        "paused_at": 0.0,
+        "asked_to_pause": False,
         "doing": None,
         "log": _say(state, t, text),
     }
@@ -122,6 +125,17 @@ def phase_words(name: str, note: str = "") -> str:
 
 
 def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
+    return _phase_told(state, event, t) | (_paused(state, event, t) if event.name == "pause" else {})
+
+
+def _paused(state: RunState, event: ev.Phase, t: float) -> Changes:
+    """Remember since when the run rests: it may save meanwhile, and one phase is all that `doing` holds."""
+    if event.state == "end":
+        return {"paused_at": 0.0, "asked_to_pause": False}
+    return {"paused_at": state.paused_at or t}
+
+
+def _phase_told(state: RunState, event: ev.Phase, t: float) -> Changes:
     if event.state == "end":
         seconds = event.seconds if event.seconds is not None else max(0.0, t - state.doing.since) if state.doing else 0.0
         told = event.name not in ("train", "save") or bool(event.note)
@@ -216,7 +230,8 @@ def _evaluated(state: RunState, event: ev.Evaluated, t: float) -> Changes:
 
 def _sampled(state: RunState, event: ev.Sampled, t: float) -> Changes:
     kept = ev.Sampled(event.step, event.prompt[:_TEXT_LIMIT], event.text[:_TEXT_LIMIT])
-    log = _say(state, t, f"sample at step {event.step}: {one_line(event.text, limit=200)}")
+    text = f"{one_line(event.prompt, limit=60)} → {one_line(event.text, limit=300) or '(nothing)'}"
+    log = _say(state, t, f"sample after step {event.step}: {text}")
     return {"samples": (*state.samples[-(TEXTS - 1) :], kept), "log": log}
 
 
@@ -289,16 +304,24 @@ def _finding(state: RunState, event: ev.Finding, t: float) -> Changes:
 
 def _command(state: RunState, event: ev.Command, t: float) -> Changes:
     text = f"{event.name}: {'will be done' if event.obeyed else 'refused'}" + (f", {event.why}" if event.why else "")
+    asked = event.name == "pause" if event.obeyed and event.name in ("pause", "resume") else state.asked_to_pause
     changed = event.name == "set" and event.obeyed
-    moments = _marked(state, state.step, "rate") if changed else state.moments
-    return {"answer": event, "moments": moments, "log": _say(state, t, text, "info" if event.obeyed else "warn")}
+    moments = _marked(state, event.step if event.step is not None else state.step, "rate") if changed else state.moments
+    answers = (*state.answers[-(ANSWERS - 1) :], event)
+    return {
+        "answer": event,
+        "answers": answers,
+        "asked_to_pause": asked,
+        "moments": moments,
+        "log": _say(state, t, text, "info" if event.obeyed else "warn"),
+    }
 
 
 def _finished(state: RunState, event: ev.Finished, t: float) -> Changes:
     kind: Kind = "good" if event.outcome == "done" else "warn" if event.outcome in ("stopped", "aborted") else "bad"
     outcome = event.outcome.replace("_", " ")
     log = _say(state, t, event.reason if event.reason.startswith(outcome) else f"{outcome}: {event.reason}", kind)
-    return {"finished": event, "doing": None, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
+    return {"finished": event, "doing": None, "paused_at": 0.0, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
 
 
 _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {

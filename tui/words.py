@@ -19,6 +19,18 @@ def duration(seconds: float) -> str:
     return units.words(seconds) if math.isfinite(seconds) else "unknown"
 
 
+def since(seconds: float) -> str:
+    """Return how long something has lasted, as a clock that people watch: to the second below an hour.
+
+    >>> since(0), since(50), since(130), since(4800)
+    ('0 s', '50 s', '2 min 10 s', '1 h 20 min')
+    """
+    whole = max(0, int(seconds))
+    if whole >= 3600:
+        return duration(whole)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
 def size(amount: float) -> str:
     """Return bytes in the unit that suits them, such as `86 MiB`."""
     return units.gib(amount)

@@ -28,7 +28,7 @@ SAMPLES: list[ev.Event] = [
     ev.Device(1, 2, 3, 0.5, None, None, 61.0, "power"),
     ev.Forecast((1.0, 2.0, 3.0), "measured steps"),
     ev.Finding("spike", "warn", 7, "loss rose", ("lower the rate",), {"loss": 9.0}),
-    ev.Command("id", "stop", True, "asked"),
+    ev.Command("id", "set", True, "asked", 121, {"key": "learning_rate", "factor": 0.5}),
     ev.Finished("done", 0, "all steps done", "adapter", "report.md"),
 ]
 

@@ -25,6 +25,10 @@ _OUTCOMES = {
 }
 
 
+_SILENT_SECONDS = 15.0
+"""A run says something every second, how the device is; this much silence means that its process does not get to it."""
+
+
 def state_words(state: RunState, view: View) -> Part:
     """Return the state of the run as a glyph and a word; colour only repeats what they say."""
     if state.finished:
@@ -34,11 +38,25 @@ def state_words(state: RunState, view: View) -> Part:
         return (f"✖ crashed{f', silent for {words.duration(silent // 60 * 60)}' if state.t and silent >= 60 else ''}", cells.BAD)
     if view.stopping:
         return ("◌ stopping, then saves", cells.WARN)
+    if state.paused_at:
+        return _resting(state, view)
+    if (silent := view.now - state.t) > _SILENT_SECONDS and state.t:
+        return (f"◌ no word for {words.since(silent)}", cells.WARN)
+    if state.asked_to_pause:
+        return ("◌ pausing", cells.WARN)
     if state.doing and state.doing.name != "train":
         return (f"◌ {phase_words(state.doing.name, state.doing.note)}", cells.MAIN)
     if state.last or state.doing:
         return ("● training", cells.GOOD)
     return ("◌ starting", cells.MAIN)
+
+
+def _resting(state: RunState, view: View) -> Part:
+    """Return how long the run has paused, and what would end that."""
+    since = words.since(view.now - state.paused_at)
+    if not state.asked_to_pause:
+        return (f"◌ paused {since}, goes on by itself", cells.WARN)
+    return (f"◌ paused {since}{'' if view.readonly else ' · p goes on'}", cells.WARN)
 
 
 def figures(state: RunState, view: View, *, short: int = 0) -> list[list[Part]]:
@@ -56,7 +74,7 @@ def figures(state: RunState, view: View, *, short: int = 0) -> list[list[Part]]:
         found.append([(f"{state.speed:,.0f}", "bold"), (" tok/s", cells.DIM)])
     if state.finished:
         found.append([("took ", cells.DIM), (words.duration(state.t - state.started_at), "bold")])
-    elif state.forecast and state.step < state.total_steps and not view.stopping and not view.lost:
+    elif state.forecast and state.step < state.total_steps and not (view.stopping or view.lost or state.paused_at):
         found.append(_time_left(state, view))
     if state.started_at and not state.last and not state.finished:
         found.append([("begun ", cells.DIM), (words.duration(max(1, int(view.now - state.started_at))), ""), (" ago", cells.DIM)])

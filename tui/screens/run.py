@@ -7,10 +7,10 @@ each panel draw; a panel sends cells only when they changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -34,6 +34,7 @@ from qlora_tui.tui.panels.summary import SummaryPanel
 from qlora_tui.tui.screens.curve import LookingScreen
 from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog, keys_of
 from qlora_tui.tui.screens.line import Line
+from qlora_tui.tui.screens.steering import STEERS, Waiting, promise
 
 TICK = 0.25
 SLOW_TICK = 1.0  # for a run that has ended: nothing more is expected, though a resume may still come
@@ -53,6 +54,10 @@ class RunScreen(LookingScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("s", "stop", "stop", tooltip="stop: choose how"),
         Binding("d", "detach", "leave running", tooltip="close the screen; training goes on"),
+        Binding("p", "pause", "pause", tooltip="pause: save and free the device for other programs; again: go on"),
+        Binding("a", "sample", "sample", tooltip="show what the model answers now"),
+        Binding("l", "slower", "lr", key_display="l L", tooltip="half the learning rate (l), or double it (L)"),
+        Binding("L", "faster", show=False),
         Binding("k", "save", "save now", tooltip="save a checkpoint at the next safe point"),
         Binding("question_mark", "help", "help", key_display="?"),
         Binding("q", "leave", "quit", tooltip="leave; asks first while the run is training"),
@@ -78,6 +83,7 @@ class RunScreen(LookingScreen):
         self._leave_at_end = False
         self._interrupted = False
         self._was_running = True
+        self._waiting = Waiting()
         self._seen_running = False
         self._filling = False
 
@@ -157,6 +163,8 @@ class RunScreen(LookingScreen):
         self.set_class(bool(self.state.samples), "-sampled")
         for panel in self.query(Panel):
             panel.show(self.state, self.view)
+        for refusal in self._waiting.refused(self.state.answers):
+            self.app.notify(refusal, severity="warning", timeout=8, markup=False)
         if self.running != self._was_running:
             self._was_running = self.running
             self.refresh_bindings()
@@ -196,7 +204,7 @@ class RunScreen(LookingScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer no key that would do nothing."""
-        if action in ("stop", "save"):
+        if action in ("stop", *STEERS):
             return self.running and not self.readonly
         if action == "detach":
             return self.running
@@ -232,6 +240,22 @@ class RunScreen(LookingScreen):
         """Ask for a checkpoint."""
         self._wish("save")
 
+    def action_pause(self) -> None:
+        """Ask for a pause, or for its end."""
+        self._wish("resume" if self.state.asked_to_pause else "pause")
+
+    def action_sample(self) -> None:
+        """Ask what the model answers now."""
+        self._wish("sample")
+
+    def action_slower(self) -> None:
+        """Ask for half the learning rate."""
+        self._wish("set", {"key": "learning_rate", "factor": 0.5})
+
+    def action_faster(self) -> None:
+        """Ask for double the learning rate."""
+        self._wish("set", {"key": "learning_rate", "factor": 2.0})
+
     def action_help(self) -> None:
         """Show the keys."""
         marks = "Marks on the loss axis: C or a triangle saved, ! warning, L learning rate set, P pause, R resumed, B went back."
@@ -251,11 +275,11 @@ class RunScreen(LookingScreen):
         elif choice == "detach":
             self._leave("detached")
 
-    def _wish(self, name: str) -> None:
+    def _wish(self, name: str, args: Mapping[str, Any] | None = None) -> None:
         if self.readonly or not self.running:
             return
         try:
-            leave_wish(self.folder, name, attempt=self.state.attempt)
+            self._waiting.ask(leave_wish(self.folder, name, args, attempt=self.state.attempt), name)
         except OSError as error:
             self.app.notify(f"could not ask the run to {name}: {one_line(error)}", severity="error", markup=False)
             return
@@ -263,7 +287,7 @@ class RunScreen(LookingScreen):
             self.view = replace(self.view, stopping=True)
             self.draw()
         else:
-            self.app.notify("a checkpoint will be saved at the next safe point", timeout=4, markup=False)
+            self.app.notify(promise(name, args), timeout=4, markup=False)
 
     def _is_lost(self, now: float) -> bool:
         """Say whether the run ended without a last word: its lock is free and nothing came for a while."""
