@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 PATIENCE = 40.0
+_LOOKS = ("NO_COLOR", "CI", "COLUMNS", "LINES", "COLORTERM", "COLORFGBG", "SSH_CONNECTION", "TMUX", "STY")
+"""What would make the screens look different where the tests run."""
 
 
 class Terminal:
@@ -26,7 +28,7 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
-        clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI", "COLUMNS", "LINES")}
+        clean = {name: value for name, value in os.environ.items() if name not in _LOOKS}
         known = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", (_TAKE if controls else _ALONE) + script, *arguments],

@@ -168,6 +168,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 def _screen_arguments(parser: argparse.ArgumentParser) -> None:
     screen = parser.add_argument_group("screen")
     screen.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal (selecting text)")
+    screen.add_argument("--theme", choices=("auto", "dark", "light"), default="", help="colours; otherwise as chosen last")
     screen.add_argument("--ascii", action="store_true", help="draw with plain characters")
 
 

@@ -33,7 +33,7 @@ MIN_WIDTH, MIN_HEIGHT = 16, 4
 
 GLYPHS: Mapping[str, tuple[str, str, str]] = {
     "saved": ("▴", "C", AXIS),
-    "warning": ("!", "!", "bold #e6a23c"),
+    "warning": ("!", "!", "bold #e69f00"),
     "rate": ("L", "L", "bold #56b4e9"),
     "pause": ("P", "P", "bold #56b4e9"),
     "resume": ("R", "R", "bold #56b4e9"),

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TextIO
 
+from qlora_tui.tui import window
+
 _LEAVE = (
     b"\x1b[<u"  # kitty keyboard protocol off
     b"\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?1016l"  # mouse off
@@ -71,7 +73,7 @@ class TerminalGuard:
         self._terminal = -1
         self._farewell = -1
         self._modes: list[Any] | None = None
-        self.hung_up = False
+        self.hung_up = self._titled = False
 
     def __enter__(self) -> TerminalGuard:
         """Take the terminal."""
@@ -88,6 +90,9 @@ class TerminalGuard:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.close(handle)
+        if window.has_title(os.environ):
+            self._titled = True
+            _tell(self._terminal, window.KEEP_TITLE.encode())
         TerminalGuard.active = self
         self.route()
         return self
@@ -132,7 +137,8 @@ class TerminalGuard:
         write to a terminal at a time.
         """
         _silence(self._terminal)
-        _leave(self._farewell, self._modes)
+        title, self._titled = window.TITLE_BACK.encode() if self._titled else b"", False  # taken back once: it is a stack
+        _leave(self._farewell, self._modes, title)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Give everything back."""
@@ -172,13 +178,17 @@ def _silence(*handles: int) -> None:
     os.close(null)
 
 
-def _leave(handle: int, modes: list[Any] | None) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        if os.isatty(handle) and select.select([], [handle], [], _PATIENCE)[1]:
-            os.write(handle, _LEAVE)
+def _leave(handle: int, modes: list[Any] | None, title: bytes) -> None:
+    _tell(handle, title + _LEAVE)
     if modes is not None:
         with contextlib.suppress(termios.error, OSError):
             termios.tcsetattr(0, termios.TCSANOW, modes)
+
+
+def _tell(handle: int, sequence: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        if os.isatty(handle) and select.select([], [handle], [], _PATIENCE)[1]:
+            os.write(handle, sequence)
 
 
 def _modes() -> list[Any] | None:

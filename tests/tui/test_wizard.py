@@ -424,7 +424,7 @@ async def test_help_comes_from_the_bindings(make, until, run_config):
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "as you said on the command line" in words(app))
         await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(app.screen, HelpDialog) and "one page back" in words(app))
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog) and "go on; on the last page" in words(app))
         await pilot.press("enter")
         await until(pilot, lambda: app.screen is wizard_of(app))
 

@@ -21,6 +21,7 @@ def attach(options: argparse.Namespace) -> int:
     streams = Streams()
     if options.no_ui or options.json or not can_draw():
         return _lines(folder, streams, as_json=options.json)
+    from qlora_tui.tui import preferences
     from qlora_tui.tui.app import run_app
 
     shown = run_app(
@@ -31,6 +32,7 @@ def attach(options: argparse.Namespace) -> int:
         mouse=not options.no_mouse,
         ascii_only=options.ascii,
         demo=False,
+        preferences=preferences.read(options.theme),
     )
     if shown.kind == "crashed":
         streams.talk.line(f"the screen failed: {shown.detail}; the run is not touched by that")

@@ -268,9 +268,11 @@ class Follower:
 
 def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Begin = begin) -> int:
     """Open the wizard or the run screen; whatever becomes of it, the run is seen to its end here."""
+    from qlora_tui.tui import preferences
     from qlora_tui.tui.app import run_app
     from qlora_tui.tui.terminal import restore_terminal
 
+    preferred = preferences.read(vars(options).get("theme", ""))  # before anything begins: a fault in it is told, and nothing was done
     with Signals(say=lambda text: None, restore=restore_terminal) as signals:
 
         def start(run: RunConfig, reading: Reading) -> Path:
@@ -293,6 +295,7 @@ def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begi
                 demo=plan.demo,
                 on_abort=lambda: signals.session.end_now(ExitCode.INTERRUPTED, restore_terminal) if signals.session else None,
                 on_ready=warm,
+                preferences=preferred,
             ).kind
         except Exception as error:  # noqa: BLE001  a broken screen must not take the run with it
             kind = "crashed"

@@ -96,6 +96,12 @@ class Panel(Static):
         """Return how many cells the words in the frame may take."""
         return max(1, self.outer_size.width - 6)
 
+    def words(self) -> str:
+        """Return what is shown as text: heading and lines, without the spaces that end them."""
+        heading = self._heading.plain.strip() if self._heading else ""
+        lines = [line.rstrip() for line in self._shown.plain.split("\n")] if self._shown else []
+        return "\n".join([*([heading] if heading else []), *lines]).strip("\n")
+
     def _redraw(self) -> None:
         size = self.content_size
         if size.width <= 0 or size.height <= 0 or not all(node.display for node in self.ancestors_with_self):
@@ -106,6 +112,7 @@ class Panel(Static):
         self._key = key
         drawn = self.draw(self._state, self._view, size.width, size.height)
         heading = self.heading(self._state, self._view).truncate(self.heading_room, ellipsis=True)
+        heading, drawn = cells.themed(heading), cells.themed(drawn)
         if self._view.ascii_only:
             heading, drawn = cells.plain_ascii(heading), cells.plain_ascii(drawn)
         if self._heading is None or not self._heading.is_same(heading):
@@ -133,14 +140,24 @@ def changed(before: Content, after: Content, width: int) -> list[Region]:
 
 
 def _difference(old: Content, new: Content, width: int) -> tuple[int, int]:
-    """Return the first cell and the one after the last in which two lines differ; whole lines where cells are not characters."""
+    """Return the first cell and the one after the last in which two lines differ, whole words of them.
+
+    It is the whole line where cells are not characters.
+    """
     if old.is_same(new):
         return 0, 0
     if old.cell_length != len(old.plain) or new.cell_length != len(new.plain):
         return 0, width
     one, two = _cells(old, width), _cells(new, width)
     differing = [index for index in range(width) if one[index] != two[index]]
-    return (differing[0], differing[-1] + 1) if differing else (0, 0)
+    if not differing:
+        return 0, 0
+    first, last = differing[0], differing[-1] + 1
+    while first > 0 and two[first - 1][0] != " ":
+        first -= 1
+    while last < width and two[last][0] != " ":
+        last += 1
+    return first, last
 
 
 def _cells(line: Content, width: int) -> list[tuple[str, Any]]:

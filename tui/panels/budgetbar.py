@@ -6,6 +6,7 @@ from textual.content import Content
 
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.fixes import Fix
+from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
@@ -14,14 +15,14 @@ from qlora_tui.tui.screens.desk import Outlook
 
 _LABEL = 9
 _GROUPS = (
-    ("weights", ("weights", "embeddings"), "█", "#56b4e9"),
-    ("adapter", ("adapter", "gradients"), "▓", "#2fb992"),
-    ("optimizer", ("optimizer",), "█", "#e6a23c"),
-    ("activations", ("activations", "workspace", "kernels"), "▓", "#cc79a7"),
-    ("loss", ("loss",), "█", "#f0e442"),
+    ("weights", ("weights", "embeddings"), "█", "$primary"),
+    ("adapter", ("adapter", "gradients"), "▓", "$success"),
+    ("optimizer", ("optimizer",), "█", "$warning"),
+    ("activations", ("activations", "workspace", "kernels"), "▓", "$part-activations"),
+    ("loss", ("loss",), "█", "$part-loss"),
 )
 _SMALL = int(0.05 * (1 << 30))
-_REST = ("rest", "▒", "#9aa5b5")
+_REST = ("rest", "▒", "$part-rest")
 
 
 def badge(budget: Budget) -> Part:
@@ -61,6 +62,21 @@ def draw_outlook(
     lines.append(cells.assemble([_label("time"), *_time(outlook, width - _LABEL, now, no_time)]))
     lines.append(_advice(outlook, advice, width, f"{key} " if key else ""))
     return cells.stack(lines)
+
+
+def in_few_words(page: str, number: int, run: RunConfig, outlook: Outlook | None, width: int) -> Content:
+    """Return the wizard as text, most important first, for a terminal too small for its pages: the keys still work."""
+    name = one_line(run.model_name_or_path, limit=60).rsplit("/", 1)[-1]
+    lines = [cells.assemble([(f"{number}/5 {page}", f"bold {cells.MAIN}")]), cells.assemble([(name or "no model yet", "")])]
+    if outlook is not None:
+        total = words.gib(outlook.budget.machine.total_bytes)
+        need = f"{words.gib(outlook.budget.total_bytes, unit=False)}/{total} "
+        lines.append(cells.assemble([("memory ", cells.DIM), (need, "bold"), badge(outlook.budget)]))
+        if outlook.time is not None:
+            took = words.duration(outlook.time.total_seconds[1])
+            lines.append(cells.assemble([("time ", cells.DIM), (took, "bold"), (" estimated", cells.DIM)]))
+    lines.append(cells.assemble([("enter on, esc back; pages need 40x12", cells.DIM)]))
+    return cells.stack([line.truncate(width, ellipsis=True) for line in lines])
 
 
 def _label(text: str) -> Part:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from textual.content import Content
+from textual.style import Style
 
 Part = tuple[str, str]
 """Text and its style, such as ("1.284", "bold")."""
@@ -64,6 +65,30 @@ _ASCII = str.maketrans(
         "–": "-",
     }
 )
+
+
+_THEMED = {
+    "#5c6b80": "$plot-raw",
+    "#56b4e9": "$plot-line",
+    "#e69f00": "$plot-eval",
+    "#d55e00": "$plot-bad",
+    "#7d8899": "$plot-axis",
+}
+"""The plot's own colours, as the theme calls them: plotext knows numbers only."""
+
+
+def themed(content: Content) -> Content:
+    """Return `content` with the plot's colours as the theme has them, so that one plot fits dark and light."""
+    spans = [span._replace(style=_in_theme(span.style)) for span in content.spans]
+    return content if spans == content.spans else Content(content.plain, spans)
+
+
+def _in_theme(style: Style | str) -> Style | str:
+    if isinstance(style, str):
+        return " ".join(_THEMED.get(word, word) for word in style.split(" "))
+    colour = style.foreground
+    name = _THEMED.get(colour.hex.lower()) if colour is not None else None
+    return f"{'bold ' if style.bold else ''}{name}" if name else style
 
 
 def plain_ascii(content: Content) -> Content:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 from textual import on
-from textual.binding import Binding, BindingType
-from textual.screen import Screen
 from textual.widgets import Input
 
 from qlora_tui.engine.journal import EVENTS
@@ -17,6 +14,7 @@ from qlora_tui.tui.history import Bucket
 from qlora_tui.tui.panels.base import Panel, View
 from qlora_tui.tui.panels.log import LogPanel, chosen, matching
 from qlora_tui.tui.panels.loss import LossPanel, buckets_of, edges
+from qlora_tui.tui.screens.keys import KeyedScreen
 from qlora_tui.tui.sight import Sight
 from qlora_tui.tui.state import RunState
 
@@ -24,42 +22,8 @@ PANELS = ("loss", "memory", "device", "findings", "log", "samples")
 _MARGIN = 7  # what the y axis takes of the plot's cells, about
 
 
-class LookingScreen(Screen[None]):
+class LookingScreen(KeyedScreen):
     """What a person can look at; a subclass composes the panels, reads and leaves wishes."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("z", "zoom", "zoom", tooltip="make one panel fill the screen, or back"),
-        Binding("y", "log_y", "log scale", tooltip="logarithmic loss axis, or back"),
-        Binding("x", "counts", "x axis", show=False, tooltip="let the x axis count steps, tokens or time"),
-        Binding("w", "weight", "smoothing", show=False, tooltip="smoothing of the loss: 0, 0.6, 0.9 or 0.99"),
-        Binding("o", "everything", "outliers", show=False, tooltip="show every value, also those cut off, or back"),
-        Binding(
-            "left",
-            "cross(-1)",
-            "crosshair",
-            show=False,
-            key_display="left right",
-            tooltip="a crosshair on the loss; with shift or ctrl faster",
-        ),
-        Binding("right", "cross(1)", show=False),
-        Binding("shift+left,ctrl+left", "cross(-10)", show=False),
-        Binding("shift+right,ctrl+right", "cross(10)", show=False),
-        Binding("plus,equals_sign", "nearer(0.5)", "closer", show=False, key_display="+ - 0", tooltip="fewer steps in the plot, more, all"),
-        Binding("minus", "nearer(2.0)", show=False),
-        Binding("0", "nearer(0.0)", show=False),
-        Binding("slash", "find", "find", key_display="/", tooltip="look for words in the log; n and N go on"),
-        Binding("n", "match(1)", show=False),
-        Binding("N", "match(-1)", show=False),
-        Binding("1", "panel(0)", "panel", show=False, key_display="1-6", tooltip="show one panel alone, or back"),
-        *[Binding(str(at + 1), f"panel({at})", show=False) for at in range(1, len(PANELS))],
-        Binding("escape", "back", "back", show=False, key_display="esc", tooltip="one level back"),
-        Binding("up,j", "scroll(1)", show=False),
-        Binding("down", "scroll(-1)", show=False),
-        Binding("pageup", "scroll(10)", show=False),
-        Binding("pagedown", "scroll(-10)", show=False),
-        Binding("home,g", "scroll(100000)", show=False),
-        Binding("end,G", "scroll(-100000)", show=False),
-    ]
 
     def __init__(self, folder: Path, view: View) -> None:
         """Look at the run in `folder` as `view` says."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.suggester import Suggester
@@ -23,6 +23,7 @@ from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.scoring import known_words
+from qlora_tui.tui.screens.keys import bindings
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.rows import RowsScreen
@@ -70,16 +71,9 @@ class DataPage(Page):
     """One line for the data; beneath it what is in them: format, faults by row, lengths, what is trained, copies."""
 
     title = "data"
+    place = "data page"
     types = True
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+o", "skip_bad", "go on without broken rows", show=False),
-        Binding("tab", "complete", "complete", tooltip="complete the path"),
-        Binding("f2", "rows", "rows", key_display="F2", tooltip="see the rows as they will be trained"),
-        Binding("f3", "triage", "triage", key_display="F3", tooltip="find answers that the base already knows"),
-        Binding("pageup", "scroll(-1)", "scroll", show=False, tooltip="scroll up"),
-        Binding("pagedown", "scroll(1)", "scroll", show=False, tooltip="scroll down"),
-        Binding("f4", "too_long", "too long", key_display="F4", tooltip="drop rows that are too long, cut or split them"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("data page")
 
     def __init__(self, wizard: WizardScreen) -> None:
         """Start without having looked at anything."""

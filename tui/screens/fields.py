@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from textual import events
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
@@ -14,6 +14,7 @@ from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
+from qlora_tui.tui.screens.keys import bindings, means_something
 from qlora_tui.tui.screens.settings import Setting
 
 LABEL = 15
@@ -23,12 +24,7 @@ VALUE = 17
 class FieldRow(Static, can_focus=True):
     """One setting on a line of its own."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "app.focus_previous", "field", key_display="↑↓"),
-        Binding("down", "app.focus_next", show=False),
-        Binding("left", "step(-1)", "change", key_display="←→"),
-        Binding("right", "step(1)", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("field")
 
     class Changed(Message):
         """The person changed the setting: the run as it would be now."""
@@ -79,12 +75,18 @@ class FieldRow(Static, can_focus=True):
             return
         if event.key == "backspace":
             self._type((self._typing if self._typing is not None else self.setting.shown(self.run))[:-1])
-        elif event.character and event.is_printable and (event.character not in "?fq" or self._typing) and event.character != " ":
-            self._type((self._typing or "") + event.character)
+        elif self._begins_a_value(event):
+            self._type((self._typing or "") + (event.character or ""))
         else:
             return
         event.stop()
         event.prevent_default()
+
+    def _begins_a_value(self, event: events.Key) -> bool:
+        """Say whether a key is text: a letter that means something here is text only once one has begun to type."""
+        if not event.character or not event.is_printable or event.character == " ":
+            return False
+        return bool(self._typing) or not means_something(self.screen, event.key)
 
     def on_paste(self, event: events.Paste) -> None:
         """Take pasted text as if it were typed."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
@@ -22,6 +22,7 @@ from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import badge
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import ModelChoice
+from qlora_tui.tui.screens.keys import bindings
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.pages import Page
 
@@ -33,13 +34,9 @@ class ModelPage(Page):
     """A line to type in, and a list that it filters; the arrows move in the list while one types."""
 
     title = "model"
+    place = "model page"
     types = True
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move(-1)", "pick", key_display="↑↓", tooltip="pick from the list; the memory bar shows what each needs"),
-        Binding("down", "move(1)", show=False),
-        Binding("pageup", "move(-8)", show=False),
-        Binding("pagedown", "move(8)", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("model page")
 
     def __init__(self, wizard: WizardScreen) -> None:
         """Start without a list; it is read on a thread."""

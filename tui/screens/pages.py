@@ -26,6 +26,8 @@ class Page(Vertical):
     """One step of the wizard. `enter` brings it up, `commit` says whether one may go on."""
 
     title: ClassVar[str] = ""
+    place: ClassVar[str] = "field"
+    """The place in the table of actions whose keys this page adds."""
     types: ClassVar[bool] = False
     """Whether one types on this page, so that letters are no keys."""
 

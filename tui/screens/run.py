@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal
 from textual.timer import Timer
-from textual.widgets import Footer, Input
+from textual.widgets import Input
 
 from qlora_tui.engine.errors import JournalError
 from qlora_tui.engine.journal import is_running, leave_wish
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui import window
 from qlora_tui.tui.panels.base import Panel, View
 from qlora_tui.tui.panels.device import DevicePanel
 from qlora_tui.tui.panels.findings import FindingsPanel
@@ -31,10 +32,14 @@ from qlora_tui.tui.panels.samples import SamplesPanel
 from qlora_tui.tui.panels.scorecard import ScorecardPanel
 from qlora_tui.tui.panels.status import StatusLine
 from qlora_tui.tui.panels.summary import SummaryPanel
-from qlora_tui.tui.screens.curve import LookingScreen
-from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog, keys_of
+from qlora_tui.tui.screens.curve import PANELS, LookingScreen
+from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog
+from qlora_tui.tui.screens.keys import KeyLine, bindings, help_of
 from qlora_tui.tui.screens.line import Line
 from qlora_tui.tui.screens.steering import STEERS, Waiting, promise
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import TunerApp
 
 TICK = 0.25
 SLOW_TICK = 1.0  # for a run that has ended: nothing more is expected, though a resume may still come
@@ -48,20 +53,13 @@ Leave = Callable[[str], None]
 class RunScreen(LookingScreen):
     """One run, live or finished."""
 
+    app: TunerApp
+
     AUTO_FOCUS = ""  # keys belong to the screen; the search line takes the focus only when asked for
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-short"), (22, "-usual"), (30, "-tall")]  # noqa: RUF012
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("s", "stop", "stop", tooltip="stop: choose how"),
-        Binding("d", "detach", "leave running", tooltip="close the screen; training goes on"),
-        Binding("p", "pause", "pause", tooltip="pause: save and free the device for other programs; again: go on"),
-        Binding("a", "sample", "sample", tooltip="show what the model answers now"),
-        Binding("l", "slower", "lr", key_display="l L", tooltip="half the learning rate (l), or double it (L)"),
-        Binding("L", "faster", show=False),
-        Binding("k", "save", "save now", tooltip="save a checkpoint at the next safe point"),
-        Binding("question_mark", "help", "help", key_display="?"),
-        Binding("q", "leave", "quit", tooltip="leave; asks first while the run is training"),
-    ]
+    place = "run"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("run")
 
     def __init__(self, folder: Path, leave: Leave, *, owned: bool, readonly: bool, ascii_only: bool) -> None:
         """Follow the run in `folder`.
@@ -84,7 +82,8 @@ class RunScreen(LookingScreen):
         self._interrupted = False
         self._was_running = True
         self._waiting = Waiting()
-        self._seen_running = False
+        self._seen_running = self._rung_bad = False
+        self._titled_at = 0.0
         self._filling = False
 
     def compose(self) -> ComposeResult:
@@ -100,7 +99,7 @@ class RunScreen(LookingScreen):
         yield FindingsPanel(id="findings")
         yield LogPanel(id="log")
         yield Line(placeholder="words to look for in the log", id="find", compact=True)
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Show what is there, then look again four times a second."""
@@ -165,6 +164,7 @@ class RunScreen(LookingScreen):
             panel.show(self.state, self.view)
         for refusal in self._waiting.refused(self.state.answers):
             self.app.notify(refusal, severity="warning", timeout=8, markup=False)
+        self._tell_terminal()
         if self.running != self._was_running:
             self._was_running = self.running
             self.refresh_bindings()
@@ -173,6 +173,17 @@ class RunScreen(LookingScreen):
             if not self.running and isinstance(self.app.screen, StopDialog):
                 self.app.screen.dismiss("cancel")  # nothing is left to stop: show how it ended instead
         self._seen_running = self.running and not self.behind
+
+    def _tell_terminal(self) -> None:
+        """Set the window's title, once a second at most, and ring once when the loss stops being a number."""
+        now = self.view.now
+        if now - self._titled_at >= 1.0 or not self.running:
+            self._titled_at = now
+            self.app.say_title(window.run_title(self.state, now, lost=self.view.lost))
+        if self.state.history.bad and not self._rung_bad:
+            self._rung_bad = True
+            if self._seen_running:
+                self.app.bell()
 
     @property
     def running(self) -> bool:
@@ -244,6 +255,11 @@ class RunScreen(LookingScreen):
         """Ask for a pause, or for its end."""
         self._wish("resume" if self.state.asked_to_pause else "pause")
 
+    def action_copy(self) -> None:
+        """Copy what the chosen panel says; a viewer that only looks writes nothing into the run's folder."""
+        text = self.query_one(f"#{PANELS[self._selected]}", Panel).words()
+        self.app.copy_out(text, *(() if self.readonly else (self.folder,)))
+
     def action_sample(self) -> None:
         """Ask what the model answers now."""
         self._wish("sample")
@@ -260,12 +276,7 @@ class RunScreen(LookingScreen):
         """Show the keys."""
         marks = "Marks on the loss axis: C or a triangle saved, ! warning, L learning rate set, P pause, R resumed, B went back."
         notes = ["Ctrl+C stops and saves at once; a second Ctrl+C ends without saving.", one_line(f"This run: {self.folder}")]
-        scrolls = [("up down", "scroll a panel that fills the screen; pgup, pgdn, home and end too")]
-        self.app.push_screen(HelpDialog([*keys_of(self._offered()), *scrolls], [marks, *(notes if self.running else notes[1:])]))
-
-    def _offered(self) -> list[BindingType]:
-        """Return the keys that would do something now."""
-        return [key for key in (*self.BINDINGS, *LookingScreen.BINDINGS) if isinstance(key, Binding) and self.check_action(key.action, ())]
+        self.app.push_screen(HelpDialog(help_of(self), [marks, *(notes if self.running else notes[1:])]))
 
     def _chosen(self, choice: Choice | None) -> None:
         if choice == "stop":

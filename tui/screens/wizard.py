@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
-from textual.screen import Screen
-from textual.widgets import ContentSwitcher, Footer, Static
+from textual.dom import DOMNode
+from textual.widgets import ContentSwitcher, Static
 
 from qlora_tui.engine.errors import EngineError, Problem, Stopped
 from qlora_tui.engine.fixes import Fix
@@ -27,15 +27,16 @@ from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui import words
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels import cells
-from qlora_tui.tui.panels.budgetbar import draw_outlook
+from qlora_tui.tui.panels.budgetbar import draw_outlook, in_few_words
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.probe import probe_lines
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.data import DataPage
 from qlora_tui.tui.screens.desk import Desk, Outlook
-from qlora_tui.tui.screens.dialogs import HelpDialog, keys_of
+from qlora_tui.tui.screens.dialogs import HelpDialog
 from qlora_tui.tui.screens.go import GoPage, begun
+from qlora_tui.tui.screens.keys import KeyedScreen, KeyLine, bindings, help_of
 from qlora_tui.tui.screens.model import ModelPage
 from qlora_tui.tui.screens.numbers import NumbersPage
 from qlora_tui.tui.screens.pages import GoalPage, Page
@@ -48,23 +49,15 @@ PROBE_ROWS = 50
 STEPS = ("goal", "model", "data", "numbers", "go")
 
 
-class WizardScreen(Screen[None]):
+class WizardScreen(KeyedScreen):
     """Goal, model, data, numbers, go."""
 
     app: TunerApp
 
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
-    VERTICAL_BREAKPOINTS = [(0, "-flat"), (14, "-short"), (22, "-usual")]  # noqa: RUF012
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "next", "go on", priority=True, tooltip="go on; on the last page: start the run"),
-        Binding("escape", "previous", "back", key_display="esc", tooltip="one page back; nothing is lost"),
-        Binding("f", "fix", "tip", tooltip="apply what stands under the memory bar"),
-        Binding("t", "probe", "test run", tooltip="train on 50 rows, keep nothing, and measure the speed; again: stop it"),
-        Binding("c", "copy", "copy command", tooltip="copy the command, where the terminal allows it"),
-        Binding("question_mark", "help", "help", key_display="?"),
-        Binding("f1", "text_help", "help", key_display="F1", tooltip="help, also while you type"),
-        Binding("q", "app.leave", "quit", tooltip="leave; an unfinished run is kept for the next time"),
-    ]
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
+    VERTICAL_BREAKPOINTS = [(0, "-bare"), (12, "-flat"), (14, "-short"), (22, "-usual")]  # noqa: RUF012
+    place = "wizard"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("wizard")
 
     def __init__(
         self, desk: Desk, given: RunConfig | None, *, start: Callable[[RunConfig, Reading], Path] | None, demo: bool, ascii_only: bool
@@ -107,7 +100,8 @@ class WizardScreen(Screen[None]):
             yield NumbersPage(self)
             yield GoPage(self)
         yield Static("", markup=False, id="outlook")
-        yield Footer(show_command_palette=False, compact=True)
+        yield Static("", markup=False, id="few")
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Show the first page."""
@@ -221,8 +215,7 @@ class WizardScreen(Screen[None]):
 
     def action_copy(self) -> None:
         """Send the command to the terminal's clipboard; whether it took it cannot be known."""
-        self.app.copy_to_clipboard(self.command())
-        self.app.notify("sent to the terminal's clipboard, where it allows that", timeout=3, markup=False)
+        self.app.copy_out(self.command())
 
     def action_text_help(self) -> None:
         """Show the keys, also where a question mark is typed."""
@@ -230,20 +223,17 @@ class WizardScreen(Screen[None]):
 
     def action_help(self) -> None:
         """Show the keys."""
-        fields = [("up down", "go to another line"), ("left right", "change a value"), ("letters", "type a value over the old one")]
-        if self.page.types:
-            fields = keys_of(self.page.BINDINGS)
         notes = ["The memory bar is an estimate; the run screen shows what is really used."]
-        self.app.push_screen(HelpDialog([*fields, *keys_of(self._offered())], notes))
+        self.app.push_screen(HelpDialog(help_of(self), notes))
 
-    def _offered(self) -> list[BindingType]:
-        """Return the keys that would do something on this page; where one types, letters are only letters."""
-        letters = self.page.types
-        keys = [
-            key for key in self.BINDINGS if isinstance(key, Binding) and (key.action == "previous" or self.check_action(key.action, ()))
-        ]
-        quits = [Binding("ctrl+q", "leave", "quit", tooltip="leave; an unfinished run is kept for the next time")]
-        return [*[key for key in keys if not (letters and (len(key.key) == 1 or key.key == "question_mark"))], *(quits if letters else [])]
+    def places(self) -> list[tuple[str, DOMNode]]:
+        """Return whose keys are heard here, as the table of actions calls them: the page's before the wizard's."""
+        return [(self.page.place, self.page), (self.place, self)]
+
+    @property
+    def typing(self) -> bool:
+        """Say whether one types on this page."""
+        return self.page.types
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer only the keys that do something on this page."""
@@ -271,6 +261,7 @@ class WizardScreen(Screen[None]):
         key = "" if self.page.types else "f"  # where one types, f is a letter
         bar = draw_outlook(self.outlook, self._advice, width, now=time.time(), waiting=waiting, no_time=self._no_time(), key=key)
         self._put("#outlook", bar)
+        self._put("#few", in_few_words(STEPS[self._page], self._page + 1, self.run, self.outlook, width))
         self._put("#steps", self._steps(width))
         keys = (self._page, self._advice is None)
         if keys != self._keys:
