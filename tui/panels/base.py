@@ -93,8 +93,9 @@ class Panel(Static):
 
     @property
     def heading_room(self) -> int:
-        """Return how many cells the words in the frame may take."""
-        return max(1, self.outer_size.width - 6)
+        """Return how many cells the words in the frame may take: as many as they like where there is no frame yet."""
+        width = self.outer_size.width
+        return max(1, width - 6) if width else 100_000
 
     def words(self) -> str:
         """Return what is shown as text: heading and lines, without the spaces that end them."""
