@@ -111,12 +111,12 @@ def _steps(state: RunState) -> list[_Row]:
     found.append(_Row("lr", words.rate(last.lr), rates, 0.0, max([rate for _, rate in rates] + [1e-12]), whole_run=True))
     style = cells.WARN if last.skipped else ""
     found.append(_Row("grad norm", words.number(last.grad_norm, 2), norms, 0.0, _most(norms), style, whole_run=True))
-    if state.speed is not None:
-        past = _of(state, lambda one: one.speed)
-        found.append(_Row("speed", f"{state.speed:,.0f} tok/s", past, 0.0, max([value for _, value in past if value] + [1.0])))
     if state.data_share is not None:
         style = cells.WARN if state.data_share > WAITING else ""
         found.append(_Row("data wait", units.percent(state.data_share), _of(state, lambda one: one.waiting), 0.0, 1.0, style))
+    if state.speed is not None:
+        past = _of(state, lambda one: one.speed)
+        found.append(_Row("speed", f"{state.speed:,.0f} tok/s", past, 0.0, max([value for _, value in past if value] + [1.0])))
     found.append(_Row("step", f"{last.seconds:.2f} s"))
     return found
 

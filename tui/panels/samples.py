@@ -48,12 +48,12 @@ def _prompt(sample: Sampled, width: int) -> Content:
 
 
 def _wrapped(text: str, width: int, style: str = "") -> list[Content]:
-    """Return foreign text in lines of `width`, its own line breaks kept."""
+    """Return foreign text in lines of `width`, its own line breaks kept; a stroke before each tells them from lines of ours."""
     found: list[Content] = []
     for line in safe_text(text).split("\n"):
         whole = Content.styled(line, style) if style else Content(line)
-        found += whole.wrap(width) if line.strip() else [Content(" ")]
-    return found
+        found += whole.wrap(max(1, width - 2)) if line.strip() else [Content("")]
+    return [Content.assemble(("│ ", cells.DIM), line) for line in found]
 
 
 def _held(lines: list[Content], height: int, width: int) -> list[Content]:
