@@ -25,6 +25,7 @@ from qlora_tui.engine.machine import ram_bytes
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.places import discard
 from qlora_tui.engine.shelf import SPARE_BYTES, free_bytes
+from qlora_tui.engine.train.fence import BETWEEN, Fence
 from qlora_tui.engine.units import gib
 
 FOLDER = "paused"
@@ -41,14 +42,16 @@ Storage = torch.UntypedStorage
 class Parked:
     """The storages of a run while it is paused: copied to RAM, or to files that are read back before anything is dropped."""
 
-    def __init__(self, loaded: Loaded, optimizer: torch.optim.Optimizer, folder: Path, *, free: bool = True) -> None:
+    def __init__(self, loaded: Loaded, optimizer: torch.optim.Optimizer, fence: Fence, folder: Path, *, free: bool = True) -> None:
         """Copy everything away, then free it; where neither RAM nor the disk has room, nothing was changed. Not `free`: do nothing.
 
         Raises:
             SpaceError: there is no room for it.
             CheckpointError: what the disk gives back is not what was written.
+            FenceError: another thread than the owner, or a step is under way.
         """
-        self._device = loaded.device
+        fence.check("a pause", BETWEEN)
+        self._fence, self._device = fence, loaded.device
         self._small = [*_trained(optimizer), *_tensors(optimizer.state)]
         every = [*_of_model(loaded), *self._small]
         self._storages = _storages(every, loaded.device) if free and loaded.device.type in PARKED_FROM else {}
@@ -81,6 +84,7 @@ class Parked:
         Raises:
             CheckpointError: a file is not what was written.
         """
+        self._fence.check("the end of a pause", BETWEEN)
         if self.lacking() or not self._room():
             return False
         for key, storage in self._storages.items():
@@ -102,6 +106,7 @@ class Parked:
 
     def rescue(self) -> None:
         """Give the adapter and the optimizer's state their values in RAM for good: the run ends here, and they are saved once more."""
+        self._fence.check("a save in a pause", BETWEEN)
         for tensor, key in self._views:
             if key in self._storages:
                 held = self._copy_of(key).untyped_storage()

@@ -91,9 +91,9 @@ def _put_away(loop: Loop) -> Iterator[Event]:
     yield from loop.save()
     on = "p on the run screen goes on" + ("" if loop.step else "; nothing is saved before the first step")
     try:
-        loop.pause.parked = parked = Parked(loop.loaded, loop.optimizer, loop.holdout.folder)
+        loop.pause.parked = parked = Parked(loop.loaded, loop.optimizer, loop.fence, loop.holdout.folder)
     except SpaceError as error:
-        loop.pause.parked = Parked(loop.loaded, loop.optimizer, loop.holdout.folder, free=False)
+        loop.pause.parked = Parked(loop.loaded, loop.optimizer, loop.fence, loop.holdout.folder, free=False)
         told = f"paused after step {loop.step}, and the device's memory is not free: {error}; {on}"
         yield Finding(_DETECTOR, "warn", loop.step, told, ("make room in RAM or on this disk",), {"freed_bytes": 0})
         return

@@ -21,7 +21,7 @@ from qlora_tui.engine.meter import Meter, empty_cache, out_of_memory, said
 from qlora_tui.engine.sample import ANSWER_TOKENS, MOST_TOKENS, greedy
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
-from qlora_tui.engine.train.fence import Fence
+from qlora_tui.engine.train.fence import BETWEEN, Fence
 from qlora_tui.engine.train.holdout import poll_for
 
 HELD_OUT = 3
@@ -106,6 +106,8 @@ class Samples:
         return tokenizer.decode(ids), ""
 
     def _own(self) -> Tokenizer:
+        """Return this run's tokenizer for samples; whoever made it would own it, so nobody else may."""
+        self.fence.check("a sample", BETWEEN)
         if self._tokenizer is None:
             self._tokenizer = self.read().claim()
         return self._tokenizer

@@ -186,6 +186,26 @@ def test_a_stop_in_a_pause_leaves_the_adapter_of_its_step(run_of: Make, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.usefixtures("parked")
+def test_a_block_that_does_not_come_back_shows(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran, kept: bool
+) -> None:
+    """The mutant: one block of the optimizer's state is zeros after a pause. Without this the tests above show nothing."""
+    real = parking.Parked.back
+
+    def back(self: parking.Parked) -> bool:
+        found = real(self)
+        moments = [tensor for tensor in self._small if not tensor.requires_grad and tensor.numel() > 1]
+        moments[0].zero_() if not kept else None
+        return found
+
+    monkeypatch.setattr(parking.Parked, "back", back)
+    ran = paused(run_of, tmp_path / "run", monkeypatch, 2)
+    assert ran.error is None
+    assert same_bits(ran, quiet) is kept
+
+
 @pytest.mark.usefixtures("parked")
 def test_memory_that_others_took_is_waited_for_and_said_once(
     run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran
