@@ -46,8 +46,7 @@ class Parked:
         """Copy everything away, then free it; where neither RAM nor the disk has room, nothing was changed. Not `free`: do nothing.
 
         Raises:
-            SpaceError: there is no room for it.
-            CheckpointError: what the disk gives back is not what was written.
+            SpaceError: there is no room for it, or the disk gives back something else than what was written.
             FenceError: another thread than the owner, or a step is under way.
         """
         fence.check("a pause", BETWEEN)
@@ -133,9 +132,10 @@ class Parked:
                 save_file({_BYTES: content}, self._file(key))
                 self._digests[key] = _digest(content)
                 self._copy_of(key)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointError) as error:  # nothing was dropped yet: the run can stay where it is
             discard(self._folder)
-            raise SpaceError(f"what is paused could not be written: {error}", where=str(self._folder)) from None
+            told = error.message if isinstance(error, CheckpointError) else str(error)
+            raise SpaceError(f"what is paused could not be written: {told}") from None
 
     def _copy_of(self, key: int) -> torch.Tensor:
         if key in self._ram:

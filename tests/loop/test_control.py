@@ -295,6 +295,25 @@ def test_what_the_disk_gives_back_changed_ends_the_run_and_not_the_adapter(
 
 
 @pytest.mark.usefixtures("parked")
+def test_a_disk_that_writes_rubbish_is_not_trusted_with_the_run(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran
+) -> None:
+    """Files are read back before anything is dropped, so the run just stays where it is."""
+    real = parking.save_file
+
+    def rubbish(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        real({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(parking, "ram_bytes", lambda: (1, 1))
+    monkeypatch.setattr(parking, "save_file", rubbish)
+    ran = paused(run_of, tmp_path / "run", monkeypatch, 2)
+    (told,) = [finding for finding in ran.of(Finding) if finding.detector == "pause"]
+    assert "could not be written: what was paused is not what was written" in told.message
+    assert same_bits(ran, quiet)
+    assert not (ran.folder / parking.FOLDER).exists()
+
+
+@pytest.mark.usefixtures("parked")
 def test_a_save_that_failed_is_made_up_for_in_the_pause(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran) -> None:
     from qlora_tui.engine import shelf
     from qlora_tui.engine.errors import SpaceError
