@@ -134,7 +134,7 @@ class Parked:
                 self._copy_of(key)
         except (OSError, SafetensorError, CheckpointError) as error:  # nothing was dropped yet: the run can stay where it is
             discard(self._folder)
-            told = error.message if isinstance(error, CheckpointError) else str(error)
+            told = error.problem.message if isinstance(error, CheckpointError) else str(error)
             raise SpaceError(f"what is paused could not be written: {told}") from None
 
     def _copy_of(self, key: int) -> torch.Tensor:
