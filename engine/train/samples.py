@@ -149,9 +149,10 @@ class Samples:
         return Prompt(self._question(row.row) or self._own().decode(ids), tuple(ids)) if ids else None
 
     def _question(self, number: int) -> str:
-        """Return what the first question of row `number` says, where it is a chat."""
+        """Return the question of row `number` that its first trained answer answers, where it is a chat."""
         rows = self.dataset.rows
         place = bisect_left(rows, number, key=lambda row: row.number)
         if place == len(rows) or rows[place].number != number or rows[place].chat.verbatim:
             return ""
-        return next((turn.content for turn in rows[place].chat.turns if turn.role == "user"), "")
+        asked = [turn.content for turn in rows[place].chat.turns if turn.role == "user"]
+        return asked[-1 if self.run.mask_history else 0] if asked else ""
