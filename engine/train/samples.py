@@ -27,6 +27,8 @@ from qlora_tui.engine.train.holdout import poll_for
 HELD_OUT = 3
 """So many held-out rows are asked when nobody names a prompt."""
 
+_MOST_CHARACTERS = 20_000  # far more than the tokens that a sample takes, and few enough to be counted at once
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -127,6 +129,8 @@ class Samples:
         """Return a prompt that somebody typed, written as the rows are: as a question of a chat, or as the begin of a text."""
         if not isinstance(text, str) or not text.strip():
             return [], "the prompt is empty"
+        if len(text) > _MOST_CHARACTERS:
+            return [], f"the prompt has {len(text):,} characters, and a sample takes {_MOST_CHARACTERS:,} at most"
         try:
             ids = tuple(self._own().encode(self._as_rows_are(text))[0])
         except (TemplateError, ModelError, ValueError) as error:

@@ -556,6 +556,7 @@ def test_prompts_of_the_config_are_shown_at_each_measurement_and_at_the_end(run_
         ({"prompt": ""}, {}, "the prompt is empty"),
         ({"prompt": 7}, {}, "the prompt is empty"),
         ({"prompt": "x" * 5000}, {}, "448 at most"),
+        ({"prompt": "x" * 5_000_000}, {}, "20,000 at most"),
         ({}, {"val_set_size": 0.0}, "no rows are held out and there are no sample_prompts: name a prompt"),
     ],
 )
