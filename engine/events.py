@@ -142,7 +142,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What the model answered after `step`; `prompt` and `text` are foreign, and whoever shows them makes them safe."""
+    """What the model wrote when it was asked in the middle of training; `prompt` and `text` are foreign words."""
 
     type: ClassVar[str] = "sampled"
     step: int

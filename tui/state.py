@@ -131,7 +131,8 @@ def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
 def _paused(state: RunState, event: ev.Phase, t: float) -> Changes:
     """Remember since when the run rests: it may save meanwhile, and one phase is all that `doing` holds."""
     if event.state == "end":
-        return {"paused_at": 0.0, "asked_to_pause": False}
+        rested = t - state.paused_at if state.paused_at else 0.0  # what was forecast before it still lies ahead
+        return {"paused_at": 0.0, "asked_to_pause": False, "forecast_at": state.forecast_at + rested}
     return {"paused_at": state.paused_at or t}
 
 

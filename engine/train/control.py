@@ -54,7 +54,7 @@ def _pause(loop: Loop, wish: Wish) -> Iterator[Event]:
         yield _refused(wish, "it is paused already")
         return
     loop.pause.asked = True
-    yield _obeyed(wish, "between two steps, so now")
+    yield _obeyed(wish)
 
 
 def _resume(loop: Loop, wish: Wish) -> Iterator[Event]:

@@ -25,6 +25,7 @@ from qlora_tui.engine.machine import ram_bytes
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.places import discard
 from qlora_tui.engine.shelf import SPARE_BYTES, free_bytes
+from qlora_tui.engine.train.fence import BETWEEN, Fence
 from qlora_tui.engine.units import gib
 
 FOLDER = "paused"
@@ -41,14 +42,15 @@ Storage = torch.UntypedStorage
 class Parked:
     """The storages of a run while it is paused: copied to RAM, or to files that are read back before anything is dropped."""
 
-    def __init__(self, loaded: Loaded, optimizer: torch.optim.Optimizer, folder: Path, *, free: bool = True) -> None:
+    def __init__(self, loaded: Loaded, optimizer: torch.optim.Optimizer, fence: Fence, folder: Path, *, free: bool = True) -> None:
         """Copy everything away, then free it; where neither RAM nor the disk has room, nothing was changed. Not `free`: do nothing.
 
         Raises:
-            SpaceError: there is no room for it.
-            CheckpointError: what the disk gives back is not what was written.
+            SpaceError: there is no room for it, or the disk gives back something else than what was written.
+            FenceError: another thread than the owner, or a step is under way.
         """
-        self._device = loaded.device
+        fence.check("a pause", BETWEEN)
+        self._fence, self._device = fence, loaded.device
         self._small = [*_trained(optimizer), *_tensors(optimizer.state)]
         every = [*_of_model(loaded), *self._small]
         self._storages = _storages(every, loaded.device) if free and loaded.device.type in PARKED_FROM else {}
@@ -81,6 +83,7 @@ class Parked:
         Raises:
             CheckpointError: a file is not what was written.
         """
+        self._fence.check("the end of a pause", BETWEEN)
         if self.lacking() or not self._room():
             return False
         for key, storage in self._storages.items():
@@ -102,6 +105,7 @@ class Parked:
 
     def rescue(self) -> None:
         """Give the adapter and the optimizer's state their values in RAM for good: the run ends here, and they are saved once more."""
+        self._fence.check("a save in a pause", BETWEEN)
         for tensor, key in self._views:
             if key in self._storages:
                 held = self._copy_of(key).untyped_storage()
@@ -128,9 +132,10 @@ class Parked:
                 save_file({_BYTES: content}, self._file(key))
                 self._digests[key] = _digest(content)
                 self._copy_of(key)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointError) as error:  # nothing was dropped yet: the run can stay where it is
             discard(self._folder)
-            raise SpaceError(f"what is paused could not be written: {error}", where=str(self._folder)) from None
+            told = error.problem.message if isinstance(error, CheckpointError) else str(error)
+            raise SpaceError(f"what is paused could not be written: {told}") from None
 
     def _copy_of(self, key: int) -> torch.Tensor:
         if key in self._ram:

@@ -91,16 +91,16 @@ def _put_away(loop: Loop) -> Iterator[Event]:
     yield from loop.save()
     on = "p on the run screen goes on" + ("" if loop.step else "; nothing is saved before the first step")
     try:
-        loop.pause.parked = parked = Parked(loop.loaded, loop.optimizer, loop.holdout.folder)
+        loop.pause.parked = parked = Parked(loop.loaded, loop.optimizer, loop.fence, loop.holdout.folder)
     except SpaceError as error:
-        loop.pause.parked = Parked(loop.loaded, loop.optimizer, loop.holdout.folder, free=False)
-        told = f"paused after step {loop.step}, and the device's memory is not free: {error}; {on}"
+        loop.pause.parked = Parked(loop.loaded, loop.optimizer, loop.fence, loop.holdout.folder, free=False)
+        told = f"paused, and the device's memory is not free: {error}; {on}"
         yield Finding(_DETECTOR, "warn", loop.step, told, ("make room in RAM or on this disk",), {"freed_bytes": 0})
         return
     where = f"on the disk, in {FOLDER}/" if parked.on_disk else "in RAM"
     free = f"{gib(parked.freed_bytes)} of the device are free for other programs, and wait {where}"
     told = free if parked.bytes else "on a CPU the model stays in RAM"
-    yield Finding(_DETECTOR, "info", loop.step, f"paused after step {loop.step}: {told}; {on}", (), {"freed_bytes": parked.freed_bytes})
+    yield Finding(_DETECTOR, "info", loop.step, f"paused: {told}; {on}", (), {"freed_bytes": parked.freed_bytes})
 
 
 def _fetch(loop: Loop) -> bool:

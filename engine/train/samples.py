@@ -21,11 +21,13 @@ from qlora_tui.engine.meter import Meter, empty_cache, out_of_memory, said
 from qlora_tui.engine.sample import ANSWER_TOKENS, MOST_TOKENS, greedy
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
-from qlora_tui.engine.train.fence import Fence
+from qlora_tui.engine.train.fence import BETWEEN, Fence
 from qlora_tui.engine.train.holdout import poll_for
 
 HELD_OUT = 3
 """So many held-out rows are asked when nobody names a prompt."""
+
+_MOST_CHARACTERS = 20_000  # far more than the tokens that a sample takes, and few enough to be counted at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Samples:
         return tokenizer.decode(ids), ""
 
     def _own(self) -> Tokenizer:
+        """Return this run's tokenizer for samples; whoever made it would own it, so nobody else may."""
+        self.fence.check("a sample", BETWEEN)
         if self._tokenizer is None:
             self._tokenizer = self.read().claim()
         return self._tokenizer
@@ -125,6 +129,8 @@ class Samples:
         """Return a prompt that somebody typed, written as the rows are: as a question of a chat, or as the begin of a text."""
         if not isinstance(text, str) or not text.strip():
             return [], "the prompt is empty"
+        if len(text) > _MOST_CHARACTERS:
+            return [], f"the prompt has {len(text):,} characters, and a sample takes {_MOST_CHARACTERS:,} at most"
         try:
             ids = tuple(self._own().encode(self._as_rows_are(text))[0])
         except (TemplateError, ModelError, ValueError) as error:
@@ -147,9 +153,10 @@ class Samples:
         return Prompt(self._question(row.row) or self._own().decode(ids), tuple(ids)) if ids else None
 
     def _question(self, number: int) -> str:
-        """Return what the first question of row `number` says, where it is a chat."""
+        """Return the question of row `number` that its first trained answer answers, where it is a chat."""
         rows = self.dataset.rows
         place = bisect_left(rows, number, key=lambda row: row.number)
         if place == len(rows) or rows[place].number != number or rows[place].chat.verbatim:
             return ""
-        return next((turn.content for turn in rows[place].chat.turns if turn.role == "user"), "")
+        asked = [turn.content for turn in rows[place].chat.turns if turn.role == "user"]
+        return asked[-1 if self.run.mask_history else 0] if asked else ""

@@ -186,6 +186,26 @@ def test_a_stop_in_a_pause_leaves_the_adapter_of_its_step(run_of: Make, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.usefixtures("parked")
+def test_a_block_that_does_not_come_back_shows(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran, kept: bool
+) -> None:
+    """The mutant: one block of the optimizer's state is zeros after a pause. Without this the tests above show nothing."""
+    real = parking.Parked.back
+
+    def back(self: parking.Parked) -> bool:
+        found = real(self)
+        moments = [tensor for tensor in self._small if not tensor.requires_grad and tensor.numel() > 1]
+        moments[0].zero_() if not kept else None
+        return found
+
+    monkeypatch.setattr(parking.Parked, "back", back)
+    ran = paused(run_of, tmp_path / "run", monkeypatch, 2)
+    assert ran.error is None
+    assert same_bits(ran, quiet) is kept
+
+
 @pytest.mark.usefixtures("parked")
 def test_memory_that_others_took_is_waited_for_and_said_once(
     run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran
@@ -271,6 +291,25 @@ def test_what_the_disk_gives_back_changed_ends_the_run_and_not_the_adapter(
     assert "not what was written" in str(ran.error)
     rest = drive(run_of(**SETTINGS), tmp_path / "run", resume=True)
     assert same_bits(rest, quiet)
+    assert not (ran.folder / parking.FOLDER).exists()
+
+
+@pytest.mark.usefixtures("parked")
+def test_a_disk_that_writes_rubbish_is_not_trusted_with_the_run(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Ran
+) -> None:
+    """Files are read back before anything is dropped, so the run just stays where it is."""
+    real = parking.save_file
+
+    def rubbish(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        real({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(parking, "ram_bytes", lambda: (1, 1))
+    monkeypatch.setattr(parking, "save_file", rubbish)
+    ran = paused(run_of, tmp_path / "run", monkeypatch, 2)
+    (told,) = [finding for finding in ran.of(Finding) if finding.detector == "pause"]
+    assert "could not be written: what was paused is not what was written" in told.message
+    assert same_bits(ran, quiet)
     assert not (ran.folder / parking.FOLDER).exists()
 
 
@@ -517,6 +556,7 @@ def test_prompts_of_the_config_are_shown_at_each_measurement_and_at_the_end(run_
         ({"prompt": ""}, {}, "the prompt is empty"),
         ({"prompt": 7}, {}, "the prompt is empty"),
         ({"prompt": "x" * 5000}, {}, "448 at most"),
+        ({"prompt": "x" * 5_000_000}, {}, "20,000 at most"),
         ({}, {"val_set_size": 0.0}, "no rows are held out and there are no sample_prompts: name a prompt"),
     ],
 )

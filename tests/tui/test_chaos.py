@@ -61,6 +61,8 @@ WISHES: list[tuple[str, dict[str, Any]]] = [
     ("sample", {"prompt": "say [/] \x1b[2J"}),
     ("sample", {"prompt": 7}),
     ("set", {"factor": 0.5}),
+    ("set", {"key": "learning_rate", "factor": 0.8}),
+    ("set", {"key": "learning_rate", "factor": 1.2}),
     ("set", {"key": "learning_rate", "factor": "NaN"}),
     ("set", {"key": "learning_rate", "factor": 1e9}),
     ("dance", {}),
@@ -162,7 +164,7 @@ def test_a_tiny_model_under_chaos(
     tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], tmp_path: Path, home: Path, steps: int, seed: int
 ) -> None:
     settings = {"max_length": 256, "max_steps": steps, "lora_dropout": 0.1, "eval_steps": 20, "save_steps": 50, "learning_rate": 1e-3}
-    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "watch_stop": ""}
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     options = ["--model", str(tiny_model), "--data", str(write_jsonl(chat_rows)), *flags]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".pkg")}
@@ -176,5 +178,6 @@ def test_the_demo_under_chaos(tmp_path: Path) -> None:
     """All 30 steps of the demo on its real model, from the cache of whoever runs the tests."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".pkg")}
     environment["QLORA_TUI_HOME"] = REAL_HOME or str(tmp_path / "home")
-    screen = disturbed(["demo"], tmp_path / "screen", environment, 4, 3000, 1.0)
-    compare(quiet(["demo", *changes(screen)], tmp_path / "plain", environment), screen, 30)
+    options = ["demo", "--set", "watch_stop="]  # other rates than planned may well make the loss jump
+    screen = disturbed(options, tmp_path / "screen", environment, 4, 3000, 1.0)
+    compare(quiet([*options, *changes(screen)], tmp_path / "plain", environment), screen, 30)

@@ -16,7 +16,7 @@ from qlora_tui.engine.journal import COMMANDS
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.panels.base import View
-from qlora_tui.tui.panels.status import state_words
+from qlora_tui.tui.panels.status import figures, state_words
 from qlora_tui.tui.screens.dialogs import HelpDialog
 from qlora_tui.tui.state import RunState, fold
 
@@ -187,6 +187,20 @@ def test_a_pause_is_told_with_how_long_it_lasts_and_how_it_ends(run_config) -> N
     assert state_at(ended, ended.t) == "● training"
     hot = told(*opening(run_config), step(3), ev.Phase("pause", "begin", note="the device has 84 °C"))
     assert state_at(hot, hot.t + 20) == "◌ paused 20 s, goes on by itself"
+
+
+def test_the_time_left_stands_still_in_a_pause(run_config) -> None:
+    forecast = ev.Forecast((50.0, 60.0, 70.0), "the last steps")
+    state = told(*opening(run_config), step(3), forecast)
+    paused = fold(state, ev.Record(1, 900, state.t, BEGIN))
+    ended = fold(paused, ev.Record(1, 901, state.t + 3600.0, ev.Phase("pause", "end", seconds=3600.0)))
+
+    def figure(state: RunState, now: float) -> str:
+        return "".join(part for group in figures(state, View(now=now)) for part, _ in group)
+
+    assert "left 60 s (50-70 s)" in figure(state, state.t)
+    assert "left" not in figure(paused, state.t + 1800.0)
+    assert "left 60 s (50-70 s)" in figure(ended, ended.t)
 
 
 def test_a_pause_that_a_crash_ended_is_none_in_the_next_attempt(run_config) -> None:
