@@ -13,7 +13,7 @@ from typing import Any
 from qlora_tui.engine import budget, models
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.errors import Diverged, WontFit
-from qlora_tui.engine.events import Evaluated, Event, Phase, Saved, Stepped
+from qlora_tui.engine.events import Command, Evaluated, Event, Phase, Saved, Stepped
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.preflight import Checked
@@ -63,6 +63,7 @@ def until_asked(wishes: Any, **_job: Any) -> Generator[Event, None, Ended]:
         number += 1
         yield step(number, 1_000_000)
         for wish in wishes.take():
+            yield Command(wish.id, wish.name, obeyed=True)
             yield Saved(number, f"checkpoints/{wish.name}", 10)
         pace.wait(0.005)
     return Ended("stopped" if asked == "stop" else "aborted", f"{asked} at step {number}")

@@ -27,6 +27,7 @@ from qlora_tui.engine.events import (
     Record,
     Resumed,
     RolledBack,
+    Sampled,
     Saved,
     Started,
     Stepped,
@@ -48,6 +49,7 @@ _PHASES = {
     "eval": "measuring the hold-out",
     "save": "saving",
     "pause": "paused",
+    "sample": "sampling",
     "export": "exporting",
 }
 
@@ -277,6 +279,8 @@ def _plain_lines(event: Event, folder: Path) -> Sequence[str]:
             return _prepared(event)
         case Planned():
             return _planned(event)
+        case Sampled():
+            return (f"sample after step {event.step}: {one_line(event.prompt, limit=80)} -> {one_line(event.text) or '(nothing)'}",)
         case Saved():
             return (f"saved {event.kind} of step {event.step}: {one_line(event.path)} ({gib(event.bytes)})",)
         case Resumed():

@@ -145,7 +145,7 @@ def test_ctrl_z_stops_nothing(screen, write_run, tmp_path):
     terminal.read_until(b"tok/s")
     terminal.type(b"\x1a")
     terminal.type(b"?")
-    terminal.read_until(b"This run")
+    terminal.read_until(b"esc closes")
     terminal.type(b"\x1b")
     terminal.read_some()
     terminal.type(b"\x11")

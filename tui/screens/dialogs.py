@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
@@ -75,11 +75,10 @@ class HelpDialog(ModalScreen[None]):
         width = max(20, min(76, int(self.app.size.width * 0.96)) - 7)
         lines = [line for key, meaning in self._keys for line in _told(key, meaning, width)]
         notes = [Content.styled(line, cells.DIM) for note in self._notes for line in textwrap.wrap(note, width)]
-        with Vertical(id="dialog"):
-            yield Static("Keys", markup=False, classes="question")
+        with VerticalScroll(id="dialog"):  # it has the focus, so that arrows reach what has no room
+            yield Static(Content.assemble("Keys", ("   esc closes", cells.DIM)), markup=False, classes="question")
             told = cells.stack([*lines, *([Content("")] if notes else []), *notes])
             yield Static(cells.plain_ascii(told) if self.app.has_class("-ascii") else told, markup=False)
-            yield Static("esc closes", markup=False, classes="keys")
 
 
 def _told(key: str, meaning: str, width: int) -> list[Content]:
