@@ -17,6 +17,7 @@ from typing import Any
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import GROUPS, KEYS, Key, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
+from qlora_tui.engine.text import one_line
 
 _ABOUT = "preset"  # the table of a preset that is about it and not part of the run
 _ABOUT_KEYS = ("title", "why", "card")
@@ -73,13 +74,15 @@ def read_file(path: Path) -> dict[str, Value]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("no such config file", hint="name a TOML file, or write one with --dry-run", where=str(path)) from None
+        raise ConfigError("no such config file", hint="name a TOML file, or write one with --dry-run", where=one_line(path)) from None
     except IsADirectoryError:
-        raise ConfigError("this is a folder, not a config file", hint="name the run.toml in it", where=str(path)) from None
+        raise ConfigError("this is a folder, not a config file", hint="name the run.toml in it", where=one_line(path)) from None
     except UnicodeDecodeError:
-        raise ConfigError("the file is not UTF-8 text", hint="save it as UTF-8", where=str(path)) from None
+        raise ConfigError("the file is not UTF-8 text", hint="save it as UTF-8", where=one_line(path)) from None
     except OSError as error:
-        raise ConfigError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
+        raise ConfigError(f"the file cannot be read: {error.strerror or error}", where=one_line(path)) from None
+    except ValueError:  # a NUL in its name
+        raise ConfigError("this cannot be a file name", where=one_line(path)) from None
     return _read(text, str(path))
 
 

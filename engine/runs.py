@@ -148,7 +148,10 @@ def slug(name: str) -> str:
 
 def is_run(folder: Path) -> bool:
     """Say whether `folder` holds a run."""
-    return (folder / RUN_FILE).is_file() or (folder / EVENTS).is_file()
+    try:
+        return (folder / RUN_FILE).is_file() or (folder / EVENTS).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _last(runs_dir: Path) -> Path:

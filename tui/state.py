@@ -188,7 +188,7 @@ def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
         }
     since = state.doing.since if state.doing and state.doing.name == event.name and event.state == "progress" else t
     kept = state.doing.note if state.doing and state.doing.name == event.name and event.state == "progress" else ""
-    doing = Doing(event.name, since, event.done, event.total, event.unit, one_line(event.note, limit=200) or kept)
+    doing = Doing(event.name, since, event.done, event.total, one_line(event.unit, limit=20), one_line(event.note, limit=200) or kept)
     told = event.state == "begin" and bool(event.note)
     what = phase_words(event.name, event.note)
     text = what if event.note in what else f"{what}: {event.note}"

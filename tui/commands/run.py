@@ -20,7 +20,7 @@ from qlora_tui.engine import preflight, preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
 from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
-from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.places import is_here, replace_file
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.session import LOG, Session, Train, score_for_real, train_for_real, warm
 from qlora_tui.engine.signals import Signals
@@ -193,8 +193,7 @@ def anchored(run: RunConfig) -> RunConfig:
     """Return `run` with local paths made absolute, so that its run.toml means the same from every folder."""
 
     def fixed(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if name and not name.startswith(BUILTIN) and path.exists() else name
+        return str(Path(name).expanduser().resolve()) if name and not name.startswith(BUILTIN) and is_here(name) else name
 
     from qlora_tui.engine.data import absolute
 

@@ -22,7 +22,7 @@ from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.places import place, replace_file
+from qlora_tui.engine.places import is_folder, place, replace_file
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
 from qlora_tui.engine.text import one_line
@@ -124,7 +124,7 @@ class Desk:
         known = self._specs.get((name, run.revision))
         if known is None:
             try:
-                known = models.from_folder(Path(name).expanduser()) if Path(name).expanduser().is_dir() else models.find(name)
+                known = models.from_folder(Path(name).expanduser()) if is_folder(name) else models.find(name)
             except (EngineError, OSError):
                 return None
         return known
@@ -135,7 +135,7 @@ class Desk:
         Raises:
             EngineError: there is no such model, it is not supported, or the hub cannot be reached.
         """
-        known = models.find(name) if not Path(name).expanduser().is_dir() else None
+        known = models.find(name) if not is_folder(name) else None
         if known is None and name.startswith(BUILTIN):
             raise ConfigError(f"no built-in model {name!r}", hint=f"there is {DEMO_MODEL}")
         spec = known or models.from_folder(hub.small_files(name, revision).folder)

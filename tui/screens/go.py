@@ -13,7 +13,7 @@ from textual.widgets import Static
 from qlora_tui.engine import units
 from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import used_rows
 from qlora_tui.tui.panels import cells
@@ -102,7 +102,7 @@ def summary(run: RunConfig, outlook: Outlook | None, look: DataLook | None, comm
         _line("saved in", [(one_line(run.runs_dir, limit=120) + "/", "")]),
         Content(" "),
         Content.styled(" The same without screens:", cells.DIM),
-        *[Content.styled(f" {line}", cells.MAIN) for line in on_lines(one_line(command, limit=4000), width)],
+        *[Content.styled(f" {line}", cells.MAIN) for line in _shown(command, width)],
         Content(" "),
         Content.assemble((" enter ", "bold reverse"), (" starts the run", "bold")),
     ]
@@ -112,6 +112,11 @@ def _choices(outlook: Outlook) -> str:
     """Return what the planner decided, each in a word or two; "auto" stays in the config, this is what runs."""
     labels = {setting.name: setting.label for setting in (*MAIN, *MORE) if setting.name != "gradient_accumulation_steps"}
     return " · ".join(f"{labels[name]} {show(name, value)}" for name, value in outlook.plan.choices.items() if name in labels)
+
+
+def _shown(command: str, width: int) -> list[str]:
+    """Return the command in safe lines; cut before they are drawn and not before they are made, where a quote would stay open."""
+    return [safe_text(line, limit=4000).replace("\n", "\\n") for line in on_lines(command, width)]
 
 
 def _line(label: str, parts: list[Part]) -> Content:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
@@ -15,6 +14,7 @@ from textual.widgets.option_list import Option
 
 from qlora_tui.engine import units
 from qlora_tui.engine.errors import EngineError
+from qlora_tui.engine.places import is_here
 from qlora_tui.engine.spec import BUILTIN
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
@@ -122,7 +122,7 @@ class ModelPage(Page):
         if self._moved and picked:
             return picked
         exact = any(choice.name == typed for choice in self._choices) or typed.startswith(BUILTIN)
-        if exact or not picked or "/" in typed or Path(typed).expanduser().exists():
+        if exact or not picked or "/" in typed or is_here(typed):
             return typed
         return picked
 
