@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
+
+from canned_run import middle, opening
+
+from qlora_tui.engine import events as ev
+from qlora_tui.engine.spec import RunConfig
 
 FIRST, LAST = "Alpha", "Omega"
 
@@ -67,7 +73,7 @@ _OURS = re.compile(
     rb"|\x1b\[[<>=][0-9]*u"  # keys that can be told apart
     rb"|\x1b\[(?:22|23);?[0-9]*t"  # the window's title, kept and given back
 )
-_MEANT = re.compile(rb"\x1b\](?:0|2|22|52;c);?([^\x07\x1b]*)(?:\x07|\x1b\\)")  # a title, a pointer or a copy of ours: only its text is left
+_MEANT = re.compile(rb"\x1b\](?:22|52;c|0|2);([^\x07\x1b]*)(?:\x07|\x1b\\)")  # a pointer, a copy or a title of ours: only its text is left
 _MARKS = re.compile(r"[\u0300-\u036f\u20d0-\u20ff]{9}|\u200d{9}")
 
 
@@ -83,3 +89,19 @@ def bad_characters(text: str) -> set[str]:
 
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def told(text: str) -> list[ev.Event]:
+    """Return a run that holds `text` in every field that can hold one."""
+    run = RunConfig(model_name_or_path=text, data=(text,), eval_data=text)
+    first, *rest = opening(run)
+    assert isinstance(first, ev.Started)
+    device = {"name": text, "kind": text, "total_bytes": 1 << 34}
+    events: list[ev.Event] = [dataclasses.replace(first, run_id=text, device=device, versions={text: text}), *rest, *middle()]
+    events += [ev.Phase(name, "begin", 1, 2, text, note=text) for name in ("load", text)]  # type: ignore[arg-type]  # as a journal may hold
+    events += [ev.Prepared(text, text, 1, 1, 1, 1, 1, 1, 40, {text: 1}, {text: 2}, notes=(text,))]
+    budget = {"total_bytes": 5, "items": [{"name": text, "bytes": 5, "how": text}], "device": {"name": text, "total_bytes": 9}}
+    events += [ev.Planned(budget, {text: text}, text), ev.Device(1, 1, 2, throttle=text), ev.Command(text, text, False, text)]
+    events += [ev.Finding(text, "warn", 9, text, (text, text), {text: text}), ev.RolledBack(9, 0.5, 1, text)]
+    events += [ev.Evaluated(40, 1.0, 9, 0.1, text, base_loss=2.0, drop=1.0, verdict=text), ev.Saved(40, text, 1, "adapter")]
+    return events

@@ -36,6 +36,29 @@ class Terminal:
             env=clean | known | environment,
         )
         self.seen = b""
+        self._size, self._fed, self._picture = size, 0, None
+
+    @property
+    def shown(self) -> str:
+        """Return what is on the screen now; only what came since the last time is read."""
+        import pyte
+
+        if self._picture is None:
+            screen = pyte.Screen(*self._size)
+            self._picture = (screen, pyte.ByteStream(screen))
+        end = len(self.seen)
+        last = self.seen.rfind(b"\x1b", max(self._fed, end - 64))
+        end = last if last >= 0 else end  # a sequence may be here in part only
+        self._picture[1].feed(_without_unknown(self.seen[self._fed : end]))
+        self._fed = end
+        return "\n".join(self._picture[0].display)
+
+    def until_shown(self, words: str) -> None:
+        """Read until `words` stand on the screen."""
+        deadline = time.monotonic() + PATIENCE
+        while words not in self.shown:
+            assert time.monotonic() < deadline, f"{words!r} never came:\n{self.shown}"
+            self._read()
 
     def read_until(self, wanted: bytes, *, anew: bool = True) -> None:
         """Read until `wanted` was seen, unless `anew` is false and it was seen before; fail with the last bytes if it never comes.

@@ -22,11 +22,14 @@ from typing import Any, ClassVar, Literal
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.driver import Driver
+from textual.drivers.linux_driver import LinuxDriver
 from textual.theme import Theme
 
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import redact, safe_text
+from qlora_tui.tui.driver import PatientDriver
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.desk import Desk
 from qlora_tui.tui.screens.run import RunScreen
@@ -117,6 +120,11 @@ class TunerApp(App[AppExit]):
         self._on_abort, self._on_ready = on_abort, on_ready
         self._guard = guard
         self._signals: set[int] = set()
+
+    def get_driver_class(self) -> type[Driver]:
+        """Return the driver that no byte ends, in the place of Textual's own for terminals."""
+        chosen = super().get_driver_class()
+        return PatientDriver if chosen is LinuxDriver else chosen
 
     def on_mount(self) -> None:
         """Open the first screen."""

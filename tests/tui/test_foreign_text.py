@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import traceback
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from canned_run import QuietDesk, middle, opening
-from corpus import ATTACKS, FIRST, LAST, bad_characters, dressed
+from canned_run import QuietDesk
+from corpus import ATTACKS, FIRST, LAST, bad_characters, dressed, told
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,22 +42,6 @@ from qlora_tui.tui.state import RunState, fold_all
 from qlora_tui.tui.writtenrows import WrittenRow
 
 WIDTH, HEIGHT = 40_000, 60  # wide enough that nothing is cut before it could be seen
-
-
-def told(text: str) -> list[ev.Event]:
-    """Return a run that holds `text` in every field that can hold one."""
-    run = RunConfig(model_name_or_path=text, data=(text,), eval_data=text)
-    first, *rest = opening(run)
-    assert isinstance(first, ev.Started)
-    device = {"name": text, "kind": text, "total_bytes": 1 << 34}
-    events: list[ev.Event] = [dataclasses.replace(first, run_id=text, device=device, versions={text: text}), *rest, *middle()]
-    events += [ev.Phase(name, "begin", 1, 2, text, note=text) for name in ("load", text)]  # type: ignore[arg-type]  # as a journal may hold
-    events += [ev.Prepared(text, text, 1, 1, 1, 1, 1, 1, 40, {text: 1}, {text: 2}, notes=(text,))]
-    budget = {"total_bytes": 5, "items": [{"name": text, "bytes": 5, "how": text}], "device": {"name": text, "total_bytes": 9}}
-    events += [ev.Planned(budget, {text: text}, text), ev.Device(1, 1, 2, throttle=text), ev.Command(text, text, False, text)]
-    events += [ev.Finding(text, "warn", 9, text, (text, text), {text: text}), ev.RolledBack(9, 0.5, 1, text)]
-    events += [ev.Evaluated(40, 1.0, 9, 0.1, text, base_loss=2.0, drop=1.0, verdict=text), ev.Saved(40, text, 1, "adapter")]
-    return events
 
 
 def records(events: Iterable[ev.Event]) -> list[ev.Record]:
@@ -168,12 +151,7 @@ def write_log(text: str, folder: Path) -> None:
 
 
 def write_config(text: str, folder: Path) -> None:
-    (folder / "run.toml").write_text(f"model_name_or_path = {json.dumps(safe_text(text))}\n{json.dumps(_scalar(text))} = 1\n")
-
-
-def _scalar(text: str) -> str:
-    """TOML holds no lone surrogates, and says so itself."""
-    return text.encode("utf-8", "replace").decode()
+    (folder / "run.toml").write_text(f"model_name_or_path = {json.dumps(safe_text(text))}\n{json.dumps(text)} = 1\n")
 
 
 def error_of(text: str, _folder: Path) -> str:
@@ -231,12 +209,12 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
 }
 """Every place that shows text of others, as a function of that text and an empty folder."""
 
-NAMELESS = {"run screen: loss", "run screen: memory", "run screen: device alone", "run screen: device", "watch", "runs"}
+NAMELESS = {"a config file", "run screen: loss", "run screen: memory", "run screen: device alone", "run screen: device", "watch", "runs"}
 """Surfaces that need not show the text at all, or only the first part of a long one."""
 
 
 MANY_LINES = {"wizard: a row", "an error"}
-"""A row keeps its line breaks, behind a margin; an error may have lines of ours, so its foreign parts are made one line by whoever raises."""
+"""A row keeps its line breaks, behind a margin; an error may have lines of ours, so whoever raises it makes its foreign parts one line."""
 
 
 @pytest.mark.parametrize("name", SURFACES)

@@ -221,7 +221,7 @@ class WizardScreen(Screen[None]):
 
     def action_copy(self) -> None:
         """Send the command to the terminal's clipboard; whether it took it cannot be known."""
-        self.app.copy_to_clipboard(self.command())
+        self.app.copy_to_clipboard(one_line(self.command(), limit=20_000))  # as shown: pasted into a shell, escapes would act
         self.app.notify("sent to the terminal's clipboard, where it allows that", timeout=3, markup=False)
 
     def action_text_help(self) -> None:
