@@ -141,12 +141,12 @@ LIBC = ctypes.CDLL(None)
 
 
 def leak(number: int) -> None:
-    """Write where the screen is, past Python: a C library's buffer and bare descriptors; a child process the first time."""
+    """Write where the screen is, past Python: a C library's buffer and bare descriptors; a child process now and then."""
     LIBC.puts(b"LEAK-puts\x1b[2J\x1b[H")
     LIBC.fflush(None)
     for handle in (1, 2):
         os.write(handle, b"LEAK-write-%d\r\n" % handle)
-    if number == 1:
+    if number % 50 == 1:
         subprocess.run(["sh", "-c", "echo LEAK-child; echo LEAK-child-err >&2"], check=True)
 
 

@@ -34,9 +34,10 @@ if __name__ == "__main__":
     with contextlib.suppress(OSError):  # a session of its own that has its terminal already
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     if "attach" in sys.argv:
-        sys.exit(cli.main(sys.argv[sys.argv.index("attach") :]))
+        cli.leave(code := cli.main(sys.argv[sys.argv.index("attach") :]))
+        sys.exit(code)
     app.Desk = QuietDesk
     room.warm = lambda: None
     chosen = replace(preset.resolve(preset="demo", config=None, flags={}), runs_dir=sys.argv[2])
     options = argparse.Namespace(no_mouse=False, ascii=False)
-    sys.exit(room.on_screen(options, room.Plan(chosen, "test", demo=True), Streams(), begin=begin))
+    cli.leave(room.on_screen(options, room.Plan(chosen, "test", demo=True), Streams(), begin=begin))

@@ -306,6 +306,7 @@ def _signals(app: TunerApp, guard: TerminalGuard) -> Iterator[None]:
         app.take_signal(number)
         if number == signal.SIGHUP:
             guard.hang_up()
+        guard.hurry()
         before = kept.get(signal.Signals(number))
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)

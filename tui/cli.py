@@ -61,18 +61,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; as a program (`argv` is None) leave the process once a run has ended.
-
-    A process that trained ends by `os._exit`: interpreter shutdown with CUDA alive can hang or crash after
-    everything was saved.
-    """
+    """Run one command and return its exit code; as a program (`argv` is None) leave the process once it is done."""
     hold_descriptors()
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None:
-        _flush()
-    if argv is None and "torch" in sys.modules:
-        os._exit(code)
+        leave(code)
     return code
+
+
+def leave(code: int) -> None:
+    """End a process that trained or drew at once, by `os._exit`; return where it did neither.
+
+    Interpreter shutdown with CUDA alive can hang or crash after everything was saved, and it waits for Textual's threads,
+    which a terminal that is lost while the screen comes up leaves behind.
+    """
+    _flush()
+    if "torch" in sys.modules or "textual" in sys.modules:
+        os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:

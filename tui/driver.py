@@ -13,9 +13,10 @@ class PatientDriver(LinuxDriver):
     """Reads keys until it is told to stop, whatever comes in."""
 
     def run_input_thread(self) -> None:
-        """Read again after what cannot be decoded: what came with it in one read is lost, the next key is not."""
+        """Read on after what cannot be decoded: what came with it in one read is lost, the next key is not."""
         while not self.exit_event.is_set():
             try:
                 super().run_input_thread()
+                return
             except UnicodeDecodeError:
                 continue
