@@ -6,6 +6,8 @@ A file may group keys in tables as it likes, since a key's own name is unique; a
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.resources
 import re
 import tomllib
@@ -50,6 +52,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
 
 
+@functools.cache
 def load(name: str) -> Preset:
     """Return the preset called `name`.
 
@@ -147,16 +150,15 @@ def _read(text: str, where: str) -> dict[str, Value]:
     for name, value in _leaves(_parse(text, where)):
         count = seen.get(name, 0)
         seen[name] = count + 1
-        line = _line_of(text, name, count)
-        spot = f"{where}:{line}" if line else where
         if count:
-            faults.append(Problem(spot, f"{name} is set twice", f"the first is in line {_line_of(text, name, 0)}; keep one"))
+            told = f"the first is in line {_line_of(text, name, 0)}; keep one"
+            faults.append(Problem(_spot(text, name, count, where), f"{name} is set twice", told))
             continue
         try:
-            key = find_key(name, where=spot)
-            values[key.name] = read_value(key, value, where=spot)
-        except ConfigError as error:
-            faults.append(error.problem)
+            key = find_key(name, where=where)
+            values[key.name] = read_value(key, value, where=where)
+        except ConfigError as error:  # only now is the line looked for: the wizard reads every preset before its first paint
+            faults.append(dataclasses.replace(error.problem, where=_spot(text, name, count, where)))
     if faults:
         raise ConfigErrors(faults)
     return values
@@ -171,6 +173,11 @@ def _leaves(table: Mapping[str, Any], *, top: bool = True) -> Iterator[tuple[str
             yield from _leaves(value, top=False)
         else:
             yield name, value
+
+
+def _spot(text: str, name: str, skip: int, where: str) -> str:
+    line = _line_of(text, name, skip)
+    return f"{where}:{line}" if line else where
 
 
 def _line_of(text: str, name: str, skip: int) -> int:

@@ -22,8 +22,9 @@ from qlora_tui.engine.places import locked, place, replace_file
 from qlora_tui.engine.spec import RunConfig, nearest
 
 RUN_FILE = "run.toml"
+LOG = "log.txt"
 RUNNING, CRASHED = "running", "crashed"
-_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, "log.txt", "report.md", "checkpoints", "eval", "adapter")
+_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, LOG, "report.md", "checkpoints", "eval", "adapter")
 _KNOWN_LIMIT = 200
 _BLOCK = 1 << 16
 

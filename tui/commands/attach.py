@@ -9,8 +9,7 @@ from pathlib import Path
 from qlora_tui.engine.errors import ExitCode
 from qlora_tui.engine.events import Finished, Record
 from qlora_tui.engine.journal import EVENTS, Tail, is_running
-from qlora_tui.engine.runs import find_run
-from qlora_tui.engine.session import LOG
+from qlora_tui.engine.runs import LOG, find_run
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.commands.run import LOOKS_A_SECOND, can_draw
 from qlora_tui.tui.printer import Printer, Streams
