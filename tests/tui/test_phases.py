@@ -6,7 +6,6 @@ the same over the real engine is in test_signals_real and, from the first key to
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_run import PHASES
-from pty_screen import PATIENCE, Terminal
+from pty_screen import PATIENCE, Terminal, assert_given_back, not_given_back
 
 from qlora_tui.engine.events import Finished, Phase
 from qlora_tui.engine.journal import EVENTS, is_running, leave_wish, read_records
@@ -103,28 +102,6 @@ def held(home: Path, tmp_path: Path) -> Iterator[Callable[..., Held]]:
     yield in_phase
     for run in made:
         run.terminal.close()
-
-
-def not_given_back(seen: bytes) -> dict[str, str]:
-    """Return what a terminal that took these bytes would still be in: modes, keyboard, title, and cells drawn after the farewell."""
-    final: dict[str, str] = {}
-    for numbers, state in re.findall(rb"\x1b\[\?([0-9;]+)([hl])", seen):
-        final |= dict.fromkeys(numbers.decode().split(";"), state.decode())
-    wanted = {mode: "h" if mode in ("7", "25") else "l" for mode in final}
-    wrong = {f"mode {mode}": state for mode, state in final.items() if state != wanted[mode]}
-    pushed, popped = len(re.findall(rb"\x1b\[>[0-9]+u", seen)), len(re.findall(rb"\x1b\[<[0-9]*u", seen))
-    titles = len(re.findall(rb"\x1b\[22(?:;[0-9])?t", seen)) - len(re.findall(rb"\x1b\[23(?:;[0-9])?t", seen))
-    after = seen.rsplit(b"\x1b[?1049l", 1)[-1]
-    wrong |= {"keyboard": f"{pushed} > {popped}"} if pushed > popped else {}
-    wrong |= {"title": "not given back"} if titles > 0 else {}
-    wrong |= {"cells": repr(after)} if re.search(rb"\x1b\[[0-9]+;[0-9]+H", after) else {}
-    return wrong
-
-
-def assert_given_back(terminal: Terminal) -> None:
-    assert not_given_back(terminal.seen) == {}
-    assert terminal.modes == terminal.before
-    assert b"LEAK" not in terminal.seen[terminal.seen.index(b"\x1b[?1049h") :], "text from C code reached the terminal"
 
 
 @pytest.mark.parametrize("phase", PHASES)
