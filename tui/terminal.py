@@ -139,7 +139,7 @@ class TerminalGuard:
             return
         with contextlib.suppress(termios.error, OSError):
             termios.tcflush(self._terminal, termios.TCOFLUSH)
-        _leave(self._farewell, self._modes)
+        self.leave()
         self.hang_up()
 
     @property
