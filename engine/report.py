@@ -260,7 +260,7 @@ def _loading(seen: Seen, folder: Path) -> list[str]:
         return []
     base = str(seen.started.config.get("model_name_or_path", ""))
     known = base if not base.startswith("builtin:") else "the folder named as base_model_name_or_path in adapter_config.json"
-    adapter = _literal(str((folder / seen.finished.adapter).resolve()))
+    adapter = _literal(str(folder.resolve() / seen.finished.adapter))
     lines = ["## Use the adapter", "", "```python"]
     if _sees(folder / seen.finished.adapter):
         lines += [

@@ -22,11 +22,14 @@ from typing import Any, ClassVar, Literal
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.driver import Driver
+from textual.drivers.linux_driver import LinuxDriver
 
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.tui import window
+from qlora_tui.tui.driver import PatientDriver
 from qlora_tui.tui.preferences import Preferences, read, remember_theme, textual_keymap
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens import themes
@@ -103,6 +106,11 @@ class TunerApp(App[AppExit]):
         self.theme = themes.chosen(preferences.theme, os.environ, few_colours=few)
         self.chosen_keys: Mapping[str, str] = preferences.keys
         self.set_keymap(textual_keymap(preferences.keys))
+
+    def get_driver_class(self) -> type[Driver]:
+        """Return the driver that no byte ends, in the place of Textual's own for terminals."""
+        chosen = super().get_driver_class()
+        return PatientDriver if chosen is LinuxDriver else chosen
 
     def on_mount(self) -> None:
         """Open the first screen."""
@@ -315,6 +323,7 @@ def _signals(app: TunerApp, guard: TerminalGuard) -> Iterator[None]:
         app.take_signal(number)
         if number == signal.SIGHUP:
             guard.hang_up()
+        guard.hurry()
         before = kept.get(signal.Signals(number))
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)

@@ -38,6 +38,7 @@ from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.engine.units import count, gib, words
 from qlora_tui.tui.descriptors import hold_descriptors
 
+_BREAK = "\n"  # inside a line it is foreign: what follows would look like a line of ours
 _STEP_LINES = 100
 _QUIET_SECONDS = 30.0
 _PHASES = {
@@ -167,7 +168,7 @@ class Printer:
         text = self._text(record.event, record.t)
         if text:
             self._clear_bar()
-            self._out.data.write("".join(f"{redact(safe_text(line))}\n" for line in text))
+            self._out.data.write("".join(f"{redact(safe_text(line)).replace(_BREAK, ' ')}\n" for line in text))
             self._shown_at = record.t
 
     def note(self, record: Record) -> None:

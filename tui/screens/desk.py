@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textual.worker import NoActiveWorker, get_current_worker
@@ -22,7 +21,7 @@ from qlora_tui.engine.forecast import Before
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.measured import correction_now
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.places import place, replace_file
+from qlora_tui.engine.places import is_folder, place, replace_file
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
 from qlora_tui.engine.text import one_line
@@ -140,7 +139,7 @@ class Desk:
         Raises:
             EngineError: there is no such model, it is not supported, or the hub cannot be reached.
         """
-        known = models.find(name) if not Path(name).expanduser().is_dir() else None
+        known = models.find(name) if not is_folder(name) else None
         if known is None and name.startswith(BUILTIN):
             raise ConfigError(f"no built-in model {name!r}", hint=f"there is {DEMO_MODEL}")
         spec = known or models.from_folder(hub.small_files(name, revision).folder)

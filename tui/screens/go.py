@@ -16,7 +16,7 @@ from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.runs import slug
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.tui import words
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import used_rows
@@ -128,7 +128,9 @@ def command_lines(command: str, width: int) -> list[Content]:
 
 
 def _written(command: str, width: int) -> list[Content]:
-    return [Content.styled(f" {line}", cells.MAIN) for line in on_lines(one_line(command, limit=4000), width)]
+    """Return the command in safe lines; cut before they are drawn and not before they are made, where a quote would stay open."""
+    shown = [safe_text(line, limit=4000).replace("\n", "\\n") for line in on_lines(command, width)]
+    return [Content.styled(f" {line}", cells.MAIN) for line in shown]
 
 
 def _rows(run: RunConfig, outlook: Outlook | None, look: DataLook | None) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from textual.widgets.option_list import Option
 from qlora_tui.engine import units
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.errors import EngineError
+from qlora_tui.engine.places import is_folder, is_here
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
@@ -140,7 +141,7 @@ class ModelPage(Page):
         if self._moved and picked:
             return picked
         exact = any(choice.name == typed for choice in self._choices) or typed.startswith(BUILTIN)
-        if exact or not picked or "/" in typed or Path(typed).expanduser().exists():
+        if exact or not picked or "/" in typed or is_here(typed):
             return typed
         return picked
 
@@ -178,7 +179,7 @@ class ModelPage(Page):
 
     @work(thread=True, group="folders", exclusive=True, exit_on_error=False)
     def _scan(self, typed: str) -> None:
-        where = typed if Path(typed).expanduser().is_dir() else str(Path(typed).parent)
+        where = typed if is_folder(typed) else str(Path(typed).parent)
         found = self.wizard.desk.folders(where)
         self.app.call_from_thread(self._scanned_folder, typed, found)
 

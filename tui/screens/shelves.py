@@ -83,13 +83,13 @@ def _typed(folder: Path, where: str) -> str:
 
 def shape_of(name: str) -> ModelSpec | None:
     """Return the shape of a model in a folder or of the catalogue; a folder is read again only when its config changed."""
-    folder = Path(name).expanduser()
     try:
+        folder = Path(name).expanduser()
         written = (folder / CONFIG).stat().st_mtime_ns
         return _shape_in(folder, written)
     except EngineError:
         return None
-    except (OSError, ValueError):  # no such folder, or a name that cannot be one
+    except (OSError, ValueError, RuntimeError):  # no such folder, or a name that cannot be one
         return models.find(name)
 
 
