@@ -124,7 +124,7 @@ def test_the_run_screen_sends_no_byte_of_others(screen: Callable[..., Terminal],
         terminal.type(keys)
         terminal.read_some(0.15)
     terminal.type(b"?")
-    terminal.read_until(b"This run")
+    terminal.read_until(b"Keys")
     terminal.type(b"\x1b")
     terminal.read_some(0.2)
     terminal.type(b"\x11" if outcome else b"d")

@@ -153,7 +153,7 @@ def test_a_terminal_that_wakes_up_again_is_drawn_on(held: Callable[..., Held]) -
     run.goes_on(500)
     run.terminal.read_some(0.5)
     run.terminal.type(b"?")
-    run.terminal.read_until(b"This run")
+    run.terminal.read_until(b"Keys")
     leave_wish(run.folder, "stop")
     run.until(lambda: not is_running(run.folder))
     for key in (b"\x1b", b"q"):

@@ -299,16 +299,13 @@ def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begi
             session.start()
             return session.folder
 
-        follow = None
-        if plan.folder:
-            with on_a_line(streams.talk) as reading:
-                follow = start(plan.run, reading)
+        with on_a_line(streams.talk) as reading:
+            follow = start(plan.run, reading) if plan.folder else None
         try:
             kind = run_app(
                 start=None if follow else start,
                 draft=None if follow else plan.run,
                 follow=follow,
-                readonly=False,
                 mouse=not options.no_mouse,
                 ascii_only=options.ascii,
                 demo=plan.demo,
