@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -18,11 +19,11 @@ from qlora_tui.engine.errors import JournalError
 
 FORMAT_VERSION = 1
 
-PhaseName = Literal["fetch", "load", "data", "plan", "probe", "train", "eval", "save", "pause", "export"]
+PhaseName = Literal["fetch", "load", "data", "plan", "probe", "train", "eval", "save", "pause", "sample", "export"]
 PhaseState = Literal["begin", "progress", "end"]
 Severity = Literal["info", "warn", "stop"]
 Outcome = Literal["done", "stopped", "aborted", "failed", "will_not_fit", "diverged"]
-WishName = Literal["stop", "abort", "save"]
+WishName = Literal["stop", "abort", "save", "pause", "resume", "sample", "set"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the model wrote when it was asked in the middle of training; `prompt` and `text` are foreign words."""
+
+    type: ClassVar[str] = "sampled"
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """A checkpoint was written, verified and renamed into place."""
 
@@ -219,13 +230,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A wish was obeyed or refused, and why."""
+    """A wish was obeyed or refused, and why.
+
+    `set` alone has a `step`, the first one that it counts for, and its `args`: with them another run can do the same.
+    """
 
     type: ClassVar[str] = "command"
     id: str
     name: str
     obeyed: bool
     why: str = ""
+    step: int | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +263,7 @@ Event = (
     | Planned
     | Stepped
     | Evaluated
+    | Sampled
     | Saved
     | MarkedHealthy
     | Resumed
@@ -289,7 +306,7 @@ class Wishes(Protocol):
         """Return "stop" or "abort" once asked for; polled inside every long loop."""
 
     def take(self) -> list[Wish]:
-        """Return the wishes that arrived since the last call; called at safe points only."""
+        """Return the wishes that arrived since the last call, at safe points only; whoever takes one answers it with a `Command`."""
 
 
 def encode(record: Record) -> str:
@@ -319,11 +336,17 @@ def decode(line: str) -> Record | None:
     if kind is None:
         return None
     try:
-        fields = {item.name: _revive(raw[item.name], str(item.type)) for item in dataclasses.fields(kind) if item.name in raw}
+        fields = {name: raw[name] if plainly else _revive(raw[name], shape) for name, shape, plainly in _SHAPES[kind] if name in raw}
         return Record(int(raw["attempt"]), int(raw["seq"]), float(raw["t"]), kind(**fields))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
+
+_SHAPES: Mapping[type[Event], tuple[tuple[str, str, bool], ...]] = {
+    kind: tuple((item.name, str(item.type), not re.search("float|tuple", str(item.type))) for item in dataclasses.fields(kind))
+    for kind in EVENT_TYPES.values()
+}
+"""By kind: each field's name, its annotation, and whether JSON holds it as it is; worked out once, since files hold millions of lines."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

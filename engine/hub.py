@@ -20,6 +20,7 @@ from typing import Any
 from qlora_tui.engine import child
 from qlora_tui.engine.aside import aside
 from qlora_tui.engine.errors import ConfigError, FetchError, ModelError, SpaceError, Stopped
+from qlora_tui.engine.places import is_folder, is_here
 from qlora_tui.engine.text import one_line, redact
 
 INDEX = "model.safetensors.index.json"
@@ -76,10 +77,9 @@ def small_files(name: str, revision: str = "main", look: Look = lambda: None) ->
         FetchError: the hub cannot be reached and its cache does not hold the model.
         ConfigError: `name` can be neither a folder nor a hub id.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _local(folder)
-    _refuse_odd_name(name, folder)
+    if is_folder(name):
+        return _local(Path(name).expanduser())
+    _refuse_odd_name(name)
     if _offline():
         cached = _cached(name, revision)
         if cached is None:
@@ -103,7 +103,7 @@ def weights(name: str, revision: str, commit: str, progress: Progress, stopping:
         SpaceError: the cache has no room.
         Stopped: `stopping()` became true.
     """
-    files = _local(Path(name).expanduser()) if Path(name).expanduser().is_dir() else _cached(name, commit or revision)
+    files = _local(Path(name).expanduser()) if is_folder(name) else _cached(name, commit or revision)
     if files is not None and files.complete:
         return files.folder
     if files is not None and not files.commit:
@@ -191,11 +191,11 @@ def _listed(folder: Path) -> list[str]:
     return sorted(Path(str(name)).name for name in names)
 
 
-def _refuse_odd_name(name: str, folder: Path) -> None:
-    if folder.is_file():
-        raise ModelError("this is a file; a model is a folder with config.json and safetensors weights", where=name)
+def _refuse_odd_name(name: str) -> None:
+    if is_here(name):
+        raise ModelError("this is a file; a model is a folder with config.json and safetensors weights", where=one_line(name))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError("no such folder", where=name, hint="check the path; a hub model is written owner/name")
+        raise ModelError("no such folder", where=one_line(name), hint="check the path; a hub model is written owner/name")
     if not _HUB_ID.fullmatch(name) or ".." in name:
         raise ConfigError("this is neither a folder nor a hub id (owner/name)", where=one_line(name))
 

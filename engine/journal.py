@@ -26,6 +26,7 @@ LOCK = "lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a limit on files is full."""
 _HELD_BYTES = 16 * 2**20  # some ten hours of steps
+_BLOCK = 1 << 16
 _TRIES = 25
 _BETWEEN_SECONDS = 0.02
 
@@ -41,9 +42,9 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         """Open the journal of `folder` for a new attempt, cutting off a line that a crash left torn."""
         self.path = folder / EVENTS
-        past = read_records(self.path)
-        self.attempt = past[-1].attempt + 1 if past else 1
-        self._seq = past[-1].seq if past else 0
+        past = last_record(self.path)
+        self.attempt = past.attempt + 1 if past else 1
+        self._seq = past.seq if past else 0
         self._lock = threading.Lock()
         _cut_torn_line(self.path)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -87,29 +88,52 @@ class Journal:
 
 
 class Tail:
-    """The reading end: every call returns what was appended since the last one, in whole lines."""
+    """The reading end: every call returns what was appended since the last one, in whole lines.
 
-    def __init__(self, path: Path) -> None:
-        """Follow `path` from its start; it need not exist yet."""
+    `offset` stands behind the last whole line that was read. A line that is still torn is read again, since the next
+    attempt cuts it off: a reader that had swallowed it would go on in the middle of what comes instead.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """Follow `path`, which need not exist yet, from `offset`, where a line begins."""
         self.path = path
-        self._offset = 0
-        self._rest = b""
+        self.offset = offset
+
+    @classmethod
+    def near_end(cls, path: Path, length: int) -> Tail:
+        """Follow `path` from the first line that begins in its last `length` bytes."""
+        tail = cls(path, max(0, size_of(path) - length))
+        if tail.offset:
+            with path.open("rb") as file:
+                file.seek(tail.offset - 1)
+                tail.offset += len(file.readline()) - 1
+        return tail
 
     def lines(self, limit: int = 1 << 22) -> list[str]:
-        """Return new whole lines, reading at most `limit` bytes so that a long history never freezes a screen."""
+        """Return new whole lines, reading about `limit` bytes at most so that a long history never freezes a screen."""
         try:
             with self.path.open("rb") as file:
-                file.seek(self._offset)
+                file.seek(self.offset)
                 block = file.read(limit)
+                if len(block) == limit and b"\n" not in block:
+                    block += file.readline()  # one line longer than a block
         except FileNotFoundError:
             return []
-        self._offset += len(block)
-        *whole, self._rest = (self._rest + block).split(b"\n")
+        *whole, torn = block.split(b"\n")
+        self.offset += len(block) - len(torn)
         return [line.decode("utf-8", "replace") for line in whole]
 
     def records(self) -> list[Record]:
         """Return new records, skipping what this version does not know."""
         return [record for line in self.lines() if (record := decode(line)) is not None]
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file that need not exist."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def read_records(path: Path) -> list[Record]:
@@ -118,6 +142,18 @@ def read_records(path: Path) -> list[Record]:
     while lines := tail.lines():
         found += [record for line in lines if (record := decode(line)) is not None]
     return found
+
+
+def last_record(path: Path) -> Record | None:
+    """Return the newest record of a journal, read from its end: a million steps take half a minute to read from their start."""
+    length = _BLOCK
+    while True:
+        tail, last = Tail.near_end(path, length), None
+        while lines := tail.lines():
+            last = next((record for line in reversed(lines) if (record := decode(line)) is not None), last)
+        if last is not None or length >= size_of(path):
+            return last
+        length *= 8
 
 
 def leave_wish(folder: Path, name: str, args: Mapping[str, Any] | None = None, *, attempt: int = 0) -> str:
@@ -209,7 +245,13 @@ def _cut_torn_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        data = file.read()
-        end = data.rfind(b"\n") + 1
-        if end != len(data):
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            at = file.read(end - start).rfind(b"\n")
+            end = start + at + 1
+            if at >= 0:
+                break
+        if end != size:
             file.truncate(end)

@@ -83,7 +83,7 @@ def look() -> Machine:
 
 def cpu_machine() -> Machine:
     """Return the processor as a device: memory is RAM, or less where a container may not use it all."""
-    total, available = _ram()
+    total, available = ram_bytes()
     used_by_us = resident_bytes()
     cores = ask(lambda: len(os.sched_getaffinity(0))) or os.cpu_count() or 1
     others = max(total - available - used_by_us, 0)
@@ -265,7 +265,7 @@ def _sample_cuda(driver: Any, handle: Any, baseline: int | None) -> Device:
 
 
 def _sample_cpu() -> Device:
-    total, available = _ram()
+    total, available = ram_bytes()
     ours = resident_bytes()
     return Device(
         memory_ours_bytes=ours or None,
@@ -293,7 +293,7 @@ def resident_bytes() -> int:
     return ask(lambda: int(psutil.Process().memory_info().rss)) or 0
 
 
-def _ram() -> tuple[int, int]:
+def ram_bytes() -> tuple[int, int]:
     """Return the bytes of RAM and how many of them are available, within the limit of a container if there is one."""
     rows = _table("/proc/meminfo")
     total, available = rows.get("MemTotal", 0) * 1024, rows.get("MemAvailable", 0) * 1024

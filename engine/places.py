@@ -117,6 +117,22 @@ def _take_place(folder: Path, target: Path) -> None:
     _remove(aside)
 
 
+def is_here(name: str | Path) -> bool:
+    """Say whether `name` is on this disk; what no file can be called (too long, a user who is not) is not."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def is_folder(name: str | Path) -> bool:
+    """Say whether `name` is a folder on this disk; as `is_here`."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def exchanged(one: Path, other: Path) -> bool:
     """Give two names each other's files in one instant; False where the system or the file system cannot."""
     try:

@@ -24,7 +24,7 @@ from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, Exit
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.places import place
+from qlora_tui.engine.places import is_folder, is_here, place
 from qlora_tui.engine.rules import bounds, problems
 from qlora_tui.engine.sizes import adapter_params
 from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, values_of
@@ -175,7 +175,7 @@ def find_spec(run: RunConfig) -> ModelSpec:
         FetchError: it is not in the catalogue and the hub could not be reached.
     """
     name = run.model_name_or_path
-    if not Path(name).expanduser().is_dir() and (known := models.find(name)) is not None:
+    if not is_folder(name) and (known := models.find(name)) is not None:
         return known
     return find_model(run)[1]
 
@@ -273,7 +273,7 @@ def check_space(folder: Path, needed: int, what: str = "a run") -> None:
         SpaceError: it cannot, or there is none.
     """
     parent = folder
-    while not parent.exists() and parent != parent.parent:
+    while not is_here(parent) and parent != parent.parent:
         parent = parent.parent
     shown = one_line(folder)
     if not parent.is_dir():
@@ -320,7 +320,7 @@ def _hub_cache() -> Path:
 
 def _is_here(name: str) -> bool:
     """Say whether looking at the model asks no network: built in, a folder, or a name that can only be a folder's."""
-    return name.startswith((BUILTIN, "/", ".", "~")) or Path(name).expanduser().exists()
+    return name.startswith((BUILTIN, "/", ".", "~")) or is_here(name)
 
 
 def _tokenizer_problems(run: RunConfig, folder: Path) -> list[Problem]:

@@ -6,6 +6,8 @@ A file may group keys in tables as it likes, since a key's own name is unique; a
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.resources
 import re
 import tomllib
@@ -17,14 +19,35 @@ from typing import Any
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import GROUPS, KEYS, Key, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
+from qlora_tui.engine.text import one_line
 
 _ABOUT = "preset"  # the table of a preset that is about it and not part of the run
-_ABOUT_KEYS = ("title", "why", "card")
+_ABOUT_KEYS = ("title", "why", "card", "goal")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a person wants of a model. `name` is what a preset says as its `goal`."""
+
+    name: str
+    title: str
+    detail: str
+
+
+GOALS = (
+    Goal("chat", "a chat assistant", "it answers as in your conversations"),
+    Goal("qa", "answers about your domain", "your products, papers or rules, as questions with answers"),
+    Goal("classify", "classification", "labels, routes, or short answers of one form"),
+    Goal("code", "code", "your repository, your libraries, your style"),
+    Goal("style", "a style or a voice", "it writes as you do, and knows what it knew"),
+    Goal("try", "just try it", "a small real model and real rows, in minutes, on any machine"),
+)
+"""What people want, in the order in which they are asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine.
+    """A ready-made run. `card` names the card it is meant for and must fit; empty: any machine. `goal` is one of `GOALS`.
 
     `text` is the file as written, with the reason for every value; saved as a file, `--config` reads it.
     """
@@ -33,6 +56,7 @@ class Preset:
     title: str
     why: str
     card: str
+    goal: str
     values: Mapping[str, Value]
     text: str
 
@@ -49,6 +73,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
 
 
+@functools.cache
 def load(name: str) -> Preset:
     """Return the preset called `name`.
 
@@ -60,8 +85,8 @@ def load(name: str) -> Preset:
     text = importlib.resources.files("qlora_tui.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     where = f"{name}.toml"
     about = _parse(text, where).get(_ABOUT, {})
-    title, why, card = (str(about.get(key, "")) for key in _ABOUT_KEYS)
-    return Preset(name, title, why, card, _read(text, where), text)
+    title, why, card, goal = (str(about.get(key, "")) for key in _ABOUT_KEYS)
+    return Preset(name, title, why, card, goal, _read(text, where), text)
 
 
 def read_file(path: Path) -> dict[str, Value]:
@@ -73,13 +98,15 @@ def read_file(path: Path) -> dict[str, Value]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("no such config file", hint="name a TOML file, or write one with --dry-run", where=str(path)) from None
+        raise ConfigError("no such config file", hint="name a TOML file, or write one with --dry-run", where=one_line(path)) from None
     except IsADirectoryError:
-        raise ConfigError("this is a folder, not a config file", hint="name the run.toml in it", where=str(path)) from None
+        raise ConfigError("this is a folder, not a config file", hint="name the run.toml in it", where=one_line(path)) from None
     except UnicodeDecodeError:
-        raise ConfigError("the file is not UTF-8 text", hint="save it as UTF-8", where=str(path)) from None
+        raise ConfigError("the file is not UTF-8 text", hint="save it as UTF-8", where=one_line(path)) from None
     except OSError as error:
-        raise ConfigError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
+        raise ConfigError(f"the file cannot be read: {error.strerror or error}", where=one_line(path)) from None
+    except ValueError:  # a NUL in its name
+        raise ConfigError("this cannot be a file name", where=one_line(path)) from None
     return _read(text, str(path))
 
 
@@ -144,16 +171,15 @@ def _read(text: str, where: str) -> dict[str, Value]:
     for name, value in _leaves(_parse(text, where)):
         count = seen.get(name, 0)
         seen[name] = count + 1
-        line = _line_of(text, name, count)
-        spot = f"{where}:{line}" if line else where
         if count:
-            faults.append(Problem(spot, f"{name} is set twice", f"the first is in line {_line_of(text, name, 0)}; keep one"))
+            told = f"the first is in line {_line_of(text, name, 0)}; keep one"
+            faults.append(Problem(_spot(text, name, count, where), f"{name} is set twice", told))
             continue
         try:
-            key = find_key(name, where=spot)
-            values[key.name] = read_value(key, value, where=spot)
-        except ConfigError as error:
-            faults.append(error.problem)
+            key = find_key(name, where=where)
+            values[key.name] = read_value(key, value, where=where)
+        except ConfigError as error:  # only now is the line looked for: the wizard reads every preset before its first paint
+            faults.append(dataclasses.replace(error.problem, where=_spot(text, name, count, where)))
     if faults:
         raise ConfigErrors(faults)
     return values
@@ -168,6 +194,11 @@ def _leaves(table: Mapping[str, Any], *, top: bool = True) -> Iterator[tuple[str
             yield from _leaves(value, top=False)
         else:
             yield name, value
+
+
+def _spot(text: str, name: str, skip: int, where: str) -> str:
+    line = _line_of(text, name, skip)
+    return f"{where}:{line}" if line else where
 
 
 def _line_of(text: str, name: str, skip: int) -> int:

@@ -30,6 +30,8 @@ from qlora_tui.engine.events import (
     Stepped,
 )
 from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.rates import Change
+from qlora_tui.engine.resume import rate_changes
 from qlora_tui.engine.spec import KEYS
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.engine.units import count, gib, words
@@ -54,6 +56,7 @@ class Seen:
     evaluations: list[Evaluated] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     device_peak_bytes: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
     finished: Finished | None = None
@@ -71,8 +74,9 @@ class Seen:
 
 def see(records: Iterable[Record]) -> Seen:
     """Fold a journal into what a report or a summary needs."""
-    seen = Seen()
-    for record in records:
+    seen, told = Seen(), [*records]
+    seen.changes = rate_changes(told)
+    for record in told:
         seen.began = seen.began or record.t
         seen.ended = record.t
         seen.attempts = record.attempt
@@ -193,6 +197,12 @@ def _training(seen: Seen) -> list[str]:
     lines = ["## Training", "", f"- steps: {last.step} of {last.total_steps}, {last.epoch:.2f} epochs"]
     lines.append(f"- loss of a step: {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}")
     lines.append(f"- tokens: {count(tokens)}" + (f", {count(round(tokens / busy))} a second within steps" if busy else ""))
+    if seen.changes:
+        known = seen.started.config.get("learning_rate_changes", ()) if seen.started else ()
+        texts = ", ".join(json.dumps(text) for text in (*known, *(change.text for change in seen.changes)))
+        times = "once" if len(seen.changes) == 1 else f"{len(seen.changes)} times"
+        lines.append(f"- the learning rate was changed {times} on the way; the same run again, with nobody at the keys:")
+        lines += ["", "  ```", f"  qlora-tui --no-ui --config run.toml --set 'learning_rate_changes=[{texts}]'", "  ```", ""]
     if skipped:
         lines.append(f"- steps computed but not applied, because they were not finite: {skipped}")
     return lines
@@ -250,7 +260,7 @@ def _loading(seen: Seen, folder: Path) -> list[str]:
         return []
     base = str(seen.started.config.get("model_name_or_path", ""))
     known = base if not base.startswith("builtin:") else "the folder named as base_model_name_or_path in adapter_config.json"
-    adapter = _literal(str((folder / seen.finished.adapter).resolve()))
+    adapter = _literal(str(folder.resolve() / seen.finished.adapter))
     lines = ["## Use the adapter", "", "```python"]
     if _sees(folder / seen.finished.adapter):
         lines += [

@@ -7,12 +7,14 @@ No torch here: a command line refuses a resume before it loads one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_tui.engine import shelf
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
+from qlora_tui.engine.events import Command, Record
+from qlora_tui.engine.rates import Change
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import KEYS, RunConfig, Value, from_values, read_value, values_of
 from qlora_tui.engine.text import one_line
@@ -27,6 +29,7 @@ ON_RESUME: Mapping[str, str] = {
     "end_if_hung": "watched from now on",
     "eval_steps": "measured at those steps from now on; the schedule stays",
     "save_steps": "saved at those steps from now on; the schedule stays",
+    "sample_prompts": "shown from now on; the adapter is the same with them or without",
     "save_total_limit": "older checkpoints beyond it go at the next save; the schedule stays",
     "watch_stop": "obeyed from now on; the schedule stays",
     "watch_rollback": "obeyed from now on; the schedule stays",
@@ -82,6 +85,21 @@ def readable(config: Mapping[str, Any]) -> dict[str, Value]:
         with contextlib.suppress(KeyError, ConfigError):
             found[name] = read_value(KEYS[name], value)
     return found
+
+
+def rate_changes(records: Iterable[Record]) -> list[Change]:
+    """Return the changes of the learning rate that people made to a run, in their order, each once.
+
+    A resume makes those again that came after its checkpoint, at the same steps; and a new run that is told of all of them
+    (`learning_rate_changes`) goes the same way without anybody who presses keys.
+    """
+    found: dict[str, Change] = {}
+    for record in records:
+        told = record.event
+        if isinstance(told, Command) and told.name == "set" and told.obeyed and told.step is not None:
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                found.setdefault(told.id, Change(told.step, float(told.args["factor"]), told.id))
+    return list(found.values())
 
 
 def _told(value: Value) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 
-from qlora_tui.engine import columns, until
+from qlora_tui.engine import columns, rates, until
 from qlora_tui.engine.errors import Problem
 from qlora_tui.engine.spec import KEYS, WATCHED, Key, RunConfig, Value, nearest
+from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import words
 
 SHORTEST_HANG_SECONDS = 60.0
@@ -42,7 +43,7 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_limits(run), *_without_effect(run), *_combinations(run), *_detectors(run)]
+    return [*found, *_limits(run), *_rate_changes(run), *_without_effect(run), *_combinations(run), *_detectors(run)]
 
 
 def _limits(run: RunConfig) -> list[Problem]:
@@ -54,6 +55,24 @@ def _limits(run: RunConfig) -> list[Problem]:
         told = f"{words(run.end_if_hung)} is less than a long step can take"
         found.append(Problem("end_if_hung", told, f"say at least {words(SHORTEST_HANG_SECONDS)}, or 0"))
     return found
+
+
+def _rate_changes(run: RunConfig) -> list[Problem]:
+    """Return changes of the learning rate that are none, that no step would meet, or that lead too far."""
+    try:
+        changes = rates.planned(run.learning_rate_changes)
+    except ValueError as error:
+        told = f"{one_line(error, limit=60)!r} is no change of the learning rate"
+        return [Problem("learning_rate_changes", told, f"say STEP:FACTOR, such as 121:0.5, with {rates.LOWEST:g} to {rates.HIGHEST:g}")]
+    late = next((change for change in changes if 0 < run.max_steps < change.step), None)
+    if late is not None:
+        return [Problem("learning_rate_changes", f"{late.text} comes after the last step, {run.max_steps}", "leave it out")]
+    made = rates.Rates()
+    for change in sorted(changes, key=lambda change: change.step):
+        if fault := made.fault(change.factor):
+            return [Problem("learning_rate_changes", f"at {change.text} {fault}", "leave it out, or plan another learning_rate")]
+        made.change(change)
+    return []
 
 
 def _not_a_time(text: str) -> str:

@@ -22,8 +22,9 @@ from qlora_tui.engine.places import locked, place, replace_file
 from qlora_tui.engine.spec import RunConfig, nearest
 
 RUN_FILE = "run.toml"
+LOG = "log.txt"
 RUNNING, CRASHED = "running", "crashed"
-_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, "log.txt", "report.md", "checkpoints", "eval", "adapter")
+_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, LOG, "report.md", "checkpoints", "eval", "adapter")
 _KNOWN_LIMIT = 200
 _BLOCK = 1 << 16
 
@@ -148,7 +149,10 @@ def slug(name: str) -> str:
 
 def is_run(folder: Path) -> bool:
     """Say whether `folder` holds a run."""
-    return (folder / RUN_FILE).is_file() or (folder / EVENTS).is_file()
+    try:
+        return (folder / RUN_FILE).is_file() or (folder / EVENTS).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _last(runs_dir: Path) -> Path:

@@ -29,14 +29,13 @@ from qlora_tui.engine.machine import Sampler
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.preflight import Checked
 from qlora_tui.engine.preset import to_toml
-from qlora_tui.engine.runs import RUN_FILE, claim
+from qlora_tui.engine.runs import LOG, RUN_FILE, claim
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.engine.watch.throttling import Throttling
 from qlora_tui.engine.watchdog import Watchdog
 from qlora_tui.engine.wishes import Asked
 
-LOG = "log.txt"
 _LIBRARIES = "the libraries for training"
 _log = logging.getLogger("qlora_tui.session")
 

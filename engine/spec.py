@@ -7,8 +7,10 @@ reads a disk or a model; what goes together is in `rules`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,13 +156,18 @@ class RunConfig:
     )
     num_train_epochs: float = _key(2.0, "training", "Passes over the data; most tasks peak after 1-2.", low=0.0, high=1000.0)
     max_steps: int = _key(0, "training", "Stop after so many optimizer steps; 0: by epochs.", low=0)
-    max_time: float = _key(0.0, "training", "Stop and save after this long, such as 90m or 2h; 0: no limit.", kind="duration", low=0.0)
+    max_time: float = _key(
+        0.0, "training", "Stop and save after this long, such as 2h; pauses count. 0: no limit.", kind="duration", low=0.0
+    )
     until: str = _key("", "training", "Be done, measured and saved by then: 07:00, the next one, or 2026-11-28 07:00; empty: no limit.")
     learning_rate: float = _key(2e-4, "training", "Step size; 1e-4 to 3e-4 is usual for LoRA.", low=0.0, high=1.0)
     lr_scheduler_type: str = _key(
         "cosine", "training", "How the learning rate falls after warm-up.", choices=("cosine", "linear", "constant")
     )
     warmup_steps: float = _key(0.05, "training", "Warm-up: a share of all steps below 1, or a number of steps.", low=0.0)
+    learning_rate_changes: tuple[str, ...] = _key(
+        (), "training", "Changes on the way, as STEP:FACTOR: 121:0.5 halves the learning rate from step 121 on. A report lists a run's own."
+    )
     weight_decay: float = _key(0.0, "training", "Pull of the adapter towards zero.", low=0.0, high=1.0)
     max_grad_norm: float = _key(1.0, "training", "Longest gradient; longer ones are scaled down. 0: never.", low=0.0)
     optim: str = _key(
@@ -195,6 +202,9 @@ class RunConfig:
     )
 
     eval_steps: int = _key(0, "saving", "Measure the hold-out every so many steps; 0: about five times a run.", low=0)
+    sample_prompts: tuple[str, ...] = _key(
+        (), "saving", "Show what the model answers to these at every measurement and at the end; it changes nothing of the run."
+    )
     save_steps: int = _key(0, "saving", "Checkpoint every so many steps, and where the hold-out is best; 0: about ten times a run.", low=0)
     save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints; the last healthy one and the best stay besides.", low=1)
     watch_stop: tuple[str, ...] = _key(
@@ -258,8 +268,7 @@ def read_text(key: Key, text: str, *, where: str = "") -> Value:
             case "flag":
                 return {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}[raw.lower()]
             case "list":
-                inner = raw[1:-1] if raw.startswith("[") and raw.endswith("]") else raw
-                return tuple(part.strip(" \"'") for part in inner.split(",") if part.strip(" \"'"))
+                return _list(raw)
             case "text":
                 return raw
             case "layers":
@@ -327,6 +336,16 @@ def rows_at_once(run: RunConfig) -> int:
 def rows_per_step(run: RunConfig) -> int:
     """Return how many rows one optimizer step sees; the planner's choice of rows at once never changes it."""
     return rows_at_once(run) * run.gradient_accumulation_steps
+
+
+def _list(text: str) -> tuple[str, ...]:
+    """Read texts with commas between them; one with a comma inside has to be quoted, as JSON does it: ["a, b", "c"]."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, list) and all(isinstance(part, str) for part in found):
+            return tuple(found)
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return tuple(part.strip(" \"'") for part in inner.split(",") if part.strip(" \"'"))
 
 
 def _layers(text: str) -> str:

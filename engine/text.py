@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 
 _KEPT = {"\n", "\t"}
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _JOINER = "\u200d"  # zero-width joiner: needed inside emoji, harmless on its own
+_MARKS = {"Mn", "Me"}
+_MOST_MARKS = 8  # on one letter; no writing needs as many, and hundreds paint over the lines above and below
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b")
 _SECRET_NAMES = ("TOKEN", "API_KEY", "SECRET", "PASSWORD")
 
@@ -25,7 +28,7 @@ def safe_text(text: object, *, limit: int = 20_000) -> str:
     """
     raw = text if isinstance(text, str) else str(text)
     cut = raw[:limit]
-    shown = "".join(_visible(char) for char in cut) if not cut.isascii() or not cut.isprintable() else cut
+    shown = cut if cut.isascii() and cut.isprintable() else "".join(_visible_all(cut))
     return shown if len(raw) <= limit else f"{shown}… ({len(raw) - limit} more characters)"
 
 
@@ -42,8 +45,14 @@ def redact(text: str) -> str:
     return _SECRET.sub("[redacted]", text)
 
 
-def _visible(char: str) -> str:
-    if char in _KEPT or char == _JOINER or unicodedata.category(char) not in _HIDDEN_CATEGORIES:
-        return char
-    code = ord(char)
+def _visible_all(text: str) -> Iterator[str]:
+    marks = 0
+    for char in text:
+        category = unicodedata.category(char)
+        marks = marks + 1 if category in _MARKS or char == _JOINER else 0
+        kept = char in _KEPT or char == _JOINER or category not in _HIDDEN_CATEGORIES
+        yield char if kept and marks <= _MOST_MARKS else _escape(ord(char))
+
+
+def _escape(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

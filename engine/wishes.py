@@ -50,11 +50,9 @@ class Asked:
         return self._urgent
 
     def take(self) -> list[Wish]:
-        """Return the wishes that wait for a safe point; each is answered as it is handed over."""
+        """Return the wishes that wait for a safe point; whoever takes one answers it, since only there it shows whether it can be."""
         self._poll()
         taken, self._waiting = self._waiting, []
-        for wish in taken:
-            self._answer(Command(wish.id, wish.name, obeyed=True))
         return taken
 
     def close(self, why: str) -> None:

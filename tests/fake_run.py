@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 from qlora_tui.engine import budget, models
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.errors import Diverged, WontFit
-from qlora_tui.engine.events import Evaluated, Event, Phase, Saved, Stepped
+from qlora_tui.engine.events import Command, Evaluated, Event, Phase, Saved, Stepped
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.preflight import Checked
@@ -63,6 +65,7 @@ def until_asked(wishes: Any, **_job: Any) -> Generator[Event, None, Ended]:
         number += 1
         yield step(number, 1_000_000)
         for wish in wishes.take():
+            yield Command(wish.id, wish.name, obeyed=True)
             yield Saved(number, f"checkpoints/{wish.name}", 10)
         pace.wait(0.005)
     return Ended("stopped" if asked == "stop" else "aborted", f"{asked} at step {number}")
@@ -134,6 +137,42 @@ def flood(wishes: Any, **_job: Any) -> Generator[Event, None, Ended]:
     return Ended("stopped", f"{asked} at the end")
 
 
+PHASES = ("load", "data", "probe", "train", "eval", "save")
+LIBC = ctypes.CDLL(None)
+
+
+def leak(number: int) -> None:
+    """Write where the screen is, past Python: a C library's buffer and bare descriptors; a child process now and then."""
+    LIBC.puts(b"LEAK-puts\x1b[2J\x1b[H")
+    LIBC.fflush(None)
+    for handle in (1, 2):
+        os.write(handle, b"LEAK-write-%d\r\n" % handle)
+    if number % 50 == 1:
+        subprocess.run(["sh", "-c", "echo LEAK-child; echo LEAK-child-err >&2"], check=True)
+
+
+def held(phase: str) -> Callable[..., Generator[Event, None, Ended]]:
+    """Return a training that stays in one phase until somebody asks, with C code that writes on descriptors 1 and 2 meanwhile."""
+
+    def train(wishes: Any, **_job: Any) -> Generator[Event, None, Ended]:
+        begun = PHASES.index(phase) > PHASES.index("probe")
+        if begun:
+            yield Phase("train", "begin")
+            yield step(1, 1_000_000)
+        yield Phase(phase, "begin", 0, 1_000_000, "rows")
+        pace, number = threading.Event(), 0
+        while (asked := wishes.urgent()) is None:
+            number += 1
+            leak(number)
+            yield step(number + 1, 1_000_000) if phase == "train" else Phase(phase, "progress", number, 1_000_000, "rows")
+            pace.wait(0.005)
+        if begun:
+            yield Saved(number, "adapter", 1024, "adapter")
+        return Ended("stopped" if asked == "stop" else "aborted", f"{asked} in {phase}")
+
+    return train
+
+
 TRAININGS: dict[str, Callable[..., Generator[Event, None, Ended]]] = {
     "three_steps": three_steps,
     "until_asked": until_asked,
@@ -145,4 +184,5 @@ TRAININGS: dict[str, Callable[..., Generator[Event, None, Ended]]] = {
     "flood": flood,
     "will_not_fit": raising(WontFit("too large")),
     "diverged": raising(Diverged("not finite")),
+    **{f"held_{phase}": held(phase) for phase in PHASES},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import signal
 import struct
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 PATIENCE = 40.0
+_LOOKS = ("NO_COLOR", "CI", "COLUMNS", "LINES", "COLORTERM", "COLORFGBG", "SSH_CONNECTION", "TMUX", "STY")
+"""What would make the screens look different where the tests run."""
 
 
 class Terminal:
@@ -26,7 +29,7 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
-        clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI", "COLUMNS", "LINES")}
+        clean = {name: value for name, value in os.environ.items() if name not in _LOOKS}
         known = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", (_TAKE if controls else _ALONE) + script, *arguments],
@@ -36,6 +39,29 @@ class Terminal:
             env=clean | known | environment,
         )
         self.seen = b""
+        self._size, self._fed, self._picture = size, 0, None
+
+    @property
+    def shown(self) -> str:
+        """Return what is on the screen now; only what came since the last time is read."""
+        import pyte
+
+        if self._picture is None:
+            screen = pyte.Screen(*self._size)
+            self._picture = (screen, pyte.ByteStream(screen))
+        end = len(self.seen)
+        last = self.seen.rfind(b"\x1b", max(self._fed, end - 64))
+        end = last if last >= 0 else end  # a sequence may be here in part only
+        self._picture[1].feed(_without_unknown(self.seen[self._fed : end]))
+        self._fed = end
+        return "\n".join(self._picture[0].display)
+
+    def until_shown(self, words: str) -> None:
+        """Read until `words` stand on the screen."""
+        deadline = time.monotonic() + PATIENCE
+        while words not in self.shown:
+            assert time.monotonic() < deadline, f"{words!r} never came:\n{self.shown}"
+            self._read()
 
     def read_until(self, wanted: bytes, *, anew: bool = True) -> None:
         """Read until `wanted` was seen, unless `anew` is false and it was seen before; fail with the last bytes if it never comes.
@@ -118,11 +144,31 @@ def text_of(seen: bytes, size: tuple[int, int] = (80, 24)) -> str:
 
 def _without_unknown(seen: bytes) -> bytes:
     """Drop sequences that pyte prints instead of ignoring: private keyboard and mode queries."""
-    import re
-
     return re.sub(rb"\x1b\[[<>=][0-9;]*u|\x1b\[\?[0-9;]*\$p", b"", seen)
 
 
 def result(path: Path) -> str:
     """Return what the child wrote at its end."""
     return path.read_text() if path.exists() else ""
+
+
+def not_given_back(seen: bytes) -> dict[str, str]:
+    """Return what a terminal that took these bytes would still be in: modes, keyboard, title, and cells drawn after the farewell."""
+    final: dict[str, str] = {}
+    for numbers, state in re.findall(rb"\x1b\[\?([0-9;]+)([hl])", seen):
+        final |= dict.fromkeys(numbers.decode().split(";"), state.decode())
+    wanted = {mode: "h" if mode in ("7", "25") else "l" for mode in final}
+    wrong = {f"mode {mode}": state for mode, state in final.items() if state != wanted[mode]}
+    pushed, popped = len(re.findall(rb"\x1b\[>[0-9]+u", seen)), len(re.findall(rb"\x1b\[<[0-9]*u", seen))
+    titles = len(re.findall(rb"\x1b\[22(?:;[0-9])?t", seen)) - len(re.findall(rb"\x1b\[23(?:;[0-9])?t", seen))
+    after = seen.rsplit(b"\x1b[?1049l", 1)[-1]
+    wrong |= {"keyboard": f"{pushed} > {popped}"} if pushed > popped else {}
+    wrong |= {"title": "not given back"} if titles > 0 else {}
+    wrong |= {"cells": repr(after)} if re.search(rb"\x1b\[[0-9]+;[0-9]+H", after) else {}
+    return wrong
+
+
+def assert_given_back(terminal: Terminal) -> None:
+    assert not_given_back(terminal.seen) == {}
+    assert terminal.modes == terminal.before
+    assert b"LEAK" not in terminal.seen[terminal.seen.index(b"\x1b[?1049h") :], "text from C code reached the terminal"

@@ -13,6 +13,7 @@ from fake_run import RUN, TRAININGS, checked
 from qlora_tui.engine.runs import new_run_folder
 from qlora_tui.engine.session import Session
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.tui import cli
 from qlora_tui.tui.commands import run as room
 from qlora_tui.tui.printer import Streams
 from qlora_tui.tui.reading import Reading
@@ -29,4 +30,4 @@ if __name__ == "__main__":
     chosen = replace(RUN, runs_dir=sys.argv[2], end_if_hung=1.0 if "--hang" in sys.argv else 0.0)
     plan = room.Plan(chosen, "test", new_run_folder(chosen, "test"))
     options = argparse.Namespace(no_mouse=False, ascii=False)
-    sys.exit(room.on_screen(options, plan, Streams(), begin=begin))
+    cli.leave(room.on_screen(options, plan, Streams(), begin=begin))

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,13 +22,20 @@ from typing import Any, ClassVar, Literal
 
 from textual.app import App
 from textual.binding import Binding, BindingType
-from textual.theme import Theme
+from textual.driver import Driver
+from textual.drivers.linux_driver import LinuxDriver
 
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.text import redact, safe_text
+from qlora_tui.engine.text import one_line, redact, safe_text
+from qlora_tui.tui import window
+from qlora_tui.tui.driver import PatientDriver
+from qlora_tui.tui.preferences import Preferences, read, remember_theme, textual_keymap
 from qlora_tui.tui.reading import Reading
+from qlora_tui.tui.screens import themes
 from qlora_tui.tui.screens.desk import Desk
+from qlora_tui.tui.screens.keys import KeyedScreen, bindings
+from qlora_tui.tui.screens.palette import PaletteDialog
 from qlora_tui.tui.screens.run import RunScreen
 from qlora_tui.tui.screens.wizard import WizardScreen
 from qlora_tui.tui.terminal import TerminalGuard, restore_terminal
@@ -47,32 +54,6 @@ class AppExit:
     detail: str = ""
 
 
-THEME = Theme(
-    name="qlora",
-    primary="#56b4e9",
-    secondary="#7d8899",
-    accent="#e69f00",
-    success="#2fb992",
-    warning="#e6a23c",
-    error="#ef6f53",
-    foreground="#d7dde6",
-    background="#0f131a",
-    surface="#161c26",
-    panel="#1d2532",
-    variables={
-        "frame": "#3a4657",
-        "frame-chosen": "#56b4e9",
-        "text-muted": "#8793a5",
-        "footer-background": "#161c26",
-        "footer-key-foreground": "#56b4e9",
-        "footer-description-foreground": "#aab4c3",
-        "input-cursor-background": "#56b4e9",
-        "block-cursor-background": "#56b4e9",
-    },
-)
-"""Colours in the order of Okabe and Ito, which the colour-blind can tell apart; no state is told by colour alone."""
-
-
 class TunerApp(App[AppExit]):
     """The wizard and the run screen."""
 
@@ -84,10 +65,7 @@ class TunerApp(App[AppExit]):
         "screens/dialogs.tcss",
         "screens/wizard.tcss",
     ]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+c", "interrupt", show=False, priority=True, system=True),
-        Binding("ctrl+q", "leave", show=False, priority=True, system=True),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("app")
 
     def __init__(
         self,
@@ -102,12 +80,13 @@ class TunerApp(App[AppExit]):
         on_ready: Callable[[], object] | None = None,
         desk: Desk | None = None,
         guard: TerminalGuard | None = None,
+        preferences: Preferences | None = None,
     ) -> None:
         """Keep what the screens need; see `run_app`."""
         super().__init__()
         self.animation_level = "none"
-        self.register_theme(THEME)
-        self.theme = THEME.name
+        self.set_class(ascii_only, "-ascii")
+        self._dress(preferences or Preferences())
         self.start, self.draft, self.follow = start, draft, follow
         self.readonly, self.ascii_only, self.demo = readonly, ascii_only, demo
         self.folder = follow
@@ -117,11 +96,29 @@ class TunerApp(App[AppExit]):
         self._on_abort, self._on_ready = on_abort, on_ready
         self._guard = guard
         self._signals: set[int] = set()
+        self._titled = ""
+
+    def _dress(self, preferences: Preferences) -> None:
+        """Put on the theme and the keys that are preferred."""
+        for theme in themes.THEMES:
+            self.register_theme(theme)
+        few = self.console.color_system == "standard"
+        self.theme = themes.chosen(preferences.theme, os.environ, few_colours=few)
+        self.chosen_keys: Mapping[str, str] = preferences.keys
+        self.set_keymap(textual_keymap(preferences.keys))
+
+    def get_driver_class(self) -> type[Driver]:
+        """Return the driver that no byte ends, in the place of Textual's own for terminals."""
+        chosen = super().get_driver_class()
+        return PatientDriver if chosen is LinuxDriver else chosen
 
     def on_mount(self) -> None:
         """Open the first screen."""
         if self._guard is not None:
             self._guard.route()
+        self.say_title("qlora-tui")
+        if hint := window.ssh_hint(os.environ):
+            self.notify(hint, timeout=12, markup=False)
         self.set_interval(0.25, self._watch_outside)
         if self.follow is not None:
             self.show_run(self.follow)
@@ -179,6 +176,27 @@ class TunerApp(App[AppExit]):
             self._leave_wizard()
         else:
             self._top_action(screen.action_leave)
+
+    def action_palette(self) -> None:
+        """List what can be done now; what is chosen is done as if its key had been pressed."""
+        if isinstance(self.screen, KeyedScreen):
+            self.push_screen(PaletteDialog(self.screen))
+
+    def action_theme(self) -> None:
+        """Go over to the other theme, and keep that for the next time."""
+        choice, self.theme = themes.other(self.theme)
+        remember_theme(choice)
+
+    def copy_out(self, text: str, *folders: Path) -> None:
+        """Send `text` to the terminal's clipboard and into a file, and say so without claiming more."""
+        self.copy_to_clipboard(text)
+        self.notify(one_line(window.copy_words(window.keep_copy(text, folders)), limit=300), timeout=6, markup=False)
+
+    def say_title(self, text: str) -> None:
+        """Set the window's title where there is one; sent only when it changed."""
+        if text != self._titled and self._driver is not None and window.has_title(os.environ):
+            self._titled = text
+            self._driver.write(window.title(text))  # as Textual sends what it copies: through its writer, between two frames
 
     def get_key_display(self, binding: Binding) -> str:
         """Name keys in words where arrows and carets cannot be shown."""
@@ -245,6 +263,7 @@ def run_app(
     demo: bool = False,
     on_abort: Callable[[], object] | None = None,
     on_ready: Callable[[], object] | None = None,
+    preferences: Preferences | None = None,
 ) -> AppExit:
     """Show the screens until they end, and give the terminal back as it was.
 
@@ -259,8 +278,13 @@ def run_app(
         demo: the draft is complete: Enter alone walks through, and nothing is kept for the next time.
         on_abort: the run lives in this process; called for the second Ctrl+C with the terminal restored.
         on_ready: called once on the page before the start.
+        preferences: theme and keys; read from the person's file where they are not given.
+
+    Raises:
+        ConfigError: that file cannot be used.
     """
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
+    preferences = preferences or read()
     log = place("state") / "screen.log"
     guard = TerminalGuard(log)
     app = TunerApp(
@@ -273,6 +297,7 @@ def run_app(
         on_abort=on_abort,
         on_ready=on_ready,
         guard=guard,
+        preferences=preferences,
     )
     with guard, _signals(app, guard):
         try:
@@ -298,6 +323,7 @@ def _signals(app: TunerApp, guard: TerminalGuard) -> Iterator[None]:
         app.take_signal(number)
         if number == signal.SIGHUP:
             guard.hang_up()
+        guard.hurry()
         before = kept.get(signal.Signals(number))
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)

@@ -12,6 +12,7 @@ import sys
 
 from qlora_tui.tui.commands import CHILD, SCORER
 from qlora_tui.tui.descriptors import hold_descriptors
+from qlora_tui.tui.options import Data, Flag, Set, Switch, count
 
 TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
+    "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
     "doctor": "what works here, and the one command that mends what does not",
 }
@@ -59,18 +61,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; as a program (`argv` is None) leave the process once a run has ended.
-
-    A process that trained ends by `os._exit`: interpreter shutdown with CUDA alive can hang or crash after
-    everything was saved.
-    """
+    """Run one command and return its exit code; as a program (`argv` is None) leave the process once it is done."""
     hold_descriptors()
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None:
-        _flush()
-    if argv is None and "torch" in sys.modules:
-        os._exit(code)
+        leave(code)
     return code
+
+
+def leave(code: int) -> None:
+    """End a process that trained or drew at once, by `os._exit`; return where it did neither.
+
+    Interpreter shutdown with CUDA alive can hang or crash after everything was saved, and it waits for Textual's threads,
+    which a terminal that is lost while the screen comes up leaves behind.
+    """
+    _flush()
+    if "torch" in sys.modules or "textual" in sys.modules:
+        os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -112,7 +119,7 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
         if name not in (*COMMANDS, CHILD, SCORER):
             _refuse_command(name)
     parser = build(name)
-    options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[]))
+    options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[], words=rest))
     if unknown:
         _refuse(parser, unknown[0])
     if options.faults:
@@ -156,18 +163,29 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--preset", metavar="NAME", default="", help="start from a ready-made run; see qlora-tui presets")
     what.add_argument("--config", metavar="FILE", default="", help="a run.toml")
     _flag(what, "--model", "model_name_or_path", "DIR_OR_HUB_ID", "the base model: a folder, a hub id or builtin:smollm2-135m")
-    what.add_argument("--data", action=_Data, metavar="PATH_OR_ID", help="JSONL file, hub dataset or builtin:python-docs; repeat for more")
+    what.add_argument("--data", action=Data, metavar="PATH_OR_ID", help="JSONL file, hub dataset or builtin:python-docs; repeat for more")
     _flag(what, "--max-steps", "max_steps", "N", "stop after N optimizer steps")
     _flag(what, "--max-time", "max_time", "TIME", "stop and save after this long: 90m, 2h")
     _flag(what, "--until", "until", "TIME", "be done and saved by then: 07:00")
-    what.add_argument("--skip-bad-rows", action=_Switch, nargs=0, dest="skip_bad_rows", help="leave broken rows out, counted")
+    what.add_argument("--skip-bad-rows", action=Switch, nargs=0, dest="skip_bad_rows", help="leave broken rows out, counted")
     _flag(what, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
-    what.add_argument("--set", action=_Set, metavar="KEY=VALUE", help="any setting, such as lora_r=32; repeatable")
+    what.add_argument("--set", action=Set, metavar="KEY=VALUE", help="any setting, such as lora_r=32; repeatable")
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    _screen_arguments(parser)
+    site = parser.add_argument_group("server")
+    site.add_argument("--attach", metavar="RUN", default="", help="every tab shows this run: an id, a path or `last`")
+    site.add_argument("--readonly", action="store_true", help="with --attach: look only, no key changes the run")
+    site.add_argument("--port", metavar="N", type=count, default=8417, help="where to listen (default 8417; 0: any free port)")
+    site.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="127.0.0.1 (default) or ::1; no other is served")
 
 
 def _screen_arguments(parser: argparse.ArgumentParser) -> None:
     screen = parser.add_argument_group("screen")
     screen.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal (selecting text)")
+    screen.add_argument("--theme", choices=("auto", "dark", "light"), default="", help="colours; otherwise as chosen last")
     screen.add_argument("--ascii", action="store_true", help="draw with plain characters")
 
 
@@ -184,14 +202,14 @@ def _budget_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--card", metavar="NAME", default="", help='another card than the one here, such as "RTX 4090"')
     parser.add_argument(
-        "--probe", metavar="N", type=_count, default=0, help="first train on N real rows, keep nothing, and measure the speed"
+        "--probe", metavar="N", type=count, default=0, help="first train on N real rows, keep nothing, and measure the speed"
     )
     _json(parser)
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", default="", help="JSONL file, hub dataset or builtin:python-docs")
-    parser.add_argument("--examples", metavar="N", type=_count, default=0, help="show N rows and which parts are trained on")
+    parser.add_argument("--examples", metavar="N", type=count, default=0, help="show N rows and which parts are trained on")
     parser.add_argument("--perplexity", action="store_true", help="let the base score every answer: which it knows, which it finds absurd")
     _config_arguments(parser)
     _json(parser)
@@ -204,8 +222,8 @@ def _presets_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", metavar="LOG", help="a run, events.jsonl, trainer_state.json, or a CSV of step,loss[,grad_norm,eval_loss]")
-    parser.add_argument("--batch", metavar="N", type=_count, default=0, help="rows a step, where the log does not say")
-    parser.add_argument("--warmup", metavar="N", type=_count, default=0, help="warm-up steps, where the log does not say")
+    parser.add_argument("--batch", metavar="N", type=count, default=0, help="rows a step, where the log does not say")
+    parser.add_argument("--warmup", metavar="N", type=count, default=0, help="warm-up steps, where the log does not say")
     _json(parser)
 
 
@@ -230,6 +248,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,
+    "serve": _serve_arguments,
     "watch": _watch_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
@@ -247,6 +266,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from qlora_tui.tui.commands import attach
 
         return attach.attach
+    if name == "serve":
+        from qlora_tui.tui.commands import serve
+
+        return serve.serve
     if name == "watch":
         from qlora_tui.tui.commands import watch
 
@@ -283,69 +306,13 @@ def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
 
 
 def _flag(parser: Any, option: str, key: str, metavar: str, text: str) -> None:
-    parser.add_argument(option, action=_Flag, dest=key, metavar=metavar, help=text)
-
-
-def _count(text: str) -> int:
-    if not text.strip().isdecimal():
-        from qlora_tui.engine.text import one_line
-
-        raise argparse.ArgumentTypeError(f"{one_line(text)!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _note(namespace: argparse.Namespace, name: str, text: str, where: str) -> None:
-    """Read `text` as the key called `name`; a fault is kept, so that all of a command line are told at once."""
-    from qlora_tui.engine.errors import ConfigError
-    from qlora_tui.engine.spec import find_key, read_text
-
-    try:
-        key = find_key(name, where=where)
-        namespace.flags[key.name] = read_text(key, text, where=where)
-    except ConfigError as error:
-        namespace.faults.append(error)
+    parser.add_argument(option, action=Flag, dest=key, metavar=metavar, help=text)
 
 
 def _refuse_values(faults: list[ConfigError]) -> NoReturn:
     from qlora_tui.engine.errors import ConfigErrors
 
     raise ConfigErrors([fault.problem for fault in faults]) if len(faults) > 1 else faults[0]
-
-
-class _Flag(argparse.Action):
-    """An option that names one key: its text is read as the key's type."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        _note(namespace, self.dest, str(values), option or self.dest)
-
-
-class _Data(argparse.Action):
-    """`--data`, which adds up: a path is taken as it is, commas included."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        before: tuple[str, ...] = namespace.flags.get("data", ())
-        namespace.flags["data"] = (*before, str(values))
-
-
-class _Switch(argparse.Action):
-    """An option without a value that switches a key on."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        namespace.flags[self.dest] = True
-
-
-class _Set(argparse.Action):
-    """`--set KEY=VALUE` for any key of the table."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        from qlora_tui.engine.errors import ConfigError
-        from qlora_tui.engine.text import one_line
-
-        name, equals, text = str(values).partition("=")
-        if equals:
-            _note(namespace, name.strip(), text, "--set")
-        else:
-            namespace.faults.append(ConfigError(f"{one_line(values)!r} has no `=`", hint="say --set lora_r=32", where="--set"))
 
 
 class _Version(argparse.Action):

@@ -1,41 +1,55 @@
-"""The loss of a run in bounded memory: buckets that halve their number when full.
+"""The steps of a run in bounded memory: buckets that halve their number when full.
 
 Persistent values: `add` and `cut` return a new history and share what did not change, so a checkpoint can keep
 the history of its step for nothing and a resume can go back to it exactly. Full resolution stays on disk.
+Named tuples, since a file of a million steps makes as many of them: they are built three times as fast as a dataclass.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from typing import NamedTuple
 
 LIMIT = 2048
-SMOOTHING = 0.9
+WEIGHTS = (0.0, 0.6, 0.9, 0.99)
+"""The smoothings one can choose from; 0 is the loss as it came."""
+USUAL = 2
+Smooth = tuple[float, float, float, float]
+_UNKNOWN: Smooth = (math.nan,) * 4
+_ZERO: Smooth = (0.0,) * 4
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Some neighbouring steps: their range, their smoothed loss at the end, and how many were not finite."""
+class Bucket(NamedTuple):
+    """Some neighbouring steps: the range of their loss and how many were not finite; the rest is as of the last of them.
+
+    `smooth` holds one smoothed loss for each of `WEIGHTS`; `tokens` were trained and `seconds` had passed since the
+    run began, with the time between two attempts left out.
+    """
 
     first: int
     last: int
     low: float
     high: float
-    smooth: float
-    count: int
-    bad: int
+    smooth: Smooth
+    steps: int = 1
+    bad: int = 0
+    rate: float = 0.0
+    grad: float = math.nan
+    tokens: int = 0
+    seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class History:
-    """Every step so far, in at most `LIMIT` buckets of `stride` steps, and the running smoothed loss."""
+class History(NamedTuple):
+    """Every step so far, in at most `LIMIT` buckets of `stride` steps, and the running smoothed losses."""
 
     sealed: tuple[Bucket, ...] = ()
     filling: Bucket | None = None
     stride: int = 1
-    smooth_sum: float = 0.0
-    smooth_weight: float = 0.0
+    sums: Smooth = _ZERO
+    parts: Smooth = _ZERO
     bad: int = 0
+    tokens: int = 0
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -44,58 +58,66 @@ class History:
 
     @property
     def smooth(self) -> float | None:
-        """Return the smoothed loss, corrected for its start at zero, or None before the first finite loss."""
-        return self.smooth_sum / self.smooth_weight if self.smooth_weight else None
+        """Return the loss at the usual smoothing, corrected for its start at zero, or None before the first finite loss."""
+        return self.sums[USUAL] / self.parts[USUAL] if self.parts[USUAL] else None
 
-    def add(self, step: int, loss: float) -> History:
+    def add(self, step: int, loss: float, rate: float = 0.0, grad: float = math.nan, tokens: int = 0, seconds: float = 0.0) -> History:
         """Return the history with one more step; a non-finite loss is counted and marked, never averaged."""
-        total, weight, finite = self.smooth_sum, self.smooth_weight, math.isfinite(loss)
+        sums, parts, bad = self.sums, self.parts, self.bad
+        finite = math.isfinite(loss)
         if finite:
-            total = SMOOTHING * total + (1 - SMOOTHING) * loss
-            weight = SMOOTHING * weight + (1 - SMOOTHING)
-        smooth = total / weight if weight else math.nan
-        bucket = _grown(self.filling, step, loss, smooth)
-        bad = self.bad + (not finite)
-        if bucket.count < self.stride:
-            return History(self.sealed, bucket, self.stride, total, weight, bad)
+            _, a, b, c = sums
+            sums = (loss, 0.6 * a + 0.4 * loss, 0.9 * b + 0.1 * loss, 0.99 * c + 0.01 * loss)
+            _, a, b, c = parts
+            parts = (1.0, 0.6 * a + 0.4, 0.9 * b + 0.1, 0.99 * c + 0.01)
+        else:
+            bad += 1
+        smooth = (sums[0], sums[1] / parts[1], sums[2] / parts[2], sums[3] / parts[3]) if parts[0] else _UNKNOWN
+        total, old = self.tokens + tokens, self.filling
+        low, high = (loss, loss) if finite else (math.inf, -math.inf)
+        if old is None:
+            bucket = Bucket(step, step, low, high, smooth, 1, int(not finite), rate, grad, total, seconds)
+        else:
+            low, high = min(old.low, low), max(old.high, high)
+            bucket = Bucket(old.first, step, low, high, smooth, old.steps + 1, old.bad + (not finite), rate, grad, total, seconds)
+        if bucket.steps < self.stride:
+            return History(self.sealed, bucket, self.stride, sums, parts, bad, total)
         sealed, stride = (*self.sealed, bucket), self.stride
         if len(sealed) >= LIMIT:
             sealed, stride = _halved(sealed), stride * 2
-        return History(sealed, None, stride, total, weight, bad)
+        return History(sealed, None, stride, sums, parts, bad, total)
 
     def cut(self, step: int) -> History:
         """Return the history without what came after `step`; a bucket that straddles it goes too."""
         kept = tuple(bucket for bucket in self.buckets if bucket.last <= step)
         if not kept:
             return History()
-        end = kept[-1]
-        known = math.isfinite(end.smooth)
-        weight = 1.0 if known else 0.0
-        return replace(
-            self,
-            sealed=kept,
-            filling=None,
-            smooth_sum=end.smooth if known else 0.0,
-            smooth_weight=weight,
-            bad=sum(bucket.bad for bucket in kept),
-        )
+        return started_from(kept[-1])._replace(sealed=kept, stride=self.stride, bad=sum(bucket.bad for bucket in kept))
+
+    def joined(self, later: History) -> History:
+        """Return these steps and, behind them, those of `later` that come after: two ends of a file read from both."""
+        reached = self.buckets[-1].last if self.buckets else 0
+        kept = tuple(bucket for bucket in later.buckets if bucket.first > reached)
+        return later._replace(sealed=(*self.buckets, *kept), filling=None)
 
 
-def _grown(bucket: Bucket | None, step: int, loss: float, smooth: float) -> Bucket:
-    finite = math.isfinite(loss)
-    if bucket is None:
-        low, high = (loss, loss) if finite else (math.inf, -math.inf)
-        return Bucket(step, step, low, high, smooth, 1, int(not finite))
-    low, high = (min(bucket.low, loss), max(bucket.high, loss)) if finite else (bucket.low, bucket.high)
-    return Bucket(bucket.first, step, low, high, smooth, bucket.count + 1, bucket.bad + (not finite))
+def started_from(end: Bucket) -> History:
+    """Return an empty history whose smoothing and counts go on where `end` stands."""
+    known = math.isfinite(end.smooth[0])
+    return History(sums=end.smooth if known else _ZERO, parts=(1.0,) * 4 if known else _ZERO, tokens=end.tokens)
+
+
+def at_step(buckets: tuple[Bucket, ...], step: int) -> int:
+    """Return the index of the bucket that holds `step`, or of the nearest one before it; -1 where there is none."""
+    return bisect_right(buckets, step, key=lambda bucket: bucket.first) - 1
 
 
 def _halved(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
     pairs = zip(buckets[::2], buckets[1::2], strict=False)
-    merged = [_joined(left, right) for left, right in pairs]
+    merged = [_merged(left, right) for left, right in pairs]
     return (*merged, buckets[-1]) if len(buckets) % 2 else tuple(merged)
 
 
-def _joined(left: Bucket, right: Bucket) -> Bucket:
+def _merged(left: Bucket, right: Bucket) -> Bucket:
     low, high = min(left.low, right.low), max(left.high, right.high)
-    return Bucket(left.first, right.last, low, high, right.smooth, left.count + right.count, left.bad + right.bad)
+    return right._replace(first=left.first, low=low, high=high, steps=left.steps + right.steps, bad=left.bad + right.bad)

@@ -20,6 +20,7 @@ from qlora_tui.engine.budget import estimate
 from qlora_tui.engine.errors import BadRow, EngineError
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.places import is_folder
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
@@ -201,7 +202,7 @@ def tokenizer_folder(run: RunConfig) -> Path | None:
         files = builtin.small_files()
         return files.folder if files.complete else None
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if name and is_folder(folder):
         return folder
     found = list((hub_cache() / f"models--{name.replace('/', '--')}").glob("snapshots/*/tokenizer.json"))
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None

@@ -1,21 +1,27 @@
 """The loss plot: the only file that knows plotext.
 
-plotext is slow past a thousand points and raises on infinities, so it is fed at most two finite points a dot
-column (the range of the steps in it). Non-finite steps never reach it: they are marked on the bottom row and
-cannot bend an axis. The result is a `Text` that any Static can show.
+plotext draws the frame, the ticks and the measured points. It is slow past a thousand points and raises on infinities, so
+the curve is laid over its frame in dots: the range of the steps in a dot column, and the smoothed line over it. Non-finite
+steps reach neither: they are marked on the bottom row and cannot bend an axis. The result is a `Text` that any Static can show.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import plotext
 from rich.text import Text
 
+from qlora_tui.tui import axes
+from qlora_tui.tui.axes import nice_ticks
+from qlora_tui.tui.braille import Canvas, glyph
 from qlora_tui.tui.history import Bucket
+from qlora_tui.tui.sight import Scale, Sight
+
+__all__ = ["BAD", "EVAL", "RAW", "SMOOTH", "Look", "Series", "draw", "nice_ticks"]
 
 Colour = tuple[int, int, int]
 RAW: Colour = (92, 107, 128)
@@ -25,15 +31,29 @@ BAD: Colour = (213, 94, 0)
 AXIS = "#7d8899"
 MIN_WIDTH, MIN_HEIGHT = 16, 4
 
+GLYPHS: Mapping[str, tuple[str, str, str]] = {
+    "saved": ("▴", "C", AXIS),
+    "warning": ("!", "!", "bold #e69f00"),
+    "rate": ("L", "L", "bold #56b4e9"),
+    "pause": ("P", "P", "bold #56b4e9"),
+    "resume": ("R", "R", "bold #56b4e9"),
+    "back": ("B", "B", "bold #d55e00"),
+}
+"""Marks on the axis, each later one over the earlier: glyph, its stand-in in ASCII, style."""
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """What to draw: loss buckets, measured points (step, loss), and steps worth a tick on the axis."""
+    """What to draw: loss buckets, measured points (step, loss), and steps worth a mark on the axis, by kind.
+
+    `whole` are the buckets of the whole run where `buckets` are a part of it: tokens and seconds are looked up there.
+    """
 
     buckets: Sequence[Bucket]
     evals: Sequence[tuple[int, float]] = ()
-    checkpoints: Sequence[int] = ()
+    marks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     last_step: int = 0
+    whole: Sequence[Bucket] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,142 +62,178 @@ class Look:
 
     log_y: bool = False
     ascii_only: bool = False
-    all_values: bool = False
+    sight: Sight = field(default_factory=Sight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The axes of one drawing: x in what the axis counts, y in nats."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+    log_y: bool
+    margin: int
+    room: int
+    x: Scale
+
+    def y(self, value: float) -> float:
+        held = min(max(value, self.bottom), self.top)
+        return math.log10(held) if self.log_y else held
+
+    def share(self, step: float) -> float:
+        return (self.x.at(step) - self.left) / max(1e-9, self.right - self.left)
+
+    def column(self, step: float) -> int:
+        return self.margin + min(self.room - 1, max(0, round(self.share(step) * (self.room - 1))))
+
+    def holds(self, step: float) -> bool:
+        return -1e-9 <= self.share(step) <= 1 + 1e-9
 
 
 def draw(series: Series, width: int, height: int, look: Look | None = None) -> Text:
     """Return the plot as `width` x `height` cells; words instead when there is nothing, or no room, to draw."""
     style = look or Look()
-    finite = [bucket for bucket in series.buckets if bucket.high >= bucket.low]
-    evals = [(step, loss) for step, loss in series.evals if math.isfinite(loss)]
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         return Text("")
-    if not finite and not evals:
-        bad = any(bucket.bad for bucket in series.buckets)
-        return _centred("no finite loss yet: every step so far was NaN or infinite" if bad else "the first step draws here", width, height)
-    bottom, top = _range(finite, evals, style)
-    log_y = style.log_y and bottom > 0
-    left = min([bucket.first for bucket in series.buckets[:1]] + [step for step, _ in evals[:1]])
-    right = max([bucket.last for bucket in series.buckets[-1:]] + [step for step, _ in evals[-1:]] + [series.last_step, left + 20])
-    ticks = _log_ticks(bottom, top) if log_y else nice_ticks(bottom, top, max(2, min(6, height // 2)))
-    labels = [_label(tick, ticks) for tick in ticks]
-    columns = (width - max(map(len, labels), default=1) - 1) * (1 if style.ascii_only else 2)
-    scale = _scale(log_y, bottom, top)
-    _prepare(width, height)
-    _plot_band(finite, left, right, columns, scale, style)
-    _plot_points(evals, scale, style)
-    plotext.xlim(left, right)
-    plotext.ylim(scale(bottom), scale(top))
-    plotext.yticks([scale(tick) for tick in ticks], labels)
-    steps = [tick for tick in nice_ticks(left, right, max(2, width // 16)) if left <= tick <= right and tick == int(tick)]
-    plotext.xticks(steps, [f"{int(tick):,}" for tick in steps])
-    drawn = Text.from_ansi(plotext.build())
-    return _marked(drawn, series, (left, right), max(map(len, labels), default=1) + 1, width, style)
+    buckets, evals = series.buckets, [(step, loss) for step, loss in series.evals if math.isfinite(loss)]
+    ends = buckets[:1] or [Bucket(step, step, 0, 0, (0, 0, 0, 0)) for step, _ in evals[:1]]
+    if not ends:
+        return _centred("the first step draws here", width, height)
+    first = min([ends[0].first, *[step for step, _ in evals[:1]]])
+    last = max([bucket.last for bucket in buckets[-1:]] + [step for step, _ in evals[-1:]])
+    left, right = style.sight.edges(first, last, series.last_step)
+    seen = [bucket for bucket in buckets if bucket.last >= left and bucket.first <= right]
+    finite, points = [bucket for bucket in seen if bucket.high >= bucket.low], [one for one in evals if left <= one[0] <= right]
+    if not finite and not points:
+        bad = any(bucket.bad for bucket in seen)
+        return _centred("no finite loss here: every step was NaN or infinite" if bad else "no step here yet", width, height)
+    scale = Scale(style.sight.counts, series.whole or buckets)
+    ranges = _y_axis(finite, points, style, height)
+    words = axes.labels(ranges[3])
+    margin = max(map(len, words)) + 1
+    begin = scale.at(left)
+    frame = _Frame(begin, max(scale.at(right), begin + 1e-6), *ranges[:3], margin, width - margin, scale)
+    drawn = Text.from_ansi(_framed(frame, ranges[3], words, points, (width, height), style))
+    return _marked(drawn, series, seen, frame, width, style)
 
 
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """Return round numbers between `low` and `high`, about `count` of them.
-
-    >>> nice_ticks(1.13, 2.24, 4)
-    [1.2, 1.4, 1.6, 1.8, 2.0, 2.2]
-    """
-    if not high > low or count < 1:
-        return [low]
-    raw = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round((first + index) * step, 12) for index in range(int((high - first * step) / step + 1e-9) + 1)]
-
-
-def _range(finite: Sequence[Bucket], evals: Sequence[tuple[int, float]], look: Look) -> tuple[float, float]:
-    """Return the y range: padded, never negative for losses that are not, and not bent by a few early spikes."""
-    lows = [bucket.low for bucket in finite] + [loss for _, loss in evals]
-    highs = [bucket.high for bucket in finite] + [loss for _, loss in evals]
-    low, high = min(lows), max(highs)
-    if len(highs) >= 40 and not look.all_values:
-        typical = sorted(highs)[int(len(highs) * 0.98)]
-        if high - low > 3 * (typical - low) > 0:
-            high = max([typical + 0.1 * (typical - low)] + [loss for _, loss in evals])
-    pad = 0.04 * (high - low) if high > low else max(abs(high) * 0.1, 0.1)
-    bottom = low - pad
-    return (max(0.0, bottom) if low >= 0 and not (look.log_y and low > 0) else low if low > 0 else bottom), high + pad
+def _y_axis(
+    finite: Sequence[Bucket], points: Sequence[tuple[int, float]], look: Look, height: int
+) -> tuple[float, float, bool, list[float]]:
+    """Return bottom, top, whether it is logarithmic, and the ticks."""
+    lows, highs = [bucket.low for bucket in finite], [bucket.high for bucket in finite]
+    measured = [loss for _, loss in points]
+    low, high = axes.usual_range(lows or measured, highs or measured, everything=look.sight.everything)
+    if len(measured) < len(lows) or not lows:  # few points beside a curve: show them where that costs at most half the height
+        reach = high - low if high > low else math.inf
+        low = min([low, *[value for value in measured if low - value <= reach]])
+        high = max([high, *[value for value in measured if value - high <= reach]])
+    log_y = look.log_y and low > 0
+    count = max(1, min(6, (height - 2) // 2))
+    bottom, top = axes.padded(low, high, count, log=log_y)
+    return bottom, top, log_y, axes.log_ticks(bottom, top) if log_y else nice_ticks(bottom, top, count)
 
 
-def _scale(log_y: bool, bottom: float, top: float) -> _Scale:
-    return _Scale(log_y, bottom, top)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    log_y: bool
-    bottom: float
-    top: float
-
-    def __call__(self, value: float) -> float:
-        held = min(max(value, self.bottom), self.top)
-        return math.log10(held) if self.log_y else held
-
-
-def _prepare(width: int, height: int) -> None:
+def _framed(
+    frame: _Frame, ticks: Sequence[float], words: Sequence[str], points: Sequence[tuple[int, float]], size: tuple[int, int], look: Look
+) -> str:
+    """Return what plotext draws: axes, ticks and the measured points, in escape sequences of its own."""
     plotext.clear_figure()
     plotext.limitsize(False, False)
-    plotext.plotsize(width, height)
+    plotext.plotsize(*size)
     plotext.theme("clear")
     plotext.xaxes(True, False)
     plotext.yaxes(True, False)
-
-
-def _plot_band(finite: Sequence[Bucket], left: int, right: int, columns: int, scale: _Scale, look: Look) -> None:
-    """Draw the raw range, then the smoothed line over it; two points a column at most."""
-    spans: dict[int, tuple[float, float, float]] = {}
-    width = max(1, right - left)
-    for bucket in finite:
-        column = round((bucket.last - left) / width * (columns - 1))
-        low, high, _ = spans.get(column, (math.inf, -math.inf, 0.0))
-        spans[column] = (min(low, bucket.low), max(high, bucket.high), bucket.smooth)
-    xs: list[float] = []
-    ys: list[float] = []
-    for index, (column, (low, high, _)) in enumerate(sorted(spans.items())):
-        step = left + column * width / max(1, columns - 1)
-        pair = (low, high) if index % 2 else (high, low)
-        xs += [step, step]
-        ys += [scale(pair[0]), scale(pair[1])]
-    smooth = [(left + column * width / max(1, columns - 1), value) for column, (_, _, value) in sorted(spans.items())]
-    if xs:
-        plotext.plot(xs, ys, marker=":" if look.ascii_only else "braille", color=RAW)
-    if smooth:
-        line = "*" if look.ascii_only else "braille"
-        plotext.plot([x for x, _ in smooth], [scale(y) for _, y in smooth], marker=line, color=SMOOTH)
-
-
-def _plot_points(evals: Sequence[tuple[int, float]], scale: _Scale, look: Look) -> None:
-    if evals:
+    plotext.scatter([frame.left], [frame.y(frame.bottom)], marker=" ")  # without a point it draws no axes
+    if points:
         marker = "E" if look.ascii_only else "◆"
-        plotext.scatter([step for step, _ in evals], [scale(loss) for _, loss in evals], marker=marker, color=EVAL)
+        plotext.scatter([frame.x.at(step) for step, _ in points], [frame.y(loss) for _, loss in points], marker=marker, color=EVAL)
+    plotext.xlim(frame.left, frame.right)
+    plotext.ylim(frame.y(frame.bottom), frame.y(frame.top))
+    plotext.yticks([frame.y(tick) for tick in ticks], words)
+    count = max(2, size[0] // 16)
+    if frame.x.counts == "step":
+        found = [tick for tick in nice_ticks(frame.left, frame.right, count) if tick == int(tick)]
+        plotext.xticks(found, [f"{int(tick):,}" for tick in found])
+    else:
+        found = (axes.time_ticks if frame.x.counts == "time" else nice_ticks)(frame.left, frame.right, count)
+        plotext.xticks(found, [axes.passed(tick) if frame.x.counts == "time" else axes.amount(tick) for tick in found])
+    return str(plotext.build())
 
 
-_ASCII_AXES = str.maketrans({"┤": "+", "│": "|", "└": "+", "─": "-", "┬": "+", "┼": "+"})
+def _curves(finite: Sequence[Bucket], frame: _Frame, rows: int, look: Look) -> tuple[Canvas, Canvas]:
+    """Return the raw range and the smoothed line in dots; a column's range is that of all the steps in it."""
+    raw, smooth = (Canvas(frame.room, rows, ascii_only=look.ascii_only) for _ in range(2))
+    bottom, room = frame.y(frame.bottom), max(1e-12, frame.y(frame.top) - frame.y(frame.bottom))
+    tall = raw.high - 1
+    spans: dict[int, tuple[float, float, float]] = {}
+    for bucket in finite:
+        column = min(raw.wide - 1, max(0, round(frame.share(bucket.last) * (raw.wide - 1))))
+        low, high, _ = spans.get(column, (math.inf, -math.inf, 0.0))
+        spans[column] = (min(low, bucket.low), max(high, bucket.high), bucket.smooth[look.sight.weight])
+
+    def dot(value: float) -> int:
+        return round((frame.y(value) - bottom) / room * tall)
+
+    way: list[tuple[int, int]] = []
+    ordered = sorted(spans.items())
+    for index, (column, (low, high, _)) in enumerate(ordered):
+        ends = (dot(low), dot(high))
+        raw.bar(column, *ends)
+        way.append((column, ends[index % 2]))
+    raw.line(way)
+    smooth.line([(column, dot(value)) for column, (_, _, value) in ordered if math.isfinite(value)])
+    return raw, smooth
 
 
-def _marked(drawn: Text, series: Series, span: tuple[int, int], margin: int, width: int, look: Look) -> Text:
-    """Put non-finite steps on the bottom row and checkpoints on the axis, and colour what plotext left plain."""
+def _laid_over(line: Text, raw: Sequence[int], smooth: Sequence[int], margin: int, look: Look) -> Text:
+    """Return a line of the frame with the dots of both curves where it is empty; a cell that the smoothed one crosses is its alone."""
+    plain = line.plain.ljust(margin + len(raw))
+    cells = list(plain)
+    styled: list[tuple[str, int]] = []
+    for at, (under, over) in enumerate(zip(raw, smooth, strict=True), margin):
+        if not (under or over) or cells[at] not in (" ", "\u2800"):
+            continue
+        cells[at] = ("*" if over else ":") if look.ascii_only else glyph(over or under)
+        styled.append((_css(SMOOTH if over else RAW), at))
+    line = line.copy()
+    line.plain = "".join(cells)
+    for style, run in itertools.groupby(enumerate(styled), key=lambda one: (one[1][0], one[1][1] - one[0])):
+        columns = [at for _, (_, at) in run]
+        line.stylize(style[0], columns[0], columns[-1] + 1)
+    return line
+
+
+_ASCII_AXES = str.maketrans({"┤": "+", "│": "|", "└": "+", "─": "-", "┬": "+", "┼": "+", "\u2800": " "})
+
+
+def _marked(drawn: Text, series: Series, seen: Sequence[Bucket], frame: _Frame, width: int, look: Look) -> Text:
+    """Put what plotext does not know on its drawing: marks on the axis, non-finite and cut off steps, the crosshair."""
     lines = drawn.split("\n")
     axis = max((index for index, line in enumerate(lines) if "└" in line.plain), default=-1)
-    left, right = span
-    room = width - margin
-
-    def column(step: int) -> int:
-        return margin + min(room - 1, max(0, round((step - left) / max(1, right - left) * (room - 1))))
-
     if axis > 0:
-        bad = [column(bucket.last) for bucket in series.buckets if bucket.bad]
+        raw, smooth = _curves([bucket for bucket in seen if bucket.high >= bucket.low], frame, axis, look)
+        for index in range(axis):
+            lines[index] = _laid_over(lines[index], raw.row(index), smooth.row(index), frame.margin, look)
+        finite, hair = [bucket for bucket in seen if bucket.high >= bucket.low], 1e-6 * (frame.top - frame.bottom)
+        above = [frame.column(bucket.last) for bucket in finite if bucket.high > frame.top + hair]
+        below = [frame.column(bucket.last) for bucket in finite if bucket.low < frame.bottom - hair]
+        bad = [frame.column(bucket.last) for bucket in seen if bucket.bad]
+        lines[0] = _put(lines[0], above, "^" if look.ascii_only else "▲", f"bold {_css(EVAL)}")
+        lines[axis - 1] = _put(lines[axis - 1], below, "v" if look.ascii_only else "▼", f"bold {_css(EVAL)}")
         lines[axis - 1] = _put(lines[axis - 1], bad, "x" if look.ascii_only else "×", f"bold {_css(BAD)}")
-        kept = [column(step) for step in series.checkpoints if left <= step <= right]
-        lines[axis] = _put(lines[axis], kept, "^" if look.ascii_only else "▴", AXIS)
+        for kind, (glyph, plain, style) in GLYPHS.items():
+            at = [frame.column(step) for step in series.marks.get(kind, ()) if frame.holds(step)]
+            lines[axis] = _put(lines[axis], at, plain if look.ascii_only else glyph, style)
     for index, line in enumerate(lines):
-        line.stylize_before(AXIS, 0, margin if index < axis or axis < 0 else len(line))
+        line.stylize_before(AXIS, 0, frame.margin if index < axis or axis < 0 else len(line))
         line.truncate(width, pad=False)
+    cross = look.sight.cross
+    if cross is not None and axis > 0 and frame.holds(cross):
+        for index in range(axis):
+            lines[index] = _crossed(lines[index], frame.column(cross))
     if look.ascii_only:
         for line in lines:
             line.plain = line.plain.translate(_ASCII_AXES)
@@ -192,28 +248,23 @@ def _put(line: Text, columns: Sequence[int], mark: str, style: str) -> Text:
     for at in columns:
         cells[at] = mark
     line.plain = "".join(cells)
-    for at in columns:
+    for at in set(columns):
         line.stylize(style, at, at + 1)
+    return line
+
+
+def _crossed(line: Text, at: int) -> Text:
+    """Return the line with the crosshair in a column: a stroke where the cell is empty, its drawing turned over where it is not."""
+    empty = line.plain[at : at + 1] in ("", " ", "\u2800")
+    if empty:
+        return _put(line, [at], "│", "bold")
+    line = line.copy()
+    line.stylize("reverse", at, at + 1)
     return line
 
 
 def _css(colour: Colour) -> str:
     return f"#{colour[0]:02x}{colour[1]:02x}{colour[2]:02x}"
-
-
-def _label(tick: float, ticks: Sequence[float]) -> str:
-    if len(ticks) == 1:
-        return f"{tick:.4g}"
-    gap = min((abs(b - a) for a, b in itertools.pairwise(ticks)), default=1.0)
-    digits = min(6, max(0, -math.floor(math.log10(gap) + 1e-9))) if gap > 0 else 2
-    return f"{tick:.{digits}f}" if abs(tick) < 1e6 else f"{tick:.1e}"
-
-
-def _log_ticks(bottom: float, top: float) -> list[float]:
-    """Return 1, 2, 5 steps of ten within the range; plain ticks where it holds fewer than two."""
-    powers = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
-    found = [factor * 10.0**power for power in powers for factor in (1, 2, 5) if bottom <= factor * 10.0**power <= top]
-    return found if len(found) >= 2 else nice_ticks(bottom, top, 4)
 
 
 def _centred(sentence: str, width: int, height: int) -> Text:

@@ -27,6 +27,7 @@ from qlora_tui.engine.events import (
     Record,
     Resumed,
     RolledBack,
+    Sampled,
     Saved,
     Started,
     Stepped,
@@ -37,6 +38,7 @@ from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.engine.units import count, gib, words
 from qlora_tui.tui.descriptors import hold_descriptors
 
+_BREAK = "\n"  # inside a line it is foreign: what follows would look like a line of ours
 _STEP_LINES = 100
 _QUIET_SECONDS = 30.0
 _PHASES = {
@@ -48,6 +50,7 @@ _PHASES = {
     "eval": "measuring the hold-out",
     "save": "saving",
     "pause": "paused",
+    "sample": "sampling",
     "export": "exporting",
 }
 
@@ -165,7 +168,7 @@ class Printer:
         text = self._text(record.event, record.t)
         if text:
             self._clear_bar()
-            self._out.data.write("".join(f"{redact(safe_text(line))}\n" for line in text))
+            self._out.data.write("".join(f"{redact(safe_text(line)).replace(_BREAK, ' ')}\n" for line in text))
             self._shown_at = record.t
 
     def note(self, record: Record) -> None:
@@ -277,6 +280,8 @@ def _plain_lines(event: Event, folder: Path) -> Sequence[str]:
             return _prepared(event)
         case Planned():
             return _planned(event)
+        case Sampled():
+            return (f"sample after step {event.step}: {one_line(event.prompt, limit=80)} -> {one_line(event.text) or '(nothing)'}",)
         case Saved():
             return (f"saved {event.kind} of step {event.step}: {one_line(event.path)} ({gib(event.bytes)})",)
         case Resumed():

@@ -8,108 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from qlora_tui.engine import events as ev
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
-from qlora_tui.tui.history import History
+from qlora_tui.tui.runstate import (
+    ANSWERS,
+    EVALS,
+    FINDINGS,
+    LOG_LINES,
+    MARKS,
+    MOMENTS,
+    READINGS,
+    TEXTS,
+    Doing,
+    Kind,
+    Line,
+    Mark,
+    Moment,
+    MomentKind,
+    Reading,
+    RunState,
+)
 
-LOG_LINES = 500
-FINDINGS = 200
-EVALS = 500
-SAMPLES = 240
-MARKS = 32
+__all__ = ["LOG_LINES", "Doing", "Line", "Mark", "Moment", "Reading", "RunState", "fold", "fold_all", "phase_words"]
 
-Kind = Literal["info", "good", "warn", "bad"]
 Changes = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of the log as people read it; `text` is already safe to show."""
-
-    t: float
-    text: str
-    kind: Kind = "info"
-
-
-@dataclass(frozen=True, slots=True)
-class Doing:
-    """The phase at work: since when, and how far where that can be counted."""
-
-    name: str
-    since: float
-    done: int | None = None
-    total: int | None = None
-    unit: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A checkpoint, and the loss history at its step: what a resume from it goes back to."""
-
-    step: int
-    history: History
-    path: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """One moment of a run, immutable; the screen compares it with the last one to see what to redraw."""
-
-    run_id: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    attempt: int = 0
-    seq: int = 0
-    t: float = 0.0
-    started_at: float = 0.0
-
-    doing: Doing | None = None
-    phases: tuple[tuple[str, float], ...] = ()
-    prepared: ev.Prepared | None = None
-    predicted_bytes: int | None = None
-    predicted_margin: int = 0
-    predicted_parts: tuple[tuple[str, int], ...] = ()
-    machine_bytes: int | None = None
-
-    last: ev.Stepped | None = None
-    total_steps: int = 0
-    history: History = field(default_factory=History)
-    speed: float | None = None
-    data_share: float | None = None
-    peak_bytes: int = 0
-
-    evals: tuple[tuple[int, float], ...] = ()
-    base_loss: float | None = None
-    scorecard: ev.Evaluated | None = None
-    marks: tuple[Mark, ...] = ()
-    saved: ev.Saved | None = None
-    saved_at: float = 0.0
-    adapter: str = ""
-    resumes: tuple[int, ...] = ()
-
-    findings: tuple[ev.Finding, ...] = ()
-    device: ev.Device | None = None
-    usage: tuple[float, ...] = ()
-    forecast: ev.Forecast | None = None
-    forecast_at: float = 0.0
-    log: tuple[Line, ...] = ()
-    answer: ev.Command | None = None
-    finished: ev.Finished | None = None
-
-    @property
-    def step(self) -> int:
-        """Return the number of optimizer steps done."""
-        return self.last.step if self.last else self.resumes[-1] if self.resumes else 0
-
-    @property
-    def warnings(self) -> tuple[ev.Finding, ...]:
-        """Return the findings a person should act on."""
-        return tuple(finding for finding in self.findings if finding.severity != "info")
+_TEXT_LIMIT = 4000
 
 
 def fold(state: RunState, record: ev.Record) -> RunState:
@@ -122,11 +49,29 @@ def fold(state: RunState, record: ev.Record) -> RunState:
 
 
 def fold_all(records: Iterable[ev.Record], state: RunState | None = None) -> RunState:
-    """Fold many records, oldest first."""
-    current = state or RunState()
+    """Fold many records, oldest first, as `fold` one by one would.
+
+    The changes go into a copy that nobody else holds yet: a new value for each of a million records costs more than
+    reading them.
+    """
+    current = replace(state) if state else RunState()
+    put = object.__setattr__
     for record in records:
-        current = fold(current, record)
+        if record.seq <= current.seq:
+            continue
+        handler = _FOLDS.get(record.event.type)
+        changes = handler(current, record.event, record.t) if handler else {}
+        for name, value in changes.items():
+            put(current, name, value)
+        put(current, "seq", record.seq)
+        put(current, "t", record.t)
+        put(current, "attempt", record.attempt)
     return current
+
+
+def spent(state: RunState, t: float) -> float:
+    """Return the seconds that the run had worked at `t`, without the time between two attempts."""
+    return state.spent_before + max(0.0, t - state.started_at) if state.started_at else state.spent_before
 
 
 def _say(state: RunState, t: float, text: str, kind: Kind = "info") -> tuple[Line, ...]:
@@ -141,8 +86,11 @@ def _started(state: RunState, event: ev.Started, t: float) -> Changes:
         "config": event.config,
         "machine": event.device,
         "started_at": t,
+        "spent_before": spent(state, state.t),
         "finished": None,
         "answer": None,
+        "paused_at": 0.0,
+        "asked_to_pause": False,
         "doing": None,
         "log": _say(state, t, text),
     }
@@ -158,6 +106,7 @@ _PHASE_WORDS = {
     "eval": "measure held-out rows",
     "save": "save",
     "pause": "pause",
+    "sample": "write samples",
     "export": "export",
 }
 
@@ -176,6 +125,18 @@ def phase_words(name: str, note: str = "") -> str:
 
 
 def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
+    return _phase_told(state, event, t) | (_paused(state, event, t) if event.name == "pause" else {})
+
+
+def _paused(state: RunState, event: ev.Phase, t: float) -> Changes:
+    """Remember since when the run rests: it may save meanwhile, and one phase is all that `doing` holds."""
+    if event.state == "end":
+        rested = t - state.paused_at if state.paused_at else 0.0  # what was forecast before it still lies ahead
+        return {"paused_at": 0.0, "asked_to_pause": False, "forecast_at": state.forecast_at + rested}
+    return {"paused_at": state.paused_at or t}
+
+
+def _phase_told(state: RunState, event: ev.Phase, t: float) -> Changes:
     if event.state == "end":
         seconds = event.seconds if event.seconds is not None else max(0.0, t - state.doing.since) if state.doing else 0.0
         told = event.name not in ("train", "save") or bool(event.note)
@@ -188,11 +149,17 @@ def _phase(state: RunState, event: ev.Phase, t: float) -> Changes:
         }
     since = state.doing.since if state.doing and state.doing.name == event.name and event.state == "progress" else t
     kept = state.doing.note if state.doing and state.doing.name == event.name and event.state == "progress" else ""
-    doing = Doing(event.name, since, event.done, event.total, event.unit, one_line(event.note, limit=200) or kept)
-    told = event.state == "begin" and bool(event.note)
+    doing = Doing(event.name, since, event.done, event.total, one_line(event.unit, limit=20), one_line(event.note, limit=200) or kept)
+    paused = event.state == "begin" and event.name == "pause"
+    told = event.state == "begin" and (bool(event.note) or paused)
     what = phase_words(event.name, event.note)
     text = what if event.note in what else f"{what}: {event.note}"
-    return {"doing": doing, "log": _say(state, t, text) if told else state.log}
+    moments = _marked(state, state.step, "pause") if paused else state.moments
+    return {"doing": doing, "moments": moments, "log": _say(state, t, text) if told else state.log}
+
+
+def _marked(state: RunState, step: int, kind: MomentKind) -> tuple[Moment, ...]:
+    return (*state.moments[-(MOMENTS - 1) :], Moment(step, kind))
 
 
 def _prepared(state: RunState, event: ev.Prepared, t: float) -> Changes:
@@ -239,7 +206,7 @@ def _stepped(state: RunState, event: ev.Stepped, t: float) -> Changes:
     return {
         "last": event,
         "total_steps": event.total_steps,
-        "history": state.history.add(event.step, event.loss),
+        "history": state.history.add(event.step, event.loss, event.lr, event.grad_norm, event.tokens, spent(state, t)),
         "speed": speed,
         "data_share": share,
         "peak_bytes": max(state.peak_bytes, event.memory_peak_bytes),
@@ -255,11 +222,18 @@ def _evaluated(state: RunState, event: ev.Evaluated, t: float) -> Changes:
     final = event.base_loss is not None and event.drop is not None
     evals = state.evals
     if math.isfinite(event.loss) and (not evals or evals[-1] != (event.step, event.loss)):
-        evals = (*evals[-(EVALS - 1) :], (event.step, event.loss))
+        evals = (*(evals if len(evals) < EVALS else evals[::2]), (event.step, event.loss))
     base = state.base_loss if state.base_loss is not None else event.loss if event.step == 0 else None
     text = f"held-out loss at step {event.step}: {words.number(event.loss)} on {event.rows:,} rows"
     log = _say(state, t, text, "good" if final else "info")
     return {"evals": evals, "base_loss": base, "scorecard": event if final else state.scorecard, "log": log}
+
+
+def _sampled(state: RunState, event: ev.Sampled, t: float) -> Changes:
+    kept = ev.Sampled(event.step, event.prompt[:_TEXT_LIMIT], event.text[:_TEXT_LIMIT])
+    text = f"{one_line(event.prompt, limit=60)} → {one_line(event.text, limit=300) or '(nothing)'}"
+    log = _say(state, t, f"sample after step {event.step}: {text}")
+    return {"samples": (*state.samples[-(TEXTS - 1) :], kept), "log": log}
 
 
 def _saved(state: RunState, event: ev.Saved, t: float) -> Changes:
@@ -267,19 +241,23 @@ def _saved(state: RunState, event: ev.Saved, t: float) -> Changes:
     name = "adapter" if event.kind == "adapter" else f"{event.kind} of step {event.step}"
     name = name.replace("diagnostic", "diagnostic checkpoint")
     log = _say(state, t, f"{name} saved and verified, {words.size(event.bytes)}", "good")
-    marks = (*state.marks[-(MARKS - 1) :], Mark(event.step, state.history, event.path)) if event.kind == "checkpoint" else state.marks
-    return {"saved": event, "saved_at": t, "adapter": adapter, "marks": marks, "log": log}
+    if event.kind != "checkpoint":
+        return {"adapter": adapter, "log": log}
+    marks = (*state.marks[-(MARKS - 1) :], Mark(event.step, state.history, event.path))
+    return {"saved": event, "saved_at": t, "marks": marks, "moments": _marked(state, event.step, "saved"), "log": log}
 
 
 def _marked_healthy(state: RunState, event: ev.MarkedHealthy, t: float) -> Changes:
-    return {"log": _say(state, t, f"checkpoint of step {event.step} is healthy: the steps after it were clean", "good")}
+    text = f"checkpoint of step {event.step} is healthy: the steps after it were clean"
+    return {"healthy": event.step, "log": _say(state, t, text, "good")}
 
 
 def _rolled_back(state: RunState, event: ev.RolledBack, t: float) -> Changes:
     """Cut off what came after the checkpoint, but keep what the watch said: it is the reason."""
     text = f"back to step {event.to_step}, with {event.rate_factor:g} times the learning rate: {event.why}"
     cut = _resumed(state, ev.Resumed(event.to_step), t)
-    return cut | {"findings": state.findings, "log": _say(state, t, text, "bad")}
+    moments = (*cut["moments"][:-1], Moment(event.to_step, "back"))
+    return cut | {"findings": state.findings, "moments": moments, "log": _say(state, t, text, "bad")}
 
 
 def _resumed(state: RunState, event: ev.Resumed, t: float) -> Changes:
@@ -296,16 +274,23 @@ def _resumed(state: RunState, event: ev.Resumed, t: float) -> Changes:
         "scorecard": None,
         "forecast": None,
         "marks": marks,
-        "resumes": (*state.resumes, at),
+        "resumes": (*state.resumes[-(MARKS - 1) :], at),
+        "moments": (*[moment for moment in state.moments if moment.step <= at][-(MOMENTS - 1) :], Moment(at, "resume")),
         "log": _say(state, t, f"goes on after step {at}"),
     }
 
 
-def _device(state: RunState, event: ev.Device, _t: float) -> Changes:
-    usage = state.usage
-    if event.utilization is not None and math.isfinite(event.utilization):
-        usage = (*usage[-(SAMPLES - 1) :], event.utilization)
-    return {"device": event, "usage": usage, "peak_bytes": max(state.peak_bytes, event.memory_ours_bytes or 0)}
+def _device(state: RunState, event: ev.Device, t: float) -> Changes:
+    ours = event.memory_ours_bytes
+    reading = Reading(
+        t, _finite(event.utilization), _finite(event.power_watts), _finite(event.temperature_c), ours, state.speed, state.data_share
+    )
+    readings = (*state.readings[-(READINGS - 1) :], reading)
+    return {"device": event, "readings": readings, "peak_bytes": max(state.peak_bytes, ours or 0)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _forecast(state: RunState, event: ev.Forecast, t: float) -> Changes:
@@ -320,14 +305,24 @@ def _finding(state: RunState, event: ev.Finding, t: float) -> Changes:
 
 def _command(state: RunState, event: ev.Command, t: float) -> Changes:
     text = f"{event.name}: {'will be done' if event.obeyed else 'refused'}" + (f", {event.why}" if event.why else "")
-    return {"answer": event, "log": _say(state, t, text, "info" if event.obeyed else "warn")}
+    asked = event.name == "pause" if event.obeyed and event.name in ("pause", "resume") else state.asked_to_pause
+    changed = event.name == "set" and event.obeyed
+    moments = _marked(state, event.step if event.step is not None else state.step, "rate") if changed else state.moments
+    answers = (*state.answers[-(ANSWERS - 1) :], event)
+    return {
+        "answer": event,
+        "answers": answers,
+        "asked_to_pause": asked,
+        "moments": moments,
+        "log": _say(state, t, text, "info" if event.obeyed else "warn"),
+    }
 
 
 def _finished(state: RunState, event: ev.Finished, t: float) -> Changes:
     kind: Kind = "good" if event.outcome == "done" else "warn" if event.outcome in ("stopped", "aborted") else "bad"
     outcome = event.outcome.replace("_", " ")
     log = _say(state, t, event.reason if event.reason.startswith(outcome) else f"{outcome}: {event.reason}", kind)
-    return {"finished": event, "doing": None, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
+    return {"finished": event, "doing": None, "paused_at": 0.0, "forecast": None, "adapter": event.adapter or state.adapter, "log": log}
 
 
 _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
@@ -337,6 +332,7 @@ _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
     ev.Planned.type: _planned,
     ev.Stepped.type: _stepped,
     ev.Evaluated.type: _evaluated,
+    ev.Sampled.type: _sampled,
     ev.Saved.type: _saved,
     ev.MarkedHealthy.type: _marked_healthy,
     ev.Resumed.type: _resumed,

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import select
 import sys
 import termios
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TextIO
+
+from qlora_tui.tui import window
 
 _LEAVE = (
     b"\x1b[<u"  # kitty keyboard protocol off
@@ -25,6 +29,7 @@ _LEAVE = (
     b"\x1b[?7h\x1b[0m\x1b[?1049l\x1b[?25h"  # wrap on, plain colours, normal screen, cursor on
 )
 
+_LOOK, _PAUSE = 0.25, 0.01  # seconds between looks at a terminal that takes no bytes, and at one with no room for a character
 _PATIENCE = 1.0  # seconds for a terminal that takes no bytes: a slow line gets its farewell, a dead one is left
 
 
@@ -33,16 +38,22 @@ class _Out(io.TextIOBase):
 
     encoding = "utf-8"
 
-    def __init__(self, handle: int, *, terminal: bool) -> None:
+    def __init__(self, handle: int, *, guard: TerminalGuard | None = None) -> None:
         super().__init__()
-        self._handle, self._terminal = handle, terminal
+        self._handle, self._guard = handle, guard
 
     def write(self, text: str) -> int:
         data = text.encode("utf-8", "replace")
         with contextlib.suppress(OSError):  # EIO: the terminal is gone; the run must not die of it
             while data:
-                data = data[os.write(self._handle, data) :]
+                self._wait()
+                data = data[_written(self._handle, data) :]
         return len(text)
+
+    def _wait(self) -> None:
+        """Wait for a terminal that takes no bytes, for as long as nobody asked this process to end."""
+        while self._guard is not None and not _takes(self._handle, _LOOK):
+            self._guard.give_up_if_asked()
 
     def writable(self) -> bool:
         return True
@@ -51,7 +62,7 @@ class _Out(io.TextIOBase):
         return self._handle
 
     def isatty(self) -> bool:
-        return self._terminal and os.isatty(self._handle)
+        return self._guard is not None and os.isatty(self._handle)
 
 
 class TerminalGuard:
@@ -71,7 +82,8 @@ class TerminalGuard:
         self._terminal = -1
         self._farewell = -1
         self._modes: list[Any] | None = None
-        self.hung_up = False
+        self._asked = math.inf
+        self.hung_up = self._titled = False
 
     def __enter__(self) -> TerminalGuard:
         """Take the terminal."""
@@ -80,21 +92,24 @@ class TerminalGuard:
         handle = _open_log(self._log)
         self._modes = _modes()
         self._saved = (os.dup(1), os.dup(2))
-        self._terminal = os.dup(2 if os.isatty(2) else 1)
+        self._terminal = _opened(2 if os.isatty(2) else 1)
         self._farewell = os.dup(self._terminal)
         self._kept = {name: sys.__dict__[name] for name in ("stdout", "stderr", "__stdout__", "__stderr__")}
-        screen = _Out(self._terminal, terminal=True)
+        screen = _Out(self._terminal, guard=self)
         vars(sys).update(__stdout__=screen, __stderr__=screen)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.close(handle)
+        if window.has_title(os.environ):
+            self._titled = True
+            _tell(self._terminal, window.KEEP_TITLE.encode())
         TerminalGuard.active = self
         self.route()
         return self
 
     def route(self) -> None:
         """Point `sys.stdout` and `sys.stderr` at the log; called again once Textual has put its own in their place."""
-        sys.stdout, sys.stderr = _as_text(_Out(1, terminal=False)), _as_text(_Out(2, terminal=False))
+        sys.stdout, sys.stderr = _as_text(_Out(1)), _as_text(_Out(2))
 
     def move_log(self, log: Path) -> None:
         """Send output to another file from now on, such as the log of a run that has just begun."""
@@ -114,6 +129,24 @@ class TerminalGuard:
         self.hung_up = True
         _silence(self._terminal, self._farewell, 0)
 
+    def hurry(self) -> None:
+        """Note that this process was asked to end; called from a signal handler, so it only assigns."""
+        self._asked = min(self._asked, time.monotonic())
+
+    def give_up_if_asked(self) -> None:
+        """Treat a terminal that takes nothing as a lost one, once this process was asked to end and a moment has passed.
+
+        Textual's loop waits for its writer, which waits for the terminal: without this a run that was saved on SIGTERM
+        would keep its process, and the GPU, until somebody looks at the terminal again. What the terminal did not take
+        is thrown away, so that the farewell has room and is there when it wakes up.
+        """
+        if self.hung_up or time.monotonic() - self._asked < _PATIENCE:
+            return
+        with contextlib.suppress(termios.error, OSError):
+            termios.tcflush(self._terminal, termios.TCOFLUSH)
+        self.leave()
+        self.hang_up()
+
     @property
     def gone(self) -> bool:
         """Say whether the terminal went away: a terminal that is not the controlling one ends without a signal."""
@@ -132,7 +165,8 @@ class TerminalGuard:
         write to a terminal at a time.
         """
         _silence(self._terminal)
-        _leave(self._farewell, self._modes)
+        title, self._titled = window.TITLE_BACK.encode() if self._titled else b"", False  # taken back once: it is a stack
+        _leave(self._farewell, self._modes, title)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Give everything back."""
@@ -164,6 +198,34 @@ def restore_terminal() -> None:
         TerminalGuard.active.leave()
 
 
+def _opened(handle: int) -> int:
+    """Return a descriptor of its own for the terminal at `handle`, whose writes never wait.
+
+    A duplicate would share that with the shell, which must not get a terminal in that mode; one that cannot be opened
+    again waits as ever.
+    """
+    try:
+        return os.open(os.ttyname(handle), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return os.dup(handle)
+
+
+def _takes(handle: int, seconds: float) -> bool:
+    """Say whether `handle` takes bytes, or is past taking any, within so many seconds."""
+    watch = select.poll()  # unlike select, it takes any descriptor, however many are open
+    watch.register(handle, select.POLLOUT)
+    return bool(watch.poll(seconds * 1000))
+
+
+def _written(handle: int, data: bytes) -> int:
+    """Return how many bytes were taken, which may be none."""
+    try:
+        return os.write(handle, data)
+    except BlockingIOError:
+        time.sleep(_PAUSE)  # there was room for less than one character
+        return 0
+
+
 def _silence(*handles: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for handle in handles:
@@ -172,13 +234,17 @@ def _silence(*handles: int) -> None:
     os.close(null)
 
 
-def _leave(handle: int, modes: list[Any] | None) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        if os.isatty(handle) and select.select([], [handle], [], _PATIENCE)[1]:
-            os.write(handle, _LEAVE)
+def _leave(handle: int, modes: list[Any] | None, title: bytes) -> None:
+    _tell(handle, title + _LEAVE)
     if modes is not None:
         with contextlib.suppress(termios.error, OSError):
             termios.tcsetattr(0, termios.TCSANOW, modes)
+
+
+def _tell(handle: int, sequence: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        if os.isatty(handle) and _takes(handle, _PATIENCE):
+            _written(handle, sequence)
 
 
 def _modes() -> list[Any] | None:

@@ -19,6 +19,18 @@ def duration(seconds: float) -> str:
     return units.words(seconds) if math.isfinite(seconds) else "unknown"
 
 
+def since(seconds: float) -> str:
+    """Return how long something has lasted, as a clock that people watch: to the second below an hour.
+
+    >>> since(0), since(50), since(130), since(4800)
+    ('0 s', '50 s', '2 min 10 s', '1 h 20 min')
+    """
+    whole = max(0, int(seconds))
+    if whole >= 3600:
+        return duration(whole)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
 def size(amount: float) -> str:
     """Return bytes in the unit that suits them, such as `86 MiB`."""
     return units.gib(amount)
@@ -48,6 +60,20 @@ def span(low: float, high: float) -> str:
     if high < 6000:
         return f"{last} min" if first == last else f"{first}-{last} min"
     return f"{duration(low)} - {duration(high)}"
+
+
+def left(seconds: tuple[float, float, float]) -> tuple[str, str]:
+    """Return a time left and its range, without saying the unit twice.
+
+    >>> left((1920, 2040, 2220)), left((20, 30, 40)), left((3000, 6000, 9000))
+    (('34 min', '32-37'), ('30 s', '20-40'), ('1 h 40 min', '50 min - 2 h 30 min'))
+    """
+    low, mid, high = seconds
+    middle, around = duration(mid), span(low, high)
+    for unit in (" min", " s"):
+        if middle.endswith(unit) and around.endswith(unit) and middle.count(" ") == around.count(" ") == 1:
+            return middle, around.removesuffix(unit)
+    return middle, around
 
 
 def clock(moment: float, *, seconds: bool = False) -> str:

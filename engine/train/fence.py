@@ -31,6 +31,8 @@ _ADVICE = ("nothing was changed; please report it, with log.txt",)
 _MOST_TOLD = 20
 _training, _switched_off, _merged, _asks = map(attrgetter, ("training", "disable_adapters", "merged_adapters", "requires_grad"))
 
+BETWEEN = (_SETUP, _IDLE)
+"""When the model may be put away or lent: never inside a step or an evaluation."""
 _BORROWED, _SAVED, _BEFORE = (_SETUP, _EXCURSION), (_SETUP, _IDLE), (_SETUP,)
 _Doors = dict[str, tuple[str, ...]]
 _EVERY_MODULE: _Doors = {"train": _BORROWED}  # eval() goes through it

@@ -18,7 +18,7 @@ import torch
 from qlora_tui.engine import builtin, checkpoint, fixes, hub
 from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, lengths_of, load_tokenizer, prepare
-from qlora_tui.engine.errors import DataError, ModelError, Stopped
+from qlora_tui.engine.errors import ConfigError, DataError, ModelError, Stopped
 from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Saved, Wishes
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.journal import EVENTS, read_records
@@ -26,6 +26,8 @@ from qlora_tui.engine.load import Loaded, attend_without_mask, choose_dtype, loa
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.meter import Meter, out_of_memory
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.places import discard
+from qlora_tui.engine.rates import Rates, planned
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import sees_whole_rows
 from qlora_tui.engine.text import one_line
@@ -38,7 +40,9 @@ from qlora_tui.engine.train.keeper import Keeper
 from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
+from qlora_tui.engine.train.parking import FOLDER
 from qlora_tui.engine.train.resume import origin, resume
+from qlora_tui.engine.train.samples import Samples
 from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash, recorded
 from qlora_tui.engine.train.triage import Triage
@@ -206,9 +210,17 @@ def _plan(job: Job, tokenized: Tokenized) -> Generator[Event, None, Choices]:
     yield Phase("plan", "end", seconds=time.monotonic() - began)
     yield _prepared(job, choices.run, tokenized)
     yield _planned(job, choices, _total(choices.run, tokenized))
+    _check_changes(choices.run, _total(choices.run, tokenized))
     if choices.hopeless:
         raise choices.refuse(f"this run needs about {gib(choices.plan.budget.total_bytes)}")
     return choices
+
+
+def _check_changes(run: RunConfig, total: int) -> None:
+    """Refuse changes of the learning rate that no step would meet; how many steps there are is known only now."""
+    late = [change.text for change in planned(run.learning_rate_changes) if change.step > total]
+    if late:
+        raise ConfigError(f"learning_rate_changes: {late[0]} comes after the last step, {total}", hint="leave it out")
 
 
 def _prepared(job: Job, run: RunConfig, tokenized: Tokenized) -> Prepared:
@@ -278,6 +290,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
     halving = partial(Halving, rows=rows_at_once(run), device=device, refuse=choices.refuse)
     optimizer = build_optimizer(run, trainable(loaded.model), device)
     fence.attach(optimizer)
+    discard(job.folder / FOLDER)  # a pause that was killed
     loaded.model.train()
     gradient = Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device))
     gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
@@ -294,9 +307,17 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
         wishes=job.wishes,
         limits=Limits(run, Deadline(run.until)),
         keeper=Keeper(job.folder, run.save_total_limit, loaded.model, optimizer, meter),
+        samples=_samples(job, run, loaded, fence, tokenized, meter, folder),
+        rates=Rates(planned(run.learning_rate_changes)),
         origin=origin(job.run, chain(tokenized.train, tokenized.holdout), folder, job.model_files.commit),
         total=total,
     )
+
+
+def _samples(job: Job, run: RunConfig, loaded: Loaded, fence: Fence, tokenized: Tokenized, meter: Meter, folder: Path) -> Samples:
+    dataset = job.eval_dataset or job.dataset
+    read = partial(load_tokenizer, folder, run.chat_template)
+    return Samples(run, loaded, fence, meter, job.wishes, tokenized.holdout, dataset, read)
 
 
 def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event, None, Result]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qlora_tui.engine import machine
-from qlora_tui.engine.events import Event, Finding, Phase
+from qlora_tui.engine.events import Finding
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.units import words
 from qlora_tui.engine.until import Deadline
@@ -43,39 +43,35 @@ class Limits:
         step = max((seconds for _, _, seconds in timed[-_RECENT_STEPS:]), default=0.0)
         return self.deadline.left() < step + measuring_seconds + _SAVING_SECONDS
 
-    def rest(self, step: int, between: Callable[[], Iterator[Event]], over: Callable[[], object]) -> Iterator[Event]:
-        """Wait while the device is hotter than `max_temperature`; and tell of a clock that was set, where it matters.
-
-        A sensor that stops answering ends the wait: a run must not hang on it.
-
-        Args:
-            step: the steps done.
-            between: called about once a second; obeys what may be obeyed meanwhile.
-            over: true ends the wait at once.
-        """
+    def clock(self, step: int) -> Iterator[Finding]:
+        """Tell of a clock that was set, where it matters."""
         if moved := self.deadline.moved():
             told = f"the clock was set {'forward' if moved > 0 else 'back'} by {words(abs(moved))}"
             left = self.deadline.left()
             message = f"{told}: until {self.run.until} there is {words(left)} now"
             yield Finding("clock", "info", step, message, (), {"moved_seconds": moved, "left_seconds": left})
+
+    def heat(self) -> float | None:
+        """Return the device's degrees if they are above `max_temperature`, else None."""
         limit = self.run.max_temperature
         hot = self.temperature() if limit else None
-        if hot is None or hot <= limit:
-            return
-        began = time.monotonic()
-        yield Phase("pause", "begin", note=f"the device has {hot:.0f} °C")
+        return None if hot is None or hot <= limit else hot
+
+    def cooled(self, degrees: float | None) -> bool:
+        """Say whether training may go on at so many degrees; a sensor that stops answering ends the wait: a run must not hang on it."""
+        return degrees is None or degrees <= self.run.max_temperature - _COOLER_BY
+
+    def too_hot(self, step: int, hot: float) -> Finding:
+        """Return what is said when a pause for heat begins."""
+        limit = self.run.max_temperature
         message = f"paused: the device has {hot:.0f} °C and max_temperature is {limit:g}; training goes on at {limit - _COOLER_BY:g}"
         advice = (
             "look at the fans and at what else heats this machine",
             "a lower power limit (nvidia-smi -pl) costs less time than pauses",
         )
-        yield Finding("temperature", "warn", step, message, advice, {"temperature_c": hot, "limit_c": limit})
-        now: float | None = hot
-        while now is not None and now > limit - _COOLER_BY and not over():
-            yield from between()
-            self.wait(1.0)
-            now = self.temperature()
-        seconds = time.monotonic() - began
-        yield Phase("pause", "end", seconds=seconds)
+        return Finding("temperature", "warn", step, message, advice, {"temperature_c": hot, "limit_c": limit})
+
+    def cool(self, step: int, now: float | None, seconds: float) -> Finding:
+        """Return what is said when it ends."""
         told = "the sensor no longer answers" if now is None else f"the device has {now:.0f} °C"
-        yield Finding("temperature", "info", step, f"{told}: the pause ends after {words(seconds)}", (), {"temperature_c": now})
+        return Finding("temperature", "info", step, f"{told}: the pause ends after {words(seconds)}", (), {"temperature_c": now})

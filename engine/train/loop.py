@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +22,16 @@ from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Stepped, W
 from qlora_tui.engine.forecast import Pace
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import Meter
+from qlora_tui.engine.rates import Rates
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train import verdict
+from qlora_tui.engine.train import control, verdict
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout
 from qlora_tui.engine.train.keeper import Keeper
 from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.optim import clip, gradient_norm, set_rate
+from qlora_tui.engine.train.pause import Pause
+from qlora_tui.engine.train.samples import Samples
 from qlora_tui.engine.train.schedule import cadence, learning_rate
 from qlora_tui.engine.train.step import Gradient, Took
 from qlora_tui.engine.watch import Watch
@@ -53,11 +56,13 @@ class Loop:
     wishes: Wishes
     limits: Limits
     keeper: Keeper
+    samples: Samples
+    rates: Rates
     origin: Mapping[str, Any]  # what a resume must find again: settings, data, base
     total: int
     step: int = 0
-    rate_factor: float = 1.0  # halved by every roll back
     rolled_back: int = 0
+    pause: Pause = field(default_factory=Pause)
     timed: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, rows and seconds of each step
     _pace: Pace = field(default_factory=Pace)
 
@@ -72,7 +77,7 @@ class Loop:
         yield Phase("train", "begin", done=self.step, total=self.total, unit="steps")
         ending = "done"
         while self.step < self.total:
-            ending = yield from self._safe_point(time.monotonic() - began if self.step > first else 0.0)
+            ending = yield from self._safe_point(lambda: time.monotonic() - began if self.step > first else 0.0)
             if ending != "done":
                 break
             stepped = yield from self._survive(self.step + 1)
@@ -96,14 +101,15 @@ class Loop:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint has to remember beside the tensors."""
         halved = {"rows_at_once": self.gradient.halving.rows, "eval_rows": self.holdout.halving.rows}
-        rates = {"rate_factor": self.rate_factor, "rolled_back": self.rolled_back}
+        rates = {**self.rates.state(), "rolled_back": self.rolled_back}
         return {"total": self.total, "watch": self.watch.state(), **halved, **rates, **self.origin}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers: the step, the detectors, and how far memory made batches smaller."""
         self.step = int(state["step"])
         self.watch.restore(state["watch"])
-        self.rate_factor, self.rolled_back = float(state.get("rate_factor", 1.0)), int(state.get("rolled_back", 0))
+        self.rates.restore(state)
+        self.rolled_back = int(state.get("rolled_back", 0))
         self.keeper.restore(state)
         for halving, name in ((self.gradient.halving, "rows_at_once"), (self.holdout.halving, "eval_rows")):
             halving.rows = min(halving.rows, int(state.get(name, halving.rows)))
@@ -111,12 +117,15 @@ class Loop:
     def measure(self) -> Generator[Event, None, list[Finding]]:
         """Measure the hold-out and return what the watch says; the best measurement so far is saved if this step was not."""
         found: list[Finding] = []
+        if self.pause.unfit:
+            return found
         for event in self.holdout.measure(self.step, self.loaded, self.fence):
             yield event
             if isinstance(event, Evaluated):
                 found += verdict.measured(self, event)
                 if self.keeper.better(event.loss):
                     yield from self.save(loss=event.loss)
+        yield from self.samples.usual(self.step)
         return found
 
     def _survive(self, step: int) -> Generator[Event, None, Stepped]:
@@ -133,29 +142,16 @@ class Loop:
             raise stepped
         return stepped
 
-    def _safe_point(self, trained_seconds: float) -> Generator[Event, None, str]:
-        """Between steps: obey wishes, look at the clock; returns why to stop, or "done" to go on.
-
-        However short the time, every attempt takes one step, so that it ends with something saved.
-        """
-        yield from self._obey()
-        yield from self.limits.rest(self.step, self._obey, self.wishes.urgent)
-        urgent = self.wishes.urgent()
-        if urgent:
-            return urgent
-        return "time" if self.limits.up(trained_seconds, self.timed, self.holdout.seconds) else "done"
-
-    def _obey(self) -> Iterator[Event]:
-        for wish in self.wishes.take():
-            if wish.name == "save":
-                yield from self.save()
+    def _safe_point(self, trained_seconds: Callable[[], float]) -> Generator[Event, None, str]:
+        """Between steps: what people ask, heat and time; returns why to stop, or "done" to go on."""
+        return (yield from control.safe_point(self, trained_seconds))
 
     def _step(self, step: int) -> Stepped:
         """Compute one optimizer step and apply it if it is finite."""
         began = time.monotonic()
         rows = self.order.of(step)
         supervised = sum(supervised_tokens(row) for row in rows)
-        lr = learning_rate(self.run, step, self.total) * self.rate_factor
+        lr = learning_rate(self.run, step, self.total) * self.rates.factor
         set_rate(self.optimizer, lr)
         loss, data_seconds = self._backward(rows, supervised)
         parameters = self.fence.trained

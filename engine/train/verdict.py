@@ -16,6 +16,8 @@ from qlora_tui.engine.errors import Diverged
 from qlora_tui.engine.evaluate import RowLoss
 from qlora_tui.engine.events import Evaluated, Event, Finding, Finished, Record, RolledBack, Stepped
 from qlora_tui.engine.load import trainable
+from qlora_tui.engine.rates import Change
+from qlora_tui.engine.resume import rate_changes
 from qlora_tui.engine.watch import HeldRow
 
 if TYPE_CHECKING:
@@ -78,11 +80,13 @@ def act(loop: Loop, found: Sequence[Finding]) -> Iterator[Event]:
     yield from loop.save(kind="diagnostic")
     healthy = shelf.last_healthy(loop.holdout.folder)
     if loop.watch.action(grave) == "roll_back" and healthy is not None and loop.rolled_back < MOST_ROLLBACKS:
-        times, factor = loop.rolled_back + 1, loop.rate_factor / 2
+        times, rates = loop.rolled_back + 1, loop.rates.state()
         shelf.roll_back(loop.holdout.folder, shelf.step_of(healthy))
         loop.restore(checkpoint.restore(healthy, loop.loaded.model, loop.optimizer))
-        loop.rolled_back, loop.rate_factor = times, factor
-        yield RolledBack(loop.step, factor, times, grave.message)
+        loop.rates.restore(rates)  # what people changed on the way still counts
+        loop.rates.halve()
+        loop.rolled_back = times
+        yield RolledBack(loop.step, loop.rates.factor, times, grave.message)
         return
     raise Diverged(grave.message, hint=_offer(loop, grave), where=f"step {grave.step}")
 
@@ -93,12 +97,20 @@ def resumed_after_stop(loop: Loop, records: Sequence[Record]) -> Iterator[Event]
     A run is deterministic: going on exactly as before would end where it ended. So after a stop it goes on with half the
     learning rate, unless the resume no longer lets that detector stop it.
     """
-    back = next((record.event for record in reversed(records) if isinstance(record.event, RolledBack)), None)
+    place, back = next(((at, one.event) for at, one in reversed([*enumerate(records)]) if isinstance(one.event, RolledBack)), (0, None))
     if back is not None and back.to_step >= loop.step:
-        loop.rolled_back, loop.rate_factor = back.times, back.rate_factor
+        loop.rolled_back, loop.rates.factor = back.times, back.rate_factor
+        loop.rates.done = _counted(loop.rates.coming, records[:place])
+    loop.rates.coming += rate_changes(records)
     if stopped_by(records) in loop.watch.acting:
-        loop.rate_factor /= 2
-        yield RolledBack(loop.step, loop.rate_factor, loop.rolled_back, "the watch stopped the last attempt")
+        loop.rates.halve()
+        yield RolledBack(loop.step, loop.rates.factor, loop.rolled_back, "the watch stopped the last attempt")
+
+
+def _counted(planned: Sequence[Change], records: Sequence[Record]) -> list[str]:
+    """Return the ids of changes of the learning rate that a roll back at the end of `records` has in its own factor."""
+    last = next((record.event.step for record in reversed(records) if isinstance(record.event, Stepped)), 0)
+    return [change.id for change in (*planned, *rate_changes(records)) if change.step <= last + 1]
 
 
 def stopped_by(records: Sequence[Record]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from qlora_tui.engine.errors import ConfigError, EngineError
 from qlora_tui.engine.events import Evaluated, Planned, Record, Resumed, RolledBack, Started, Stepped
 from qlora_tui.engine.journal import EVENTS, read_records
+from qlora_tui.engine.places import is_folder, is_here
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.watch.replay import Back, Held, Moment
 from qlora_tui.engine.watch.rule import UNKNOWN, HeldRow
@@ -66,10 +67,10 @@ def read_log(path: Path) -> Log:
 
 
 def _file_in(path: Path) -> Path:
-    inside = [path / EVENTS, path / TRAINER_STATE] if path.is_dir() else [path]
-    found = next((file for file in inside if file.is_file()), None)
+    inside = [path / EVENTS, path / TRAINER_STATE] if is_folder(path) else [path]
+    found = next((file for file in inside if is_here(file) and file.is_file()), None)
     if found is None:
-        what = f"no {EVENTS} or {TRAINER_STATE} in this folder" if path.is_dir() else "there is no such file"
+        what = f"no {EVENTS} or {TRAINER_STATE} in this folder" if is_folder(path) else "there is no such file"
         raise _fault(path, what, "name a run, events.jsonl, trainer_state.json or a .csv")
     return found
 

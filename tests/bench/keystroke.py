@@ -52,7 +52,7 @@ def main() -> None:
         turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "word " * 300}]
         rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(2000)))
         terminal = Terminal(WIZARD, str(rows), QLORA_TUI_HOME=home)
-        terminal.read_until(b"begin from")
+        terminal.read_until(b"do you want")
         for page in (b"Which model", b"learn from", b"rank"):
             terminal.type(b"\r")
             terminal.read_until(page)

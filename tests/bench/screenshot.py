@@ -1,21 +1,30 @@
-"""Draw the run screen of a real run as an SVG, for the docs: `python tests/bench/screenshot.py RUN_FOLDER OUT.svg`.
+"""Draw the screens as SVG: all pictures of the README anew, or one run.
 
-The picture is what the screen shows for that folder's journal; nothing in it is drawn by hand.
+    python tests/bench/screenshot.py --all                     every picture, and the text that the test compares
+    python tests/bench/screenshot.py RUN_FOLDER OUT.svg        the run screen of any run, as it is now
+
+Nothing in a picture is drawn by hand: it is what the program shows for a recorded real run (tests/recorded), or for the
+wizard on a known card.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import re
 import sys
+import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / ".pkg"))
+
+import pictures
 
 from qlora_tui.tui.app import TunerApp
 
 
-async def picture(folder: Path, size: tuple[int, int], keys: list[str]) -> str:
-    """Return the run screen of `folder` as SVG text, after pressing `keys`."""
+async def of_run(folder: Path, size: tuple[int, int], keys: list[str]) -> list[list[pictures.Cell]]:
+    """Return the cells of the run screen of `folder`, after pressing `keys`."""
     app = TunerApp(start=None, draft=None, follow=folder, readonly=True)
     async with app.run_test(size=size) as pilot:
         await pilot.pause()
@@ -24,48 +33,45 @@ async def picture(folder: Path, size: tuple[int, int], keys: list[str]) -> str:
             screen.look()
         await pilot.press(*keys)
         await pilot.pause()
-        return portable(app.export_screenshot(title=f"qlora-tui attach {folder.name}"))
+        return pictures.cells(app)
 
 
-_FONTS = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-_CELL = 12.2  # how wide the exporter draws a cell
-_TEXT = re.compile(r'(<text class="[^"]*") x="([\d.]+)" (y="[\d.]+") textLength="[\d.]+"([^>]*)>((?:&#160;|[^<&]|&[^;]+;)*)</text>')
-
-
-def portable(svg: str) -> str:
-    """Return `svg` without a font from the network, which pages do not load, and with no text that begins or ends in spaces.
-
-    Some programs drop such spaces and shift what follows; here each word stands where its first letter belongs.
-    """
-    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font-family: *Fira Code[^;]*;", f"font-family: {_FONTS};", svg)
-    return _TEXT.sub(_words, svg)
-
-
-def _words(match: re.Match[str]) -> str:
-    """Return one text element for each run of words, and one for each cell of a plot: its dots are wider in most fonts."""
-    head, left, at, rest, inner = match.groups()
-    cells = re.findall(r"&[^;]+;|.", inner)
-    line = "".join(" " if cell == "&#160;" else "d" if "\u2800" <= cell <= "\u28ff" else "x" for cell in cells)
-    found = []
-    for word in re.finditer(r"d|x+(?: x+)*", line):
-        start, end = word.span()
-        x, length = float(left) + start * _CELL, (end - start) * _CELL
-        found.append(f'{head} x="{x:.1f}" {at} textLength="{length:.1f}"{rest}>{"".join(cells[start:end])}</text>')
-    return "".join(found)
+def renew(names: list[str]) -> int:
+    """Draw the pictures whose names begin with one of `names`, all of them without; remove those that nobody draws any more."""
+    pictures.FOLDER.mkdir(exist_ok=True)
+    shots = [shot for shot in pictures.SHOTS if not names or shot.name.startswith(tuple(names))]
+    for shot in shots:
+        with tempfile.TemporaryDirectory() as home:
+            rows = asyncio.run(pictures.take(shot, Path(home)))
+        text, path = pictures.as_text(rows), pictures.FOLDER / f"{shot.name}.txt"
+        changed = not path.exists() or path.read_text(encoding="utf-8") != text
+        path.write_text(text, encoding="utf-8")
+        path.with_suffix(".svg").write_text(pictures.as_svg(rows, pictures.TITLES[shot.scene]), encoding="utf-8")
+        print(f"{'changed' if changed else 'same   '}  {shot.name}.svg")
+    known = {shot.name for shot in pictures.SHOTS}
+    for path in sorted(pictures.FOLDER.iterdir()):
+        if path.suffix in (".svg", ".txt") and path.stem not in known:
+            path.unlink()
+            print(f"removed  {path.name}")
+    return 0
 
 
 def main() -> int:
     """Read the arguments, draw, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--all", nargs="*", metavar="NAME", help="draw the README's pictures anew; with names, only those that begin so")
     parser.add_argument("--size", default="100x30", help="columns x lines")
     parser.add_argument("--keys", default="", help="keys to press first, separated by commas")
     given = parser.parse_args()
+    if given.all is not None:
+        return renew(given.all)
+    if given.folder is None or given.out is None:
+        parser.error("say --all, or a run's folder and where the picture goes")
     width, height = (int(part) for part in given.size.split("x"))
-    keys = [key for key in given.keys.split(",") if key]
-    given.out.write_text(asyncio.run(picture(given.folder, (width, height), keys)), encoding="utf-8")
+    rows = asyncio.run(of_run(given.folder, (width, height), [key for key in given.keys.split(",") if key]))
+    given.out.write_text(pictures.as_svg(rows, f"qlora-tui attach {given.folder.name}"), encoding="utf-8")
     print(given.out)
     return 0
 

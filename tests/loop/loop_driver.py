@@ -24,6 +24,7 @@ class Asked:
 
     at_step: dict[int, str] = field(default_factory=dict)
     steps: int = 0
+    wishes: dict[int, list[Wish]] = field(default_factory=dict)  # handed over at the safe point after so many steps
 
     def urgent(self) -> str | None:
         due = [name for step, name in self.at_step.items() if step <= self.steps and name in ("stop", "abort")]
@@ -31,7 +32,8 @@ class Asked:
 
     def take(self) -> list[Wish]:
         due = [step for step, name in self.at_step.items() if step <= self.steps and name == "save"]
-        return [Wish(str(step), 0.0, 1, self.at_step.pop(step)) for step in due]
+        found = [Wish(str(step), 0.0, 1, self.at_step.pop(step)) for step in due]
+        return found + [wish for step in sorted(self.wishes) if step <= self.steps for wish in self.wishes.pop(step)]
 
 
 @dataclass

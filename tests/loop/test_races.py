@@ -20,10 +20,11 @@ from qlora_tui.engine.data import Tokenizer, load_tokenizer
 from qlora_tui.engine.errors import FenceError
 from qlora_tui.engine.events import Finding, Stepped
 from qlora_tui.engine.meter import RandomState
+from qlora_tui.engine.sample import greedy
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import fence as fence_room
 from qlora_tui.engine.train import job as job_room
-from qlora_tui.engine.train import loop, step
+from qlora_tui.engine.train import loop, parking, pause, step
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.lent import Lent
 
@@ -166,8 +167,18 @@ BY_THE_DOOR: dict[str, Race] = {
     "4 save of the model": lambda it: it.loaded.model.save_pretrained(it.holdout.folder / "racy"),
     "5 forward": lambda it: it.loaded.model(input_ids=IDS),
     "5 sample": lambda it: it.loaded.model.generate(input_ids=IDS, do_sample=True, max_new_tokens=2),
+    "5 sample now": lambda it: [*it.samples.show(it.step, it.samples.wanted(None)[0])],
+    "5 sample of a prompt": lambda it: it.samples.wanted("say 3"),
+    "pause": lambda it: [*pause._put_away(it)],
+    "pause, past its save": lambda it: parking.Parked(it.loaded, it.optimizer, it.fence, it.holdout.folder),
     "update": lambda it: it.optimizer.step(),
 }
+
+
+@pytest.fixture(autouse=True)
+def pauses_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause that comes at the wrong moment shall be able to do harm, as on a card."""
+    monkeypatch.setattr(parking, "PARKED_FROM", ("cpu",))
 
 
 @pytest.mark.parametrize("moment", ["before", "forward", "backward", "evaluation"])
@@ -470,6 +481,7 @@ HARMFUL: dict[str, tuple[str, Race]] = {
     "1 merged between forward and backward": ("forward", merged_and_back),
     "2 eval before a step": ("before", lambda it: it.loaded.model.eval()),
     "5 a sample between steps": ("before", lambda it: it.loaded.model.generate(input_ids=IDS, do_sample=True, max_new_tokens=2)),
+    "5 our own sample between steps, without its excursion": ("before", lambda it: greedy(it.loaded, [1, 2, 3], 2, (), lambda: None)),
     "5 random numbers": ("before", lambda it: torch.rand(3)),
     "update": ("backward", lambda it: it.optimizer.step()),
 }

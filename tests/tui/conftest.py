@@ -18,6 +18,15 @@ from qlora_tui.tui.screens.desk import Desk
 Until = Callable[[Any, Callable[[], bool]], Awaitable[None]]
 
 
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every screen drawn as on a terminal with all colours, wherever the tests run."""
+    for name in ("NO_COLOR", "COLORFGBG", "SSH_CONNECTION", "TMUX", "STY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+
+
 @pytest.fixture
 def run_config() -> RunConfig:
     return RunConfig(model_name_or_path="Qwen/Qwen3-8B", data=("chats.jsonl",))

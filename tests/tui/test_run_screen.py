@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from canned_run import ending, middle, opening, step
+from textual import events
 
 from qlora_tui.engine import events as ev
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.panels.base import Panel
 from qlora_tui.tui.screens.dialogs import HelpDialog, StopDialog
-from qlora_tui.tui.screens.run import SLOW_TICK
+from qlora_tui.tui.screens.run import SLOW_TICK, TICK, UNSEEN_TICK
 
 
 def follow(folder: Path, **more) -> TunerApp:
@@ -286,15 +287,16 @@ async def test_an_adapter_named_within_the_run_is_shown_with_its_folder(write_ru
         assert "stopped: stopped" not in words(app)
 
 
-async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until):
-    folder, _, lock = write_run()
+async def test_a_run_that_died_without_a_word_is_called_crashed(write_run, until, run_config):
+    folder, _, lock = write_run([])
     lock.release()
+    told = [ev.Record(1, at + 1, 1000.0 + at, event) for at, event in enumerate([*opening(run_config), *middle()])]
+    (folder / "events.jsonl").write_text("".join(ev.encode(record) + "\n" for record in told))
     app = follow(folder)
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: app.run_screen.state.step == 20)
         app.run_screen._opened = 0.0
-        app.run_screen.state = app.run_screen.state.__class__(run_id="r", seq=999, marks=app.run_screen.state.marks)
-        await until(pilot, lambda: "✖ crashed" in words(app) and "qlora-tui --resume r" in words(app))
+        await until(pilot, lambda: "✖ crashed, silent for" in words(app) and "qlora-tui --resume 2026" in words(app))
 
 
 async def test_number_keys_and_z_zoom(write_run, until):
@@ -313,18 +315,24 @@ async def test_number_keys_and_z_zoom(write_run, until):
         await until(pilot, lambda: "loss" in shown(app))
 
 
-async def test_find_shows_only_matching_log_lines(write_run, until):
-    folder, _, _ = write_run()
+async def test_find_goes_from_match_to_match_in_the_log(write_run, until):
+    folder, _, _ = write_run([*[ev.Phase("load", "begin", note=f"part {number} of the whale") for number in range(60)], *middle()])
     app = follow(folder)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: "step 20/40" in words(app))
-        await pilot.press("slash", *"NOT a num")
-        await until(pilot, lambda: "lines with 'NOT a num': 1" in words(app))
+        await until(pilot, lambda: app.run_screen.state.step == 20)
+        await pilot.press("slash", *"WHALE")
+        await until(pilot, lambda: "60 of 60 with 'WHALE'" in words(app))
+        assert "part 59 of the whale" in words(app)
         await pilot.press("enter")
-        await until(pilot, lambda: "the loss was not a number" in words(app))
-        assert "checkpoint" not in words(app).split("5 log")[1]
+        await pilot.press(*"nnn")
+        await until(pilot, lambda: "57 of 60 with" in words(app) and "part 56 of the whale" in words(app))
+        await pilot.press(*"N" * 4)
+        await until(pilot, lambda: "1 of 60 with" in words(app) and "part 0 of the whale" in words(app))
+        assert "part 59 of the whale" not in words(app)
         await pilot.press("escape")
-        await until(pilot, lambda: "checkpoint of step 20" in words(app))
+        await until(pilot, lambda: "with 'WHALE'" not in words(app) and "checkpoint of step 20" in words(app))
+        await pilot.press("slash", *"no such thing", "enter", "n")
+        await until(pilot, lambda: "no lines with 'no such thing'" in words(app))
 
 
 async def test_y_switches_the_loss_axis(write_run, until):
@@ -333,7 +341,8 @@ async def test_y_switches_the_loss_axis(write_run, until):
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "step 20/40" in words(app))
         await pilot.press("y")
-        await until(pilot, lambda: app.run_screen.view.log_y and "  log" in words(app))
+        await until(pilot, lambda: app.run_screen.view.log_y and "  log " in words(app))
+        assert "cut off" not in words(app)
 
 
 async def test_help_lists_the_keys(write_run, until):
@@ -378,3 +387,207 @@ async def test_only_changed_panels_are_sent(write_run, until):
         before = {panel.id: panel.visual for panel in panels}
         app.run_screen.draw()
         assert {panel.id for panel in panels if panel.visual is not before[panel.id]} == set()
+
+
+def rich(run_config, steps: int = 60) -> list[ev.Event]:
+    """Return a run with everything the screen can show."""
+    found = [*opening(run_config)]
+    for number in range(1, steps + 1):
+        loss = 50.0 if number == 40 else 3.0 - number * 0.02
+        found.append(step(number, 100, loss, epoch=number / 100, lr=1e-4 if number > 30 else 2e-4))
+        found.append(ev.Device(int(9.6 * 2**30), 2**29, 24 * 2**30, 98.0, 402.0, 450.0, 71.0, "power limit" if number == steps else ""))
+    found += [ev.Evaluated(50, 2.2, 10, 0.1), ev.Saved(50, "checkpoints/50", 9), ev.MarkedHealthy(50)]
+    found += [ev.Command("a", "set", True, "half"), ev.Phase("pause", "begin"), ev.Phase("pause", "end", seconds=1.0)]
+    found += [ev.Sampled(number, f"question {number}", f"answer {number}\nin two lines") for number in (20, 40, 60)]
+    found += [ev.Finding("spike", "warn", 40, "a spike", ("halve the rate",), {"loss": 50.0, "median": 2.2})]
+    return [*found, ev.Forecast((1920.0, 2040.0, 2220.0), "the last steps")]
+
+
+SIZES = [(60, 20), (80, 24), (120, 36), (200, 50)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["colour", "ascii", "no colour"])
+async def test_every_size_and_mode_shows_every_panel_and_key(write_run, until, run_config, monkeypatch, size, mode):
+    if mode == "no colour":
+        monkeypatch.setenv("NO_COLOR", "1")
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder, ascii_only=mode == "ascii")
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: "60/100" in words(app))
+        for keys in ("x", "x", "w", "o", "left", "shift+left", "plus", "minus", "0", *"123456", "z", "y"):
+            await pilot.press(keys)
+            app.run_screen.draw()
+            text = words(app)
+            assert max(len(line) for line in text.split("\n")) == size[0]
+            assert mode != "ascii" or text.isascii()
+            assert "60/100" in text
+            assert ("34 min (32-37)" in text) or ("33 min" in text)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_status_line_is_whole_at_every_size(write_run, until, run_config, size):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: "(32-37)" in words(app))
+        top = " ".join(words(app).split("\n")[:3])
+        for told in ("training", "60/100", "0.6", "loss 2.", "2,400 tok/s", "left 34 min (32-37) ·"):
+            assert told in top
+
+
+async def test_the_crosshair_tells_the_figures_of_a_step_and_esc_leaves_it(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await until(pilot, lambda: "step 60/100" in words(app))
+        await pilot.press("left")
+        await until(pilot, lambda: "1 loss  step 60  raw 1.800" in words(app))
+        await pilot.press(*["left"] * 3)
+        await until(pilot, lambda: "1 loss  step 57  raw 1.860" in words(app))
+        title = words(app).split("\n")[2]
+        for told in ("smooth 0.9 ", "lr 1e-4", "grad 0.80", "held-out 2.200 at 50"):
+            assert told in title
+        await pilot.press("w")
+        await until(pilot, lambda: "smooth 0.99 " in words(app))
+        await pilot.press("shift+left", "ctrl+left")
+        await until(pilot, lambda: app.run_screen.view.sight.cross < 45)
+        await pilot.press("escape")
+        await until(pilot, lambda: "held-out ◆" in words(app))
+
+
+async def test_plus_minus_and_0_look_closer_and_back(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await until(pilot, lambda: "step 60/100" in words(app))
+        await pilot.press("plus")
+        await until(pilot, lambda: "30 steps, each" in words(app))
+        await pilot.press("minus", "minus")
+        await until(pilot, lambda: "steps, each" not in words(app))
+        await pilot.press("plus", "0")
+        await until(pilot, lambda: app.run_screen.view.sight.span == 0 and "steps, each" not in words(app))
+        await pilot.press("plus", "escape")
+        await until(pilot, lambda: app.run_screen.view.sight.span == 0)
+
+
+async def test_an_outlier_is_cut_off_until_all_is_asked_for(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await until(pilot, lambda: "cut off ▲" in words(app))
+        await pilot.press("o")
+        await until(pilot, lambda: "cut off" not in words(app) and "all values" in words(app))
+
+
+async def test_marks_are_named_where_there_is_room(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(200, 50)) as pilot:
+        await until(pilot, lambda: "saved ▴  warning !  rate set L  pause P" in words(app))
+        assert "saved step 50, just now, healthy 50" in words(app)
+
+
+async def test_samples_are_browsed(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "60/100" in words(app))
+        assert "samples" not in shown(app)
+        await pilot.press("6")
+        await until(pilot, lambda: "6 samples  step 60  3 of 3" in words(app) and "in two lines" in words(app))
+        await pilot.press("up")
+        await until(pilot, lambda: "step 40  2 of 3" in words(app) and "answer 40" in words(app))
+        await pilot.press("up", "up", "up")
+        await until(pilot, lambda: "step 20  1 of 3" in words(app))
+        await pilot.press("down")
+        await until(pilot, lambda: "step 40  2 of 3" in words(app))
+        await pilot.press("6")
+        await pilot.resize_terminal(120, 36)
+        await until(pilot, lambda: "samples" in shown(app))
+
+
+async def test_a_sample_of_escapes_is_shown_as_words(write_run, until, run_config):
+    folder, _, _ = write_run([*middle(3), ev.Sampled(3, "say \x1b[2J", "[bold]\x1b]0;title\x07[/bold]")])
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("6")
+        await until(pilot, lambda: "[bold]\\x1b]0;title\\x07[/bold]" in words(app))
+        assert "\x1b" not in words(app)
+
+
+async def test_the_device_filling_the_screen_shows_the_past_of_each_figure(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await until(pilot, lambda: "slowed down: power limit" in words(app))
+        await pilot.press("3")
+        await until(pilot, lambda: "past: 10 minutes" in words(app))
+        for told in ("98 %", "402/450 W", "71 °C", "9.6/24.0 GiB", "1e-4", "0.80", "2,400 tok/s", "2.0 %", "0.50 s", "whole run"):
+            assert told in words(app)
+
+
+async def test_warnings_in_full_tell_what_they_rest_on(write_run, until, run_config):
+    folder, _, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: "spike: loss 50.000, median 2.200" in words(app) and "→ halve the rate" in words(app))
+
+
+async def test_hidden_panels_are_not_drawn(write_run, until, run_config, monkeypatch):
+    folder, journal, _ = write_run(rich(run_config))
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "60/100" in words(app))
+        await pilot.press("5")
+        await until(pilot, lambda: shown(app) == {"status", "log"})
+        drawn: list[str] = []
+        for panel in app.run_screen.query(Panel):
+            kept = panel.draw
+            monkeypatch.setattr(panel, "draw", lambda *given, kept=kept, name=panel.id: (drawn.append(name), kept(*given))[1])
+        journal.write(step(61, 100))
+        await until(pilot, lambda: "61/100" in words(app))
+        assert set(drawn) <= {"status", "log"}
+
+
+async def test_a_terminal_out_of_focus_is_looked_at_seldom_and_brought_up_to_date_at_once(write_run, until):
+    folder, journal, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        app.post_message(events.AppBlur())
+        await until(pilot, lambda: app.run_screen._pace == UNSEEN_TICK)
+        journal.write(step(21))
+        app.post_message(events.AppFocus())
+        await until(pilot, lambda: "step 21/40" in words(app) and app.run_screen._pace == TICK)
+
+
+async def test_a_long_run_shows_its_end_before_it_was_read(write_run, until, monkeypatch):
+    monkeypatch.setattr("qlora_tui.tui.follow.LONG", 10_000)
+    told = [step(number, 3000, 3.0 - number / 2000) for number in range(1, 3001)]
+    folder, _, _ = write_run(told)
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 3,000/3,000" in words(app))
+        await until(pilot, lambda: not app.run_screen.behind)
+        assert app.run_screen.state.history.buckets[0].first == 1
+        await until(pilot, lambda: "reading" not in words(app).splitlines()[2])
+
+
+async def test_only_the_cells_that_changed_are_sent(write_run, until):
+    folder, journal, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        await pilot.pause()
+        sent = []
+        status = app.run_screen.query_one("#status")
+        kept = status.refresh
+        status.refresh = lambda *regions, **more: (sent.append(regions), kept(*regions, **more))[1]
+        journal.write(step(21))
+        await until(pilot, lambda: "step 21/40" in words(app))
+        cells = sum(region.width * region.height for regions in sent for region in regions)
+        assert sent
+        assert all(sent)
+        assert cells < 78 * len(sent)  # of two lines of 78

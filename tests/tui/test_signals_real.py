@@ -26,11 +26,12 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
 BEFORE_A_RUN = """
 import argparse, os, signal, sys, threading
+from qlora_tui.engine import preflight
 from qlora_tui.tui.commands import run
 def check(config, **_):
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     threading.Event().wait(60)
-run.preflight.check = check
+preflight.check = check
 sys.exit(run.child(argparse.Namespace(folder=sys.argv[1])))
 """
 

@@ -55,7 +55,7 @@ def test_history_never_lets_non_finite_losses_into_its_range(losses: list[float]
     for number, loss in enumerate(losses, 1):
         history = history.add(number, loss)
     finite = [loss for loss in losses if math.isfinite(loss)]
-    assert sum(bucket.count for bucket in history.buckets) == len(losses)
+    assert sum(bucket.steps for bucket in history.buckets) == len(losses)
     assert history.bad == sum(bucket.bad for bucket in history.buckets) == len(losses) - len(finite)
     assert min((bucket.low for bucket in history.buckets), default=math.inf) == min(finite, default=math.inf)
     assert max((bucket.high for bucket in history.buckets), default=-math.inf) == max(finite, default=-math.inf)
@@ -137,7 +137,7 @@ def test_histories_of_every_kind_are_bounded():
     state = fold_all(records(*told))
     assert len(state.log) <= LOG_LINES
     assert len(state.findings) <= 200
-    assert len(state.usage) <= 240
+    assert len(state.readings) <= 600
     assert len(state.marks) <= 32
 
 
@@ -169,3 +169,73 @@ def test_any_order_of_events_folds(kinds: list[str]):
     }
     state = fold_all(records(*[examples[kind] for kind in kinds if kind in examples]))
     assert isinstance(state, RunState)
+
+
+def test_what_happened_to_the_run_is_marked_at_its_step():
+    told: list[ev.Event] = [step(1), step(2), ev.Saved(2, "checkpoints/2", 9), step(3), ev.Command("a", "set", True, "half")]
+    told += [ev.Command("b", "set", False, "too late"), ev.Command("c", "save", True), ev.Phase("pause", "begin"), ev.Phase("pause", "end")]
+    state = fold_all(records(*told))
+    assert state.moments == ((2, "saved"), (3, "rate"), (3, "pause"))
+    assert [line.text for line in state.log if "pause" in line.text] == ["pause", "pause: done in 1.0 s"]
+    back = fold_all(records(ev.RolledBack(2, 0.5, 1, "diverged"), first=50), state)
+    assert back.moments == ((2, "saved"), (2, "back"))
+    again = fold_all(records(step(3), ev.Resumed(2), first=60), back)
+    assert again.moments == ((2, "saved"), (2, "back"), (2, "resume"))
+
+
+def test_the_last_healthy_checkpoint_and_the_last_one_are_known():
+    state = fold_all(records(step(1), ev.Saved(1, "checkpoints/1", 9), step(2), ev.MarkedHealthy(1), ev.Saved(2, "x", 9, "adapter")))
+    assert (state.healthy, state.saved.step, state.saved_at) == (1, 1, 1001.0)
+
+
+def test_samples_are_kept_as_they_are_and_bounded():
+    state = fold_all(records(*[ev.Sampled(n, "say \x1b[2J", "x" * 9000) for n in range(200)]))
+    assert len(state.samples) == 50
+    assert state.samples[-1].step == 199
+    assert len(state.samples[-1].text) <= 4000
+    assert all(line.text.isprintable() for line in state.log)
+
+
+def test_readings_keep_ten_minutes_and_leave_out_what_no_sensor_says():
+    told = [ev.Device(100, 0, 1000, math.nan if n % 2 else 50.0, None, None, 60.0) for n in range(1500)]
+    state = fold_all(records(*told))
+    assert len(state.readings) == 600
+    assert {reading.busy for reading in state.readings} == {None, 50.0}
+    assert {reading.watts for reading in state.readings} == {None}
+    assert state.readings[-1].t == 1000.0 + 1499
+
+
+def test_a_long_row_of_measurements_keeps_its_beginning():
+    state = fold_all(records(*[ev.Evaluated(n, 3.0, 10, 0.1) for n in range(2000)]))
+    assert len(state.evals) <= 500
+    assert state.evals[0][0] == 0
+    assert state.evals[-1][0] == 1999
+
+
+def test_the_time_between_two_attempts_does_not_count():
+    first = [ev.Started("r", {}, {}, {}), step(1), step(2)]
+    state = fold_all(records(*first))
+    later = [ev.Record(2, 10, 90_000.0, ev.Started("r", {}, {}, {}, resumed_from=2)), ev.Record(2, 11, 90_005.0, step(3))]
+    state = fold_all(later, state)
+    assert [bucket.seconds for bucket in state.history.buckets] == [1.0, 2.0, 7.0]
+
+
+@given(st.lists(st.sampled_from(["step", "device", "eval", "saved", "back", "finding", "sampled", "phase"]), max_size=40))
+def test_many_records_at_once_fold_as_one_by_one(kinds: list[str]):
+    examples: dict[str, ev.Event] = {
+        "step": step(3, 2.5),
+        "device": ev.Device(5, 6, 7, 8.0),
+        "eval": ev.Evaluated(3, 2.0, 1, 0.0),
+        "saved": ev.Saved(3, "p", 1),
+        "back": ev.RolledBack(1, 0.5, 1),
+        "finding": ev.Finding("d", "warn", 3, "m"),
+        "sampled": ev.Sampled(3, "a", "b"),
+        "phase": ev.Phase("pause", "begin"),
+    }
+    told = records(*[examples[kind] for kind in kinds])
+    before = RunState(run_id="r")
+    single = before
+    for record in told:
+        single = fold(single, record)
+    assert fold_all(told, before) == single
+    assert before == RunState(run_id="r")

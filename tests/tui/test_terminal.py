@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 
 import pytest
-from canned_run import middle, opening
 from pty_screen import Terminal, result, text_of
 
 LEAVES = (b"\x1b[?1049l", b"\x1b[?25h")
@@ -154,6 +153,22 @@ def test_a_signal_to_a_run_of_this_process_closes_the_screen_with_the_run(screen
     assert result(out).startswith("finished")
 
 
+def test_a_byte_that_is_no_utf_8_is_a_lost_key_and_no_more(screen, write_run, tmp_path):
+    folder, _, _ = write_run()
+    out = tmp_path / "out"
+    terminal = screen(script(), folder, out)
+    terminal.read_until(b"tok/s")
+    terminal.type(b"\xe9\xff\x1b[M\x20\xf1\xf1")
+    terminal.read_some()
+    terminal.type(b"?")
+    terminal.read_until(b"Keys")
+    terminal.type(b"\x1b")
+    terminal.read_some()
+    terminal.type(b"d")
+    assert terminal.wait() == 0
+    assert result(out).startswith("detached")
+
+
 CRASH = """
 from qlora_tui.tui.panels.loss import LossPanel
 def broken(self, state, view, width, height):
@@ -196,99 +211,3 @@ def test_a_locale_without_utf_8_gets_ascii(screen, write_run, tmp_path):
     terminal.type(b"d")
     assert terminal.wait() == 0
     assert terminal.seen.isascii()
-
-
-NASTY = (
-    "\x1b]52;c;ZXZpbA==\x07",
-    "\x1b]0;pwned\x07",
-    "\x1b[2Jgone",
-    "\x9b31mred",
-    "\x1bP1$q\x1b\\",
-    "\u202eright-to-left",
-    "\u2066iso",
-    "[/]",
-    "[/b]",
-    "[@click=app.bell]press[/]",
-    "[bold",
-    "\\[",
-    "\x08\x08back",
-    "\x00nul",
-    "a\rb",
-)
-FORBIDDEN = (b"\x1b]52", b"\x1b]0;", b"\x1b[2Jgone", b"\xc2\x9b", b"\x9b31m", b"\x1bP1$q", "\u202e".encode(), "\u2066".encode(), b"\x08")
-
-
-def test_foreign_text_in_a_run_reaches_the_terminal_as_plain_text(screen, write_run, tmp_path, run_config):
-    import dataclasses
-
-    from qlora_tui.engine import events as ev
-
-    nasty = " ".join(NASTY)
-    run = dataclasses.replace(run_config, model_name_or_path=nasty)
-    first, *rest = opening(run)
-    assert isinstance(first, ev.Started)
-    told: list[ev.Event] = [dataclasses.replace(first, run_id=nasty, device={"name": nasty, "kind": "cuda"}), *rest]
-    told += [ev.Phase("load", "begin", 1, 2, nasty, note=nasty), *middle()]
-    told += [ev.Finding(text, "warn", 9, text, (text,)) for text in NASTY]
-    told += [ev.Device(1, 1, 2, throttle=nasty), ev.Command("x", nasty, False, nasty)]
-    told += [ev.Prepared(nasty, nasty, 1, 1, 1, 1, 1, 1, 40, {nasty: 1}, {nasty: 2}), ev.Planned({"total_bytes": 5}, {nasty: nasty})]
-    told += [ev.Evaluated(40, 1.0, 9, 0.1, base_loss=2.0, drop=1.0, verdict=nasty), ev.Saved(40, nasty, 1, "adapter")]
-    told.append(ev.Finished("failed", 1, nasty, adapter=nasty))
-    folder, _, _ = write_run(told)
-    terminal = screen(script(), folder, tmp_path / "out", size=(120, 40))
-    terminal.read_until(b"failed")
-    for key, sign in ((b"4", b"@click"), (b"5", b"step 9: "), (b"3", b"slowed"), (b"z", b"next"), (b"?", b"This run")):
-        terminal.type(key)
-        terminal.read_until(sign, anew=False)
-    terminal.type(b"\x11")
-    assert terminal.wait() == 0
-    assert not result(tmp_path / "out").startswith("crashed")
-    assert [payload for payload in FORBIDDEN if payload in terminal.seen] == []
-    assert b"[@click=app.bell]" in terminal.seen
-
-
-WIZARD = """
-import sys
-from pathlib import Path
-from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.errors import ConfigErrors, Problem
-from qlora_tui.tui.app import run_app
-nasty = Path(sys.argv[2]).read_text(encoding="utf-8", errors="surrogateescape")
-def start(run, reading):
-    raise ConfigErrors([Problem(nasty, nasty, nasty)])
-draft = RunConfig(model_name_or_path=nasty, data=(sys.argv[1],), runs_dir=nasty, skip_bad_rows=True)
-shown = run_app(start=start, draft=draft, follow=None)
-Path(sys.argv[3]).write_text(shown.kind + " " + shown.detail)
-"""
-
-
-def test_foreign_text_in_the_wizard_reaches_the_terminal_as_plain_text(screen, tmp_path):
-    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in NASTY]
-    rows += [{"messages": [{"role": "\x1b]0;role\x07", "content": "x"}]}, {"messages": "\x1b]52;c;eA==\x07"}]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "nasty").write_bytes(" ".join(NASTY).encode())
-    terminal = screen(WIZARD, data, tmp_path / "nasty", tmp_path / "out", size=(120, 40))
-    terminal.read_until(b"command line")
-    terminal.type(b"\r")
-    terminal.read_until(b"Which")
-    terminal.type(b"\r")
-    terminal.read_until("✖".encode())
-    terminal.type("\x1b[200~\u202e\x9b31mpasted\x1b[201~".encode())
-    terminal.read_until(b"pasted")
-    terminal.type(b"\x15")
-    terminal.read_until(b"such as")
-    terminal.type(b"builtin:smollm2-135m")
-    terminal.read_until(b"builtin:smollm2-135m\x1b")
-    terminal.type(b"\r")
-    terminal.read_until(b"assistant")
-    terminal.type(b"\r")
-    terminal.read_until(b"checkpointing")
-    terminal.type(b"\r")
-    terminal.read_until(b"without screens")
-    terminal.type(b"\r")
-    terminal.read_until("✖".encode())
-    terminal.type(b"\x03")
-    assert terminal.wait() == 0
-    assert result(tmp_path / "out").startswith("no-run")
-    assert [payload for payload in FORBIDDEN if payload in terminal.seen] == []

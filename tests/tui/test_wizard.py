@@ -16,8 +16,9 @@ from qlora_tui.engine.spec import RunConfig, from_values, read_text, values_of
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent
-from qlora_tui.tui.screens.data import complete
 from qlora_tui.tui.screens.dialogs import HelpDialog
+from qlora_tui.tui.screens.fixlist import FixList
+from qlora_tui.tui.screens.line import complete
 from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
 from qlora_tui.tui.screens.wizard import WizardScreen
 
@@ -118,8 +119,9 @@ async def test_only_the_current_field_has_arrows(make, until, run_config):
 
 async def test_a_long_value_keeps_the_columns(make, until, run_config):
     app = make(dataclasses.replace(run_config, lora_target_modules=("q_proj", "k_proj", "v_proj"), optim="paged_adamw_8bit"))
-    async with app.run_test(size=(80, 40)) as pilot:
+    async with app.run_test(size=(80, 50)) as pilot:
         await go_to(pilot, until, app, "numbers")
+        await pilot.press("m")
         await until(pilot, lambda: "q_proj, k_proj, …" in words(app))
         at = {line.index(note) for line in words(app).split("\n") for note in ("all-linear is", "auto picks", "0 is fine") if note in line}
         assert len(at) == 1
@@ -187,22 +189,26 @@ async def test_back_and_forth_loses_nothing(make, until, run_config):
         assert "rank 64" in words(app)
 
 
-async def test_f_applies_the_cheapest_fix_when_it_does_not_fit(make, until, run_config):
+async def test_f_lists_what_to_change_and_one_key_takes_it_or_gives_it_back(make, until, run_config):
     app = make(dataclasses.replace(run_config, max_length=16384, per_device_train_batch_size=8, gradient_checkpointing="false"))
     async with app.run_test(size=(100, 30)) as pilot:
         await go_to(pilot, until, app, "numbers")
         await until(pilot, lambda: "✖ too big" in words(app) and "fix" in words(app))
         before = wizard_of(app).outlook.budget.total_bytes
         await pilot.press("f")
+        await until(pilot, lambda: isinstance(app.screen, FixList) and "saves" in words(app))
+        await pilot.press("1")
         await until(pilot, lambda: wizard_of(app).outlook.budget.total_bytes < before)
+        await pilot.press("u")
+        await until(pilot, lambda: wizard_of(app).outlook.budget.total_bytes == before)
 
 
 async def test_the_model_list_filters_and_arrows_pick(make, until, run_config):
     app = make(RunConfig())
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: "What do you want to begin from" in words(app))
+        await until(pilot, lambda: "What do you want?" in words(app))
         await pilot.press("end")
-        await until(pilot, lambda: "your own" in words(app))
+        await until(pilot, lambda: "something else" in words(app))
         await pilot.press("enter")
         await until(pilot, lambda: wizard_of(app).page.title == "model" and "Qwen/Qwen3-8B" in words(app))
         assert "✖ too big" in words(app)
@@ -424,7 +430,7 @@ async def test_help_comes_from_the_bindings(make, until, run_config):
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "as you said on the command line" in words(app))
         await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(app.screen, HelpDialog) and "one page back" in words(app))
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog) and "go on; on the last page" in words(app))
         await pilot.press("enter")
         await until(pilot, lambda: app.screen is wizard_of(app))
 
@@ -475,10 +481,10 @@ def test_paths_are_completed(tmp_path):
     (tmp_path / "chats.jsonl").write_text("")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "x\x1b[31m").write_text("")
-    assert complete(f"{tmp_path}/ch") == f"{tmp_path}/chats.jsonl"
-    assert complete(f"{tmp_path}/co") == f"{tmp_path}/corpus/"
-    assert complete(f"{tmp_path}/nothing") is None
-    assert complete(f"{tmp_path}/x") is None
-    assert complete("builtin:p") == "builtin:python-docs"
-    assert complete("buil") == "builtin:python-docs"
-    assert complete("") is None
+    assert complete(f"{tmp_path}/ch", "builtin:python-docs") == f"{tmp_path}/chats.jsonl"
+    assert complete(f"{tmp_path}/co", "builtin:python-docs") == f"{tmp_path}/corpus/"
+    assert complete(f"{tmp_path}/nothing", "builtin:python-docs") is None
+    assert complete(f"{tmp_path}/x", "builtin:python-docs") is None
+    assert complete("builtin:p", "builtin:python-docs") == "builtin:python-docs"
+    assert complete("buil", "builtin:python-docs") == "builtin:python-docs"
+    assert complete("", "builtin:python-docs") is None

@@ -82,7 +82,7 @@ async def test_the_data_page_tells_lengths_limits_shares_and_copies(run, until):
     assert f"at 40: {lengths.share(measured.over(40))} of rows are longer: dropped" in shown
     assert "128 would keep 99 %, +" in " ".join(shown.split())
     assert f"{lengths.share(measured.trained / sum(measured.tokens))} of the tokens" in shown
-    assert "copies 1 exact" in shown
+    assert "copies    1 exact" in shown
     assert "held out  about" in shown
     assert "row 42" in shown
     assert "F2 rows" in shown
@@ -354,7 +354,8 @@ def test_nothing_is_held_out_of_a_folder_that_brings_its_own_rows_to_measure(run
     assert (look.rows, look.measured_on) == (40, 6)
     outlook = desk.outlook(run, look)
     assert outlook.steps_per_epoch == 3  # of 16 rows
-    assert "40 rows · measured on 6 rows of their own" in "\n".join(line.plain for line in summary(run, outlook, look, "x"))
+    told = " ".join(" ".join(line.plain for line in summary(run, outlook, look, "x", 200)).split())
+    assert "40 rows · measured on 6 rows of their own" in told
     assert "measured  6 rows of the file that comes for it; 40 to train" in "\n".join(line.plain for line in found_lines(look, run, 76, 20))
     own = planning.needs(run, desk.model(run), desk.machine())
     assert own.basis.startswith("6 steps")

@@ -20,6 +20,7 @@ SAMPLES: list[ev.Event] = [
     ev.Planned({"total_bytes": 5, "items": [{"name": "weights", "bytes": 5}]}, {"optim": "adamw_torch"}),
     ev.Stepped(1, 30, 0.03, math.nan, math.inf, True, True, 2e-4, 900, 500, 1.5, 0.1, (3, 4), 1, 2, 3),
     ev.Evaluated(30, 2.8, 24, 0.1, "eval/x.jsonl", 4.5, 1.7, (1.2, 2.1), 0.9, "a measurable improvement"),
+    ev.Sampled(30, "say 3", "abc \x1b]0;x\x07"),
     ev.Saved(10, "checkpoints/step-000010", 99),
     ev.MarkedHealthy(10),
     ev.Resumed(10),
@@ -27,7 +28,7 @@ SAMPLES: list[ev.Event] = [
     ev.Device(1, 2, 3, 0.5, None, None, 61.0, "power"),
     ev.Forecast((1.0, 2.0, 3.0), "measured steps"),
     ev.Finding("spike", "warn", 7, "loss rose", ("lower the rate",), {"loss": 9.0}),
-    ev.Command("id", "stop", True, "asked"),
+    ev.Command("id", "set", True, "asked", 121, {"key": "learning_rate", "factor": 0.5}),
     ev.Finished("done", 0, "all steps done", "adapter", "report.md"),
 ]
 

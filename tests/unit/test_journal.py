@@ -16,7 +16,19 @@ import pytest
 from qlora_tui.engine import journal
 from qlora_tui.engine.errors import JournalError
 from qlora_tui.engine.events import Command, Finished, Resumed, Stepped
-from qlora_tui.engine.journal import COMMANDS, EVENTS, LOCK, Inbox, Journal, RunLock, Tail, is_running, leave_wish, read_records
+from qlora_tui.engine.journal import (
+    COMMANDS,
+    EVENTS,
+    LOCK,
+    Inbox,
+    Journal,
+    RunLock,
+    Tail,
+    is_running,
+    last_record,
+    leave_wish,
+    read_records,
+)
 
 STEP = Stepped(1, 2, 0.5, 3.0, 1.0, False, False, 1e-4, 10, 5, 0.1, 0.0)
 DONE = Finished("done", 0, "all steps done")
@@ -82,6 +94,58 @@ def test_a_reader_takes_a_long_file_in_parts(tmp_path: Path) -> None:
     tail = Tail(tmp_path / "file")
     assert len(tail.lines(limit=20)) == 2
     assert len(tail.lines()) == 8
+
+
+def test_a_torn_line_is_read_again_once_it_is_whole_or_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one\ntorn and lo")
+    tail = Tail(path)
+    assert tail.lines() == ["one"]
+    path.write_bytes(b"one\ntwo\n")
+    assert tail.lines() == ["two"]
+
+
+def test_a_line_longer_than_a_part_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100 + b"\nshort\n")
+    tail = Tail(tmp_path / "file")
+    assert tail.lines(limit=10) == ["x" * 100]
+    assert tail.lines(limit=10) == ["short"]
+
+
+@pytest.mark.parametrize(
+    ("length", "seen"), [(1000, ["one", "two", "three"]), (10, ["two", "three"]), (9, ["three"]), (6, ["three"]), (5, [])]
+)
+def test_a_reader_may_begin_near_the_end(tmp_path: Path, length: int, seen: list[str]) -> None:
+    (tmp_path / "file").write_bytes(b"one\ntwo\nthree\n")
+    assert Tail.near_end(tmp_path / "file", length).lines() == seen
+    assert Tail.near_end(tmp_path / "none", length).lines() == []
+
+
+@pytest.mark.parametrize("rubbish", [0, 1, 70_000, 700_000])
+def test_the_newest_record_is_found_from_the_end_and_what_is_torn_is_cut_off(tmp_path: Path, rubbish: int) -> None:
+    journal = Journal(tmp_path)
+    for _ in range(3):
+        journal.write(STEP)
+    journal.close()
+    path = tmp_path / EVENTS
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"x" * rubbish)
+    assert last_record(path) == read_records(path)[-1]
+    again = Journal(tmp_path)
+    assert (again.attempt, path.read_bytes()) == (2, whole)
+    assert again.write(STEP).seq == 4
+    again.close()
+    path.write_bytes(whole + b"nonsense\n" * rubbish)
+    assert last_record(path).seq == 3
+
+
+def test_a_journal_without_a_whole_line_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / EVENTS).write_bytes(b'{"v":1')
+    assert last_record(tmp_path / EVENTS) is None
+    assert last_record(tmp_path / "none") is None
+    journal = Journal(tmp_path)
+    assert (journal.attempt, (tmp_path / EVENTS).read_bytes()) == (1, b"")
+    journal.close()
 
 
 def test_an_old_wish_is_never_read_again(tmp_path: Path) -> None:

@@ -40,7 +40,16 @@ def test_the_wheel_holds_our_rooms_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     roots = {"/".join(name.split("/")[:2]) for name in names if ".dist-info/" not in name}
     assert roots == {"qlora_tui/engine", "qlora_tui/tui", "qlora_tui/presets"}
-    assert {name.rpartition(".")[2] for name in names if ".dist-info/" not in name} <= {"py", "toml", "json", "md", "tcss"}
+    assert {name.rpartition(".")[2] for name in names if ".dist-info/" not in name} <= {
+        "py",
+        "toml",
+        "json",
+        "md",
+        "tcss",
+        "html",
+        "css",
+        "js",
+    }
     for needed in ("qlora_tui/presets/demo.toml", "qlora_tui/engine/catalogue.json", "qlora_tui/engine/smollm2-135m/config.json"):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -69,9 +70,21 @@ def test_every_preset_reads_has_no_problem_and_fits_its_card(name):
 @pytest.mark.parametrize("name", preset.names())
 def test_every_key_of_a_preset_has_its_reason(name):
     lines = (importlib.resources.files("qlora_tui.presets") / f"{name}.toml").read_text(encoding="utf-8").splitlines()
-    sections = "\n".join(lines).split("\n[")[2:]  # after [preset]
-    for section in sections:
-        assert "\n# " in section, f"[{section.splitlines()[0]} explains nothing"
+    about = next(place for place, line in enumerate(lines) if place and line.startswith("["))
+    bare = [line for before, line in itertools.pairwise(lines[about:]) if "=" in line.split("#")[0] and not before.startswith("# ")]
+    assert bare == []
+
+
+@pytest.mark.parametrize("name", preset.names())
+def test_every_preset_answers_a_goal(name):
+    assert preset.load(name).goal in [goal.name for goal in preset.GOALS]
+
+
+def test_every_goal_has_a_preset_for_a_small_card():
+    eight = machine.find_card("RTX 4060 8GB")
+    for goal in preset.GOALS:
+        runs = [preset.resolve(preset=name) for name in preset.names() if preset.load(name).goal == goal.name]
+        assert any(budget.estimate(models.find(run.model_name_or_path), run, eight).fits for run in runs), goal.name
 
 
 def test_the_demo_is_what_it_promises():

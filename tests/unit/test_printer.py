@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.engine import report
-from qlora_tui.engine.events import Event, Finished, Phase, Prepared, Record
+from qlora_tui.engine.events import Command, Event, Finding, Finished, Phase, Prepared, Record, Sampled
 from qlora_tui.tui.printer import Printer, Streams
 
 NOTE = "The template knows no system turn: it was put before the first user turn.\x1b[2J"
@@ -37,3 +37,27 @@ def test_work_that_cannot_be_counted_is_still_named(capsys: pytest.CaptureFixtur
 def test_the_outcome_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nstopped before the first step" in printed(capsys, Finished("stopped", 130, "stopped before the first step"))
     assert "\nfailed: no row is left" in printed(capsys, Finished("failed", 2, "no row is left"))
+
+
+def test_a_pause_a_sample_and_a_changed_rate_are_told_without_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(
+        capsys,
+        Command("1", "pause", obeyed=True),
+        Phase("pause", "begin", note="as asked"),
+        Finding("pause", "info", 3, "paused: 5.0 GiB of the device are free"),
+        Phase("pause", "end", seconds=130.0),
+        Command("2", "set", True, "from step 4 on the learning rate is 0.5 times the planned one", 4, {}),
+        Command("3", "sample", obeyed=False, why="no rows are held out"),
+        Sampled(3, "say\n\x1b[2J 3", "abc \x1b]0;x\x07"),
+        Sampled(3, "say 4", ""),
+    )
+    assert out.splitlines() == [
+        "pause: asked for",
+        "paused: as asked ...",
+        "note at step 3: paused: 5.0 GiB of the device are free.",
+        "paused: done  2 min",
+        "set: asked for, from step 4 on the learning rate is 0.5 times the planned one",
+        "sample: refused, no rows are held out",
+        "sample after step 3: say \\x1b[2J 3 -> abc \\x1b]0;x\\x07",
+        "sample after step 3: say 4 -> (nothing)",
+    ]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from loop_driver import Ran, drive
+from loop_driver import Asked, Ran, drive
 
 from qlora_tui.engine import load as loaders
 from qlora_tui.engine.errors import Diverged
-from qlora_tui.engine.events import Evaluated, Finding, Finished, MarkedHealthy, Phase, RolledBack, Saved, Stepped
+from qlora_tui.engine.events import Evaluated, Finding, Finished, MarkedHealthy, Phase, RolledBack, Saved, Stepped, Wish
 from qlora_tui.engine.journal import Journal
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import job
@@ -119,6 +119,51 @@ def test_a_roll_back_survives_a_crash_before_the_next_save(run_of: Make, tmp_pat
     rest = drive(run, tmp_path / "run", resume=True)
     assert rest.error is None
     assert {step.lr for step in rest.of(Stepped)} == {1e-3}
+
+
+CHANGED_AT = ILL_AT - 2
+"""The first step with a rate that a person changed; its checkpoint is not the one that is gone back to."""
+
+
+def changed() -> Asked:
+    return Asked(wishes={CHANGED_AT - 1: [Wish("a person", 0.0, 1, "set", {"key": "learning_rate", "factor": 0.5})]})
+
+
+def test_a_roll_back_halves_what_a_person_made_of_the_rate_and_makes_it_once(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change came after the checkpoint that is gone back to; it still counts, and counts once, and so it does by config."""
+    spoil(monkeypatch)
+    ran = drive(run_of(watch_rollback=("spike",)), tmp_path / "run", changed())
+    assert ran.error is None
+    (back,) = ran.of(RolledBack)
+    assert back.to_step < CHANGED_AT
+    assert back.rate_factor == 0.25
+    assert {step.lr for step in ran.of(Stepped)[-5:]} == {0.5e-3}
+    spoil(monkeypatch)
+    again = drive(run_of(watch_rollback=("spike",), learning_rate_changes=(f"{CHANGED_AT}:0.5",)), tmp_path / "again")
+    assert [(step.step, step.lr, step.loss) for step in again.of(Stepped)] == [(step.step, step.lr, step.loss) for step in ran.of(Stepped)]
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+def test_a_crash_after_such_a_roll_back_changes_nothing_of_it(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_config: bool
+) -> None:
+    spoil(monkeypatch)
+    changes = (f"{CHANGED_AT}:0.5",) if by_config else ()
+    run = run_of(watch_rollback=("spike",), learning_rate_changes=changes)
+
+    def crash(step: Stepped) -> None:
+        if step.lr < 1e-3:
+            raise RuntimeError("power cut")
+
+    ran = drive(run, tmp_path / "run", Asked() if by_config else changed(), on_step=crash)
+    assert str(ran.error) == "power cut"
+    write_down(ran)
+    rest = drive(run, tmp_path / "run", resume=True)
+    assert rest.error is None
+    assert {step.lr for step in rest.of(Stepped)} == {0.5e-3}
+    assert rest.of(Stepped)[-1].step == STEPS
 
 
 def test_by_itself_it_goes_back_twice_and_then_stops(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from qlora_tui.engine.errors import ExitCode
 from qlora_tui.engine.events import Finished, Record
 from qlora_tui.engine.journal import EVENTS, Tail, is_running
-from qlora_tui.engine.runs import find_run
-from qlora_tui.engine.session import LOG
+from qlora_tui.engine.runs import LOG, find_run
+from qlora_tui.engine.text import one_line
 from qlora_tui.tui.commands.run import LOOKS_A_SECOND, can_draw
 from qlora_tui.tui.printer import Printer, Streams
 
@@ -18,9 +18,10 @@ from qlora_tui.tui.printer import Printer, Streams
 def attach(options: argparse.Namespace) -> int:
     """Show a run; closing the view never ends the run."""
     folder = find_run(options.name, Path(str(options.flags.get("runs_dir", "runs"))).expanduser())
-    streams = Streams()
+    streams, name = Streams(), one_line(folder.name)
     if options.no_ui or options.json or not can_draw():
         return _lines(folder, streams, as_json=options.json)
+    from qlora_tui.tui import preferences
     from qlora_tui.tui.app import run_app
 
     shown = run_app(
@@ -31,12 +32,13 @@ def attach(options: argparse.Namespace) -> int:
         mouse=not options.no_mouse,
         ascii_only=options.ascii,
         demo=False,
+        preferences=preferences.read(options.theme),
     )
     if shown.kind == "crashed":
         streams.talk.line(f"the screen failed: {shown.detail}; the run is not touched by that")
         return int(ExitCode.FAILED)
     if is_running(folder):
-        streams.talk.line(f"run {folder.name} goes on; qlora-tui attach {folder.name} shows it again")
+        streams.talk.line(f"run {name} goes on; qlora-tui attach {name} shows it again")
     return int(ExitCode.DONE)
 
 
@@ -58,6 +60,6 @@ def _lines(folder: Path, streams: Streams, *, as_json: bool) -> int:
         if not records:
             time.sleep(1 / LOOKS_A_SECOND)
     if last is not None and not isinstance(last.event, Finished) and not streams.data.closed:
-        streams.talk.line(f"run {folder.name} crashed: it has no last word and no process; its log is {folder / LOG}")
-        streams.talk.line(f"go on from its last checkpoint: qlora-tui --resume {folder.name}")
+        streams.talk.line(f"run {one_line(folder.name)} crashed: it has no last word and no process; its log is {one_line(folder / LOG)}")
+        streams.talk.line(f"go on from its last checkpoint: qlora-tui --resume {one_line(folder.name)}")
     return int(ExitCode.DONE)

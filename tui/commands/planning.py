@@ -17,6 +17,7 @@ from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before, before, remarks
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.places import is_folder
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, RunConfig, changed, rows_per_step
 from qlora_tui.engine.text import one_line
@@ -135,7 +136,7 @@ def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
     if name == builtin.NAME:
         files = builtin.small_files()
         return load_tokenizer(files.folder, run.chat_template) if files.complete else None
-    if Path(name).expanduser().is_dir():
+    if is_folder(name):
         return load_tokenizer(Path(name).expanduser(), run.chat_template)
     if not ask_hub or name.startswith(BUILTIN):
         return None

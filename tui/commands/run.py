@@ -1,4 +1,7 @@
-"""A run from the command line: with the screen, without, detached, resumed, or only looked at."""
+"""A run from the command line: with the screen, without, detached, resumed, or only looked at.
+
+What checks and trains is imported where it is called: the wizard is on the screen before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qlora_tui.engine import preflight, preset, resume, runs
+from qlora_tui.engine import preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
 from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
-from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.places import is_here, replace_file
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.session import LOG, Session, Train, score_for_real, train_for_real, warm
+from qlora_tui.engine.runs import LOG
 from qlora_tui.engine.signals import Signals
 from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.printer import Printer, Streams
 from qlora_tui.tui.reading import Reading, on_a_line
+
+if TYPE_CHECKING:
+    from qlora_tui.engine.session import Session, Train
 
 LOOKS_A_SECOND = 4
 _BEGIN_SECONDS = 120.0
@@ -45,7 +52,7 @@ class Plan:
     demo: bool = False
 
 
-Begin = Callable[[Plan, RunConfig, Reading], Session]
+Begin = Callable[[Plan, RunConfig, Reading], "Session"]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,6 +86,8 @@ def child(options: argparse.Namespace) -> int:
 
 def scores(options: argparse.Namespace) -> int:
     """Let the base score the answers of the run in a folder, and stop there; this is the process that `tui.scoring` starts."""
+    from qlora_tui.engine.session import score_for_real
+
     folder = Path(options.folder)
     plan = Plan(from_values(preset.read_file(folder / runs.RUN_FILE)), folder.name, folder)
     return headless(plan, Streams(), as_json=False, begin=functools.partial(begin, train=score_for_real))
@@ -172,17 +181,21 @@ def _without_terminal(run: RunConfig) -> None:
         raise ConfigError(f"there is no terminal for the wizard, and the options alone do not make a run:\n{missing}")
 
 
-def begin(plan: Plan, run: RunConfig, reading: Reading, train: Train = train_for_real) -> Session:
+def begin(plan: Plan, run: RunConfig, reading: Reading, train: Train | None = None) -> Session:
     """Check `run`, make its folder and return its session, not yet started; `reading` is told how far it is and may end it.
 
     Raises:
         EngineError: the run cannot be, in one sentence or a list of them.
     """
+    from qlora_tui.engine import preflight
+    from qlora_tui.engine.session import Session, train_for_real
+
     placed = anchored(run)
     checked = preflight.check(placed, stopping=reading.stopping, progress=reading.progress)
     folder = plan.folder or runs.new_run_folder(placed, plan.name or placed.model_name_or_path.removeprefix(BUILTIN))
     try:
-        return Session(placed, checked, folder=folder, resume=plan.folder is not None and (folder / EVENTS).exists(), train=train)
+        again = plan.folder is not None and (folder / EVENTS).exists()
+        return Session(placed, checked, folder=folder, resume=again, train=train or train_for_real)
     except EngineError:
         if plan.folder is None:  # nothing half-made stays of a run that did not begin
             shutil.rmtree(folder, ignore_errors=True)
@@ -193,8 +206,7 @@ def anchored(run: RunConfig) -> RunConfig:
     """Return `run` with local paths made absolute, so that its run.toml means the same from every folder."""
 
     def fixed(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if name and not name.startswith(BUILTIN) and path.exists() else name
+        return str(Path(name).expanduser().resolve()) if name and not name.startswith(BUILTIN) and is_here(name) else name
 
     from qlora_tui.engine.data import absolute
 
@@ -266,11 +278,20 @@ class Follower:
         self._seq = records[-1].seq if records else self._seq
 
 
+def warm() -> None:
+    """Begin to load the training libraries, on a thread of their own."""
+    from qlora_tui.engine import session
+
+    session.warm()
+
+
 def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Begin = begin) -> int:
     """Open the wizard or the run screen; whatever becomes of it, the run is seen to its end here."""
+    from qlora_tui.tui import preferences
     from qlora_tui.tui.app import run_app
     from qlora_tui.tui.terminal import restore_terminal
 
+    preferred = preferences.read(vars(options).get("theme", ""))  # before anything begins: a fault in it is told, and nothing was done
     with Signals(say=lambda text: None, restore=restore_terminal) as signals:
 
         def start(run: RunConfig, reading: Reading) -> Path:
@@ -278,21 +299,19 @@ def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begi
             session.start()
             return session.folder
 
-        follow = None
-        if plan.folder:
-            with on_a_line(streams.talk) as reading:
-                follow = start(plan.run, reading)
+        with on_a_line(streams.talk) as reading:
+            follow = start(plan.run, reading) if plan.folder else None
         try:
             kind = run_app(
                 start=None if follow else start,
                 draft=None if follow else plan.run,
                 follow=follow,
-                readonly=False,
                 mouse=not options.no_mouse,
                 ascii_only=options.ascii,
                 demo=plan.demo,
                 on_abort=lambda: signals.session.end_now(ExitCode.INTERRUPTED, restore_terminal) if signals.session else None,
                 on_ready=warm,
+                preferences=preferred,
             ).kind
         except Exception as error:  # noqa: BLE001  a broken screen must not take the run with it
             kind = "crashed"
@@ -320,6 +339,8 @@ def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) ->
 
 def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     """Start the run in a process of its own session, wait until it has begun, and say how to watch it."""
+    from qlora_tui.engine import preflight
+
     placed = anchored(plan.run)
     with on_a_line(streams.talk) as reading:
         preflight.check(placed, stopping=reading.stopping, progress=reading.progress)

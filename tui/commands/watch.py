@@ -10,6 +10,7 @@ from typing import Any
 from qlora_tui.engine import runs
 from qlora_tui.engine.errors import ConfigError, ExitCode
 from qlora_tui.engine.events import Finding, plain
+from qlora_tui.engine.places import is_here
 from qlora_tui.engine.spec import WATCH_STOP, WATCHED
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count
@@ -37,7 +38,7 @@ def watch(options: argparse.Namespace) -> int:
 def _placed(text: str) -> Path:
     """Return the path of a log, or of the run called `text`."""
     path = Path(text).expanduser()
-    if path.exists():
+    if is_here(path):
         return path
     try:
         return runs.find_run(text, Path("runs"))

@@ -5,9 +5,12 @@ Foreign text enters a `Content` as plain text only, never as markup, and always 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 from textual.content import Content
+from textual.style import Style
 
 Part = tuple[str, str]
 """Text and its style, such as ("1.284", "bold")."""
@@ -44,6 +47,7 @@ _ASCII = str.maketrans(
         "▸": ">",
         "▾": "v",
         "▴": "^",
+        "▼": "v",
         "‹": "<",
         "›": ">",
         "·": "-",
@@ -61,6 +65,30 @@ _ASCII = str.maketrans(
         "–": "-",
     }
 )
+
+
+_THEMED = {
+    "#5c6b80": "$plot-raw",
+    "#56b4e9": "$plot-line",
+    "#e69f00": "$plot-eval",
+    "#d55e00": "$plot-bad",
+    "#7d8899": "$plot-axis",
+}
+"""The plot's own colours, as the theme calls them: plotext knows numbers only."""
+
+
+def themed(content: Content) -> Content:
+    """Return `content` with the plot's colours as the theme has them, so that one plot fits dark and light."""
+    spans = [span._replace(style=_in_theme(span.style)) for span in content.spans]
+    return content if spans == content.spans else Content(content.plain, spans)
+
+
+def _in_theme(style: Style | str) -> Style | str:
+    if isinstance(style, str):
+        return " ".join(_THEMED.get(word, word) for word in style.split(" "))
+    colour = style.foreground
+    name = _THEMED.get(colour.hex.lower()) if colour is not None else None
+    return f"{'bold ' if style.bold else ''}{name}" if name else style
 
 
 def plain_ascii(content: Content) -> Content:
@@ -102,6 +130,26 @@ def fit(groups: Sequence[Sequence[Part]], width: int, gap: str = "  ") -> list[P
     return kept
 
 
+def flow(groups: Sequence[Sequence[Part]], width: int, height: int, gap: str = "  ") -> list[Content]:
+    """Return whole groups on as many lines as they need, at most `height`; what has no room is left out, later ones first."""
+    lines: list[Content] = []
+    rest = list(groups)
+    while rest and len(lines) < height:
+        taken = 1
+        while taken < len(rest) and fits(rest[: taken + 1], width, gap):
+            taken += 1
+        last = len(lines) == height - 1
+        lines.append(assemble(fit(rest if last else rest[:taken], width, gap)))
+        rest = rest[taken:]
+    return lines
+
+
+def fits(groups: Sequence[Sequence[Part]], width: int, gap: str = "  ") -> bool:
+    """Say whether all groups have room on one line."""
+    lengths = [sum(Content(text).cell_length for text, _ in group) for group in groups]
+    return sum(lengths) + len(gap) * max(0, len(lengths) - 1) <= width
+
+
 def stack(lines: Sequence[Content | str]) -> Content:
     """Return lines as one content."""
     return Content("\n").join([line if isinstance(line, Content) else Content(line) for line in lines])
@@ -126,7 +174,39 @@ def bar(pieces: Sequence[tuple[float, str, str]], total: float, width: int) -> l
 
 
 def spark(values: Sequence[float], width: int, *, low: float = 0.0, high: float = 100.0) -> str:
-    """Return the newest values as a line of ticks between `low` and `high`."""
+    """Return values as a line of ticks between `low` and `high`, all of them: a cell is the mean of those that share it."""
+    if width <= 0 or not values or not all(map(math.isfinite, (low, high))):
+        return ""
+    cells = min(width, len(values))
+    edges = [round(cell * len(values) / cells) for cell in range(cells + 1)]
+    return "".join(_tick(values[start:end], low, high) for start, end in itertools.pairwise(edges))
+
+
+def timeline(
+    points: Sequence[tuple[float, float | None]], width: int, now: float, *, low: float, high: float, seconds: float = 600.0
+) -> str:
+    """Return what was measured in the last `seconds` as `width` ticks, the newest at the right; a time without a value stays blank.
+
+    Args:
+        points: (Unix time, value), oldest first.
+        width: cells.
+        now: the time at the right end.
+        low: the value of the lowest tick.
+        high: the value of the highest one.
+        seconds: the time at the left end, before `now`.
+    """
+    found: list[list[float]] = [[] for _ in range(max(0, width))]
+    for t, value in points:
+        cell = width - 1 - int((now - t) / seconds * width)
+        if value is not None and 0 <= cell < width:
+            found[cell].append(value)
+    return "".join(_tick(values, low, high) for values in found)
+
+
+def _tick(values: Sequence[float], low: float, high: float) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return " "
     room = high - low
-    shown = values[-width:] if width > 0 else ()
-    return "".join(_TICKS[max(0, min(7, int((value - low) / room * 7.999)))] for value in shown) if room > 0 else ""
+    mean = sum(finite) / len(finite)
+    return _TICKS[max(0, min(7, int((mean - low) / room * 7.999)))] if room > 0 else _TICKS[3]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from textual.content import Content
 
 from qlora_tui.engine.events import Finding
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.base import Panel, View
 from qlora_tui.tui.state import RunState
@@ -28,7 +31,7 @@ class FindingsPanel(Panel):
         """Draw the newest warnings that fit."""
         if not state.findings:
             return cells.assemble([("✔ ", cells.GOOD), ("nothing to worry about so far", cells.DIM)])
-        ordered = sorted(state.findings, key=lambda finding: finding.severity == "info")
+        ordered = sorted(state.findings, key=lambda finding: (finding.severity != "info", finding.step), reverse=True)
         lines: list[Content] = []
         for finding in ordered:
             lines += _lines(finding, width, full=view.zoomed == "findings")
@@ -42,10 +45,24 @@ def _lines(finding: Finding, width: int, *, full: bool) -> list[Content]:
     advice = [one_line(text, limit=300) for text in finding.advice]
     head = [(f"{glyph} ", style), (f"{finding.step} ", cells.DIM), (one_line(finding.message, limit=300), "")]
     if full:
-        return [cells.assemble(head).truncate(width, ellipsis=True), *[_advice(text, width) for text in advice]]
+        told = [_evidence(finding, width)] if finding.numbers else []
+        return [cells.assemble(head).truncate(width, ellipsis=True), *told, *[_advice(text, width) for text in advice]]
     if advice:
         head += [(": ", cells.DIM), (advice[0], "italic")]
     return [cells.assemble(head).truncate(width, ellipsis=True)]
+
+
+def _evidence(finding: Finding, width: int) -> Content:
+    """Return the rule that spoke and the numbers it rests on."""
+    numbers = [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in finding.numbers.items()]
+    text = one_line(f"{finding.detector}: {', '.join(numbers)}", limit=300)
+    return cells.assemble([("    ", ""), (text, cells.DIM)]).truncate(width, ellipsis=True)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return words.number(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _advice(text: str, width: int) -> Content:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from textual.content import Content
 
 from qlora_tui.tui import words
@@ -22,14 +24,20 @@ class MemoryPanel(Panel):
         now, others, total = readings(state)
         if not total:
             return cells.assemble([("no reading yet", cells.DIM)])
-        tail = f"  {words.gib(now or 0, unit=False)}/{words.gib(total)}"
+        tail = f"  {words.gib(now or 0, unit=False)}/{words.gib(total, unit=width >= 26)}"
         length = max(8, width - len(tail))
         parts = cells.bar([(now or 0, "█", _colour(state, total)), (others, "▒", cells.DIM)], total, length)
+        figures = _figures(state, others)
+        figures = figures if cells.fits(figures, width) else _figures(state, others, margin=False)
         marked = _with_mark(parts, state.predicted_bytes, total, length)
-        lines = [cells.assemble([*marked, (tail, "bold")]), cells.assemble(cells.fit(_figures(state, others), width))]
-        if height >= 4:
+        lines = [cells.assemble([*marked, (tail, "bold")]), cells.assemble(cells.fit(figures, width))]
+        if height >= 3:
             lines.append(cells.assemble([("█ this run  ▒ other programs  │ predicted", cells.DIM)]))
-        if height >= 8 and state.predicted_parts:
+        if height >= 6 and state.readings:
+            past = [(reading.t, reading.ours) for reading in state.readings]
+            line = cells.timeline(past, min(60, width - 14), state.t, low=0.0, high=float(total))
+            lines.append(cells.assemble([("last 10 min   ", cells.DIM), (line, cells.MAIN)]))
+        if height >= 9 and state.predicted_parts:
             lines += _parts(state, width)
         return cells.stack(lines[:height])
 
@@ -43,16 +51,19 @@ def readings(state: RunState) -> tuple[int | None, int, int | None]:
     return now, others, total
 
 
-def _figures(state: RunState, others: int) -> list[list[Part]]:
+def _figures(state: RunState, others: int, *, margin: bool = True) -> list[list[Part]]:
     found: list[list[Part]] = []
     if state.predicted_bytes is not None:
-        margin = f" ± {words.gib(state.predicted_margin, unit=False)}" if state.predicted_margin else ""
-        found.append([("predicted ", cells.DIM), (f"{words.gib(state.predicted_bytes, unit=False)}{margin}", "")])
+        around = f" ± {words.gib(state.predicted_margin, unit=False)}" if state.predicted_margin and margin else ""
+        found.append([("predicted ", cells.DIM), (f"{words.gib(state.predicted_bytes, unit=False)}{around}", "")])
     if state.peak_bytes:
         over = state.predicted_bytes is not None and state.peak_bytes > state.predicted_bytes * 1.1
         found.append([("peak ", cells.DIM), (words.gib(state.peak_bytes, unit=False), cells.WARN if over else "")])
     if others:
         found.append([("others ", cells.DIM), (words.gib(others, unit=False), "")])
+    now, _, total = readings(state)
+    if total:
+        found.append([("free ", cells.DIM), (words.gib(max(0, total - (now or 0) - others), unit=False), "")])
     return found
 
 
@@ -74,11 +85,16 @@ def _colour(state: RunState, total: int) -> str:
 
 
 def _with_mark(parts: list[Part], predicted: int | None, total: int, length: int) -> list[Part]:
-    """Return the bar with a thin line at the predicted amount, where that lies in the free part."""
-    if predicted is None or not parts or parts[-1][0][:1] != "░":
+    """Return the bar with a thin line at the predicted amount, where that lies beyond what this run uses."""
+    if predicted is None:
         return parts
-    free = len(parts[-1][0])
-    at = min(length - 1, round(predicted / total * length)) - (length - free)
-    if not 0 <= at < free:
+    drawn = [(glyph, style) for text, style in parts for glyph in text]
+    at = min(length - 1, round(predicted / total * length))
+    if not 0 <= at < len(drawn) or drawn[at][0] == "█":
         return parts
-    return [*parts[:-1], ("░" * at, cells.DIM), ("│", "bold"), ("░" * (free - at - 1), cells.DIM)]
+    drawn[at] = ("│", "bold")
+    return [("".join(glyph for glyph, _ in run), style) for style, run in _runs(drawn)]
+
+
+def _runs(drawn: list[Part]) -> list[tuple[str, list[Part]]]:
+    return [(style, list(run)) for style, run in itertools.groupby(drawn, key=lambda part: part[1])]

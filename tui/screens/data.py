@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.suggester import Suggester
 from textual.timer import Timer
 from textual.widgets import Input, Static
 from textual.worker import get_current_worker
 
 from qlora_tui.engine.errors import Stopped
-from qlora_tui.engine.spec import BUILTIN, DEMO_DATA, KEYS, RunConfig
-from qlora_tui.engine.text import one_line
+from qlora_tui.engine.spec import DEMO_DATA, KEYS, RunConfig
+from qlora_tui.tui import filters
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.scoring import known_words
-from qlora_tui.tui.screens.line import Line
+from qlora_tui.tui.screens.keys import bindings
+from qlora_tui.tui.screens.line import Line, PathSuggester, complete
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.rows import RowsScreen
 from qlora_tui.tui.screens.xray import found_lines, reading_line
@@ -34,52 +33,13 @@ if TYPE_CHECKING:
 _PAUSE = 0.3
 
 
-class PathSuggester(Suggester):
-    """Complete paths: the first file or folder that goes on from what is typed."""
-
-    def __init__(self) -> None:
-        """Look again every time: files come and go."""
-        super().__init__(use_cache=False, case_sensitive=True)
-
-    async def get_suggestion(self, value: str) -> str | None:
-        """Return a longer path, or nothing."""
-        return complete(value)
-
-
-def complete(value: str) -> str | None:
-    """Return the first path that begins with `value`, folders with a slash; hidden ones only when asked for."""
-    if not value or value.startswith(BUILTIN):
-        return DEMO_DATA if value and DEMO_DATA.startswith(value) else None
-    return _on_disk(value) or (DEMO_DATA if DEMO_DATA.startswith(value) else None)
-
-
-def _on_disk(value: str) -> str | None:
-    typed = Path(value).expanduser()
-    folder, start = (typed, "") if value.endswith("/") else (typed.parent, typed.name)
-    try:
-        names = sorted(path for path in folder.iterdir() if path.name.startswith(start) and (start or not path.name.startswith(".")))
-    except OSError:
-        return None
-    if not names or not one_line(names[0].name, limit=300).isprintable() or one_line(names[0].name, limit=300) != names[0].name:
-        return None
-    found = names[0]
-    return value[: len(value) - len(start)] + found.name + ("/" if found.is_dir() else "")
-
-
 class DataPage(Page):
     """One line for the data; beneath it what is in them: format, faults by row, lengths, what is trained, copies."""
 
     title = "data"
+    place = "data page"
     types = True
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+o", "skip_bad", "go on without broken rows", show=False),
-        Binding("tab", "complete", "complete", tooltip="complete the path"),
-        Binding("f2", "rows", "rows", key_display="F2", tooltip="see the rows as they will be trained"),
-        Binding("f3", "triage", "triage", key_display="F3", tooltip="find answers that the base already knows"),
-        Binding("pageup", "scroll(-1)", "scroll", show=False, tooltip="scroll up"),
-        Binding("pagedown", "scroll(1)", "scroll", show=False, tooltip="scroll down"),
-        Binding("f4", "too_long", "too long", key_display="F4", tooltip="drop rows that are too long, cut or split them"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("data page")
 
     def __init__(self, wizard: WizardScreen) -> None:
         """Start without having looked at anything."""
@@ -101,9 +61,9 @@ class DataPage(Page):
         """Lay out the line and what is found behind it."""
         yield Static("What should it learn from? A JSONL file or a hub dataset.", markup=False, classes="question")
         yield Line(
-            placeholder="such as my-chats.jsonl, or builtin:python-docs to try it out",
+            placeholder="such as my-chats.jsonl (tab completes), or builtin:python-docs",
             id="data-name",
-            suggester=PathSuggester(),
+            suggester=PathSuggester(DEMO_DATA),
             compact=True,
         )
         with VerticalScroll(can_focus=False, id="data-scroll"):
@@ -143,7 +103,7 @@ class DataPage(Page):
     def action_complete(self) -> None:
         """Take the suggested path."""
         box = self.query_one("#data-name", Input)
-        found = complete(box.value)
+        found = complete(box.value, DEMO_DATA)
         if found:
             box.value = found
             box.cursor_position = len(found)
@@ -175,10 +135,25 @@ class DataPage(Page):
 
     def action_too_long(self) -> None:
         """Choose what becomes of rows that are too long."""
-        choices = KEYS["too_long"].choices
-        chosen = choices[(choices.index(self.wizard.run.too_long) + 1) % len(choices)]
-        self.wizard.change(dataclasses.replace(self.wizard.run, too_long=chosen))
+        self._next_of("too_long", self.wizard.run.too_long)
+
+    def action_copies(self) -> None:
+        """Choose which copies of earlier rows are left out."""
+        self._next_of("filter_duplicates", self.wizard.run.filter_duplicates)
+
+    def _next_of(self, name: str, now: str) -> None:
+        """Take the choice after `now` of the key `name`."""
+        choices = KEYS[name].choices
+        values = {name: choices[(choices.index(now) + 1) % len(choices)]}
+        self.wizard.change(dataclasses.replace(self.wizard.run, **values))  # type: ignore[arg-type]  # a choice of the table
         self.show()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer to go on without broken rows only where there are any."""
+        if action == "skip_bad":
+            look = self._look
+            return look is not None and look.refused > 0 and not look.problem
+        return True
 
     @property
     def _look(self) -> DataLook | None:
@@ -240,9 +215,14 @@ class DataPage(Page):
         self._busy = ()
         self.wizard.use_data(look)
         self.show()
+        self.refresh_bindings()
         going_on, self._going_on = self._going_on, False
         if going_on and not look.problem:
             self.wizard.action_next()
+
+    def refresh_run(self, *, anew: bool = False) -> None:
+        """Draw again: something became known."""
+        self.show()
 
     def show(self) -> None:
         """Draw what was found, or that it is being looked for."""
@@ -254,6 +234,8 @@ class DataPage(Page):
             return
         run, desk, outlook = self.wizard.run, self.wizard.desk, self.wizard.outlook
         cost, known = desk.limit_cost(run, outlook, look.lengths), known_words(run, desk.scored(run))
+        left_out = filters.known(look, run, desk.scored(run))
+        known += f"; {left_out.words()}" if left_out.rows else ""
         self._put(found_lines(look, run, width, self._room(), cost, outlook, known))
 
     def on_resize(self) -> None:

@@ -6,23 +6,22 @@ calls it on a thread of its own.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textual.worker import NoActiveWorker, get_current_worker
 
 from qlora_tui.engine import forecast, hub, machine, models, planner, preset
-from qlora_tui.engine.budget import Budget
+from qlora_tui.engine.budget import Budget, estimate
 from qlora_tui.engine.errors import ConfigError, EngineError, Stopped
 from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before
 from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.measured import correction_now
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.places import place, replace_file
+from qlora_tui.engine.places import is_folder, place, replace_file
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig, from_values, rows_per_step
 from qlora_tui.engine.text import one_line
@@ -30,7 +29,6 @@ from qlora_tui.tui.datalook import DataLook, look_of, passages, with_lengths
 from qlora_tui.tui.lengths import (
     Lengths,
     cost_words,
-    hub_cache,
     measure,
     renderer_of,
     tokenizer_folder,
@@ -39,23 +37,28 @@ from qlora_tui.tui.lengths import (
 )
 from qlora_tui.tui.probe import Probed, probe
 from qlora_tui.tui.scoring import Scored, answers_of, score, scored_by
+from qlora_tui.tui.screens.shelves import cached, folders, shape_of
 from qlora_tui.tui.writtenrows import WrittenRows
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Row
 
 DRAFT = "draft.toml"
+_USUAL_ROWS = 1000
+_USUAL_SHARE = 4
+"""Rows of which a time is told before data are named, and the part of `max_length` that they are taken to be long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A ready-made run to begin from."""
+    """A ready-made run to begin from; `card` is what it was made for, `goal` one of `preset.GOALS`."""
 
     name: str
     title: str
     why: str
     card: str
     run: RunConfig
+    goal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,15 @@ class ModelChoice:
     spec: ModelSpec
     place: str
     note: str = ""
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run would need: memory with the planner's choices made, and time where the data are known."""
+    """What a run would need: memory with the planner's choices made, and time where the data are known.
+
+    Without data there is `typical`: the time of `assumed`, rows that are made up to have a figure at all.
+    """
 
     plan: Plan
     time: Before | None = None
@@ -81,6 +88,8 @@ class Outlook:
     held: int = 0
     """Rows to measure on."""
     remarks: tuple[str, ...] = ()
+    typical: Before | None = None
+    assumed: str = ""
 
     @property
     def budget(self) -> Budget:
@@ -113,7 +122,7 @@ class Desk:
                 run = preset.resolve(preset=name, config=None, flags={})
             except EngineError:
                 continue
-            found.append(Ready(name, ready.title, ready.why, ready.card, run))
+            found.append(Ready(name, ready.title, ready.why, ready.card, run, ready.goal))
         return found
 
     def model(self, run: RunConfig) -> ModelSpec | None:
@@ -122,12 +131,7 @@ class Desk:
         if not name:
             return None
         known = self._specs.get((name, run.revision))
-        if known is None:
-            try:
-                known = models.from_folder(Path(name).expanduser()) if Path(name).expanduser().is_dir() else models.find(name)
-            except (EngineError, OSError):
-                return None
-        return known
+        return known or shape_of(name)
 
     def look_up(self, name: str, revision: str) -> ModelSpec:
         """Return the shape of any model; slow, may ask the hub.
@@ -135,7 +139,7 @@ class Desk:
         Raises:
             EngineError: there is no such model, it is not supported, or the hub cannot be reached.
         """
-        known = models.find(name) if not Path(name).expanduser().is_dir() else None
+        known = models.find(name) if not is_folder(name) else None
         if known is None and name.startswith(BUILTIN):
             raise ConfigError(f"no built-in model {name!r}", hint=f"there is {DEMO_MODEL}")
         spec = known or models.from_folder(hub.small_files(name, revision).folder)
@@ -143,9 +147,9 @@ class Desk:
         return spec
 
     def models(self) -> list[ModelChoice]:
-        """Return models on this disk first, then the catalogue, smallest first; slow, reads the hub's cache."""
-        cached = _cached_models()
-        found = [ModelChoice(name, spec, "on disk") for name, spec in cached if spec is not None]
+        """Return models on this disk first, then the catalogue, smallest first; slow, reads this folder and the hub's cache."""
+        found = self.folders(".")
+        found += [ModelChoice(name, spec, "on disk") for name, spec in cached()]
         demo = models.find_entry(DEMO_MODEL)
         if demo is not None:
             ready = tokenizer_folder(RunConfig(model_name_or_path=DEMO_MODEL)) is not None
@@ -154,9 +158,27 @@ class Desk:
         listed = sorted(models.entries(), key=lambda entry: entry.spec.params)
         for entry in listed:
             if entry.spec.name not in here:
-                note = "needs a licence accepted on the hub" if entry.gated else entry.licence
-                found.append(ModelChoice(entry.spec.name, entry.spec, "to fetch", note))
+                found.append(ModelChoice(entry.spec.name, entry.spec, "to fetch", entry.licence, entry.gated))
         return found
+
+    def folders(self, where: str) -> list[ModelChoice]:
+        """Return models in folders in and under `where`; slow, reads the disk."""
+        return [ModelChoice(name, spec, "this folder" if where == "." else "on disk") for name, spec in folders(where)]
+
+    def least(self, run: RunConfig) -> Budget | None:
+        """Return the least memory that `run` can do with, or None while its model is not known; the planner may spend more on speed."""
+        spec = self.model(run)
+        try:
+            return estimate(spec, run, self.machine(), correction=correction_now(self.machine().name)) if spec else None
+        except EngineError:
+            return None
+
+    def checkpoint_bytes(self, run: RunConfig) -> int:
+        """Return about how large one checkpoint of `run` is; 0 while its model is not known."""
+        from qlora_tui.engine.preflight import checkpoint_bytes  # it needs the room of data, which nobody waits for before this
+
+        spec = self.model(run)
+        return checkpoint_bytes(run, spec) if spec else 0
 
     def look_at_data(self, run: RunConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> DataLook:
         """Return what the run's data hold; slow, reads all of them; `progress` gets bytes read and bytes in all, 0 where nobody knows.
@@ -247,7 +269,9 @@ class Desk:
             plan = self._plan(spec, run, look)
         except EngineError:
             return None
-        if look is None or not look.rows or look.problem or look.unwritable:
+        if look is None:
+            return self._typical(spec, plan)
+        if not look.rows or look.problem or look.unwritable:
             return Outlook(plan)
         lengths = look.lengths.fitted(run)
         each = lengths.mean(run.max_length)
@@ -271,6 +295,36 @@ class Desk:
         told = forecast.remarks(spec, plan.run, self.machine(), time, longest=longest, longest_chat=chat)
         unknown = "" if scored else triage_remark(run)
         return Outlook(plan, time, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])))
+
+    def _typical(self, spec: ModelSpec, plan: Plan) -> Outlook:
+        """Return the outlook of a run whose data nobody has named: its time is that of so many rows of a length that is usual for it."""
+        run, each = plan.run, max(16, plan.run.max_length // _USUAL_SHARE)
+        trained, held = used_rows(run, Lengths(), _USUAL_ROWS)
+        per_epoch = max(1, math.ceil(trained / rows_per_step(run)))
+        steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
+        time = forecast.before(
+            spec,
+            run,
+            self.machine(),
+            tokens_per_epoch=each * trained,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            holdout_tokens=each * held,
+        )
+        rows = min(_USUAL_ROWS, run.max_samples or _USUAL_ROWS)
+        return Outlook(plan, typical=time, assumed=f"{rows:,} rows of {each:,} tokens")
+
+    def gated(self, run: RunConfig) -> bool:
+        """Say whether the run's model is known to need a licence accepted on the hub."""
+        entry = models.find_entry(run.model_name_or_path)
+        return entry is not None and entry.gated
+
+    def card_bytes(self, card: str) -> int:
+        """Return the memory of the card called `card`; 0 where it is none, which any machine is enough for."""
+        try:
+            return machine.find_card(card).total_bytes if card else 0
+        except EngineError:
+            return 0
 
     def remedies(self, run: RunConfig, look: DataLook | None = None) -> list[Fix]:
         """Return what makes the run fit, cheapest first, or faster where it fits already."""
@@ -335,18 +389,3 @@ def _stopping() -> Callable[[], None]:
             raise Stopped("the reading was given up")
 
     return stopping
-
-
-@functools.cache
-def _cached_models() -> list[tuple[str, ModelSpec | None]]:
-    """Return models in the hub's cache, read from its folders alone: importing the hub's library costs more."""
-    found: dict[str, ModelSpec | None] = {}
-    for config in sorted(hub_cache().glob("models--*/snapshots/*/config.json")):
-        name = config.parents[2].name.removeprefix("models--").replace("--", "/")
-        if not any(config.parent.glob("*.safetensors")):
-            continue
-        try:
-            found[name] = models.from_folder(config.parent)
-        except (EngineError, OSError):
-            continue
-    return list(found.items())

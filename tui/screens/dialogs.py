@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
-from textual.containers import Vertical
+from textual.binding import BindingType
+from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from qlora_tui.tui.panels import cells
+from qlora_tui.tui.screens.keys import bindings
 
 Choice = Literal["stop", "detach", "abort", "cancel"]
 _CHOICES: dict[Choice, tuple[str, str]] = {
@@ -24,14 +26,14 @@ _CHOICES: dict[Choice, tuple[str, str]] = {
 }
 
 
+_KEY = 8
+"""Cells for the keys in the help."""
+
+
 class StopDialog(ModalScreen[Choice]):
     """Ask how to leave a run; the first choice is what Enter takes."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,q", "choose('cancel')", "back"),
-        Binding("s", "choose('stop')", "stop and save", show=False),
-        Binding("d", "choose('detach')", "leave it running", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("stop dialog")
 
     def __init__(self, *, first: Choice = "stop") -> None:
         """Offer all choices with `first` on top."""
@@ -59,9 +61,9 @@ class StopDialog(ModalScreen[Choice]):
 
 
 class HelpDialog(ModalScreen[None]):
-    """The keys of a screen, made from its bindings so that none can be missing."""
+    """The keys of a screen, made from the table of actions so that none can be missing."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter,f1", "dismiss", "close")]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("help dialog")
 
     def __init__(self, keys: Sequence[tuple[str, str]], notes: Sequence[str] = ()) -> None:
         """Show `keys` as (key, what it does), then notes."""
@@ -70,31 +72,16 @@ class HelpDialog(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Lay out the table."""
-        lines = [Content.assemble((f"{key:>10}  ", f"bold {cells.MAIN}"), meaning) for key, meaning in self._keys]
-        notes = [Content.styled(note, cells.DIM) for note in self._notes]
-        with Vertical(id="dialog"):
-            yield Static("Keys", markup=False, classes="question")
-            yield Static(cells.stack([*lines, *([Content("")] if notes else []), *notes]), markup=False)
-            yield Static("esc closes", markup=False, classes="keys")
+        width = max(20, min(76, int(self.app.size.width * 0.96)) - 7)
+        lines = [line for key, meaning in self._keys for line in _told(key, meaning, width)]
+        notes = [Content.styled(line, cells.DIM) for note in self._notes for line in textwrap.wrap(note, width)]
+        with VerticalScroll(id="dialog"):  # it has the focus, so that arrows reach what has no room
+            yield Static(Content.assemble("Keys", ("   esc closes", cells.DIM)), markup=False, classes="question")
+            told = cells.stack([*lines, *([Content("")] if notes else []), *notes])
+            yield Static(cells.plain_ascii(told) if self.app.has_class("-ascii") else told, markup=False)
 
 
-def keys_of(bindings: Sequence[BindingType]) -> list[tuple[str, str]]:
-    """Return (key, description) of bindings that say what they do."""
-    told = [binding for binding in bindings if isinstance(binding, Binding) and binding.description]
-    return [(binding.key_display or _key_words(binding.key), binding.tooltip or binding.description) for binding in told]
-
-
-_NAMES = {
-    "question_mark": "?",
-    "slash": "/",
-    "escape": "esc",
-    "full_stop": ".",
-    "pageup": "pgup",
-    "pagedown": "pgdn",
-    "left_square_bracket": "[",
-    "right_square_bracket": "]",
-}
-
-
-def _key_words(keys: str) -> str:
-    return " ".join(_NAMES.get(key, key.replace("ctrl+", "^")) for key in keys.split(",")[:2])
+def _told(key: str, meaning: str, width: int) -> list[Content]:
+    """Return a key and what it does, with what does not fit beneath the words and not beneath the key."""
+    wrapped = textwrap.wrap(meaning, max(10, width - _KEY - 2)) or [""]
+    return [Content.assemble((f"{'' if at else key:>{_KEY}}  ", f"bold {cells.MAIN}"), line) for at, line in enumerate(wrapped)]

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import ClassVar
 
 from textual import events
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
 from qlora_tui.engine.errors import ConfigError
-from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.spec import KEYS, RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.keys import bindings, means_something
 from qlora_tui.tui.screens.settings import Setting
 
 LABEL = 15
-VALUE = 17
+VALUE, SHORT_VALUE, NARROW = 17, 10, 70
+"""Cells for the value, and for it on a screen narrower than the last: what stands beside it needs them more."""
 
 
 class FieldRow(Static, can_focus=True):
     """One setting on a line of its own."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "app.focus_previous", "field", key_display="↑↓"),
-        Binding("down", "app.focus_next", show=False),
-        Binding("left", "step(-1)", "change", key_display="←→"),
-        Binding("right", "step(1)", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("field")
 
     class Changed(Message):
-        """The person changed the setting: the run as it would be now."""
+        """The person changed the setting: the run as it would be now. What is typed at a stretch is one `group`."""
 
-        def __init__(self, run: RunConfig) -> None:
+        def __init__(self, run: RunConfig, group: str = "") -> None:
             """Carry the new run."""
             super().__init__()
-            self.run = run
+            self.run, self.group = run, group
 
     class Entered(Message):
         """The field has the focus now; its help should be seen."""
@@ -50,9 +49,10 @@ class FieldRow(Static, can_focus=True):
         """Show `setting` of `run`."""
         super().__init__("", markup=False, id=f"field-{setting.name}")
         self.setting, self.run = setting, run
-        self.note = setting.note
+        self.beside: Part = (setting.note, cells.DIM)
         self._ascii = ascii_only
         self._typing: str | None = None
+        self._stretches = 0
         self._drawn: Content | None = None
         self._current = False
         self.fault = ""
@@ -61,12 +61,16 @@ class FieldRow(Static, can_focus=True):
         """Draw for the first time."""
         self.redraw()
 
-    def use(self, run: RunConfig, note: str | None = None) -> None:
-        """Show another run, unless the person is typing in this very field."""
-        self.run = run
-        if note is not None:
-            self.note = note
+    def use(self, run: RunConfig, beside: Part, *, anew: bool = False) -> None:
+        """Show another run with what stands beside its value; `anew`: what is being typed is dropped, such as after an undo."""
+        self.run, self.beside = run, beside
+        if anew:
+            self._typing, self.fault = None, ""
         self.redraw()
+
+    def check_consume_key(self, key: str, character: str | None) -> bool:
+        """Say that letters are typed here and are no keys, so that the foot of the screen does not offer them."""
+        return self.setting.letters and character is not None and character.isprintable() and character not in "? "
 
     def action_step(self, direction: int) -> None:
         """Take the next value of the ladder or of the choices."""
@@ -79,18 +83,29 @@ class FieldRow(Static, can_focus=True):
             return
         if event.key == "backspace":
             self._type((self._typing if self._typing is not None else self.setting.shown(self.run))[:-1])
-        elif event.character and event.is_printable and (event.character not in "?fq" or self._typing) and event.character != " ":
+        elif event.character and event.is_printable and self._takes(event.key, event.character):
             self._type((self._typing or "") + event.character)
         else:
             return
         event.stop()
         event.prevent_default()
 
+    def _takes(self, key: str, character: str) -> bool:
+        """Say whether `character` is typed: the keys of the page are not, but where a value may hold letters."""
+        if self.setting.letters:
+            return character not in "? "
+        unit = character == "m" and bool(self._typing) and KEYS[self.setting.name].kind == "duration"
+        return unit or (character != " " and not means_something(self.screen, key))
+
     def on_paste(self, event: events.Paste) -> None:
         """Take pasted text as if it were typed."""
         if self.setting.typed:
             self._type((self._typing or "") + one_line(event.text, limit=40))
             event.stop()
+
+    def on_resize(self) -> None:
+        """Draw for the new width."""
+        self.redraw()
 
     def on_focus(self) -> None:
         """Say that this field is the current one; Textual's own flag changes only after this."""
@@ -116,26 +131,22 @@ class FieldRow(Static, can_focus=True):
         cursor = "_" if self._typing is not None and focused else ""
         left, right = ("‹", "›") if focused else (" ", " ")
         shown = one_line(value, limit=200) + cursor
-        if len(shown) > VALUE:  # what is being typed is seen at its end
-            shown = f"…{shown[1 - VALUE :]}" if cursor else f"{shown[: VALUE - 1]}…"
-        room = max(0, VALUE - Content(shown).cell_length)
+        most = SHORT_VALUE if self.app.size.width < NARROW else VALUE
+        if len(shown) > most:  # what is being typed is seen at its end
+            shown = f"…{shown[1 - most :]}" if cursor else f"{shown[: most - 1]}…"
+        room = max(0, most - Content(shown).cell_length)
+        width = max(20, self.size.width or 76)
         line = Content.assemble(
             (f" {self.setting.label:<{LABEL}}", "bold" if focused else ""),
             (f"{left} ", cells.MAIN),
             (shown, f"bold {cells.BAD if self.fault else cells.MAIN if focused else ''}".strip()),
             (f" {right}", cells.MAIN),
-            (" " * room + self.note, cells.DIM),
+            (" " * room, ""),
+            self.beside,
         )
-        lines = (
-            [line]
-            if not self.fault
-            else [
-                line,
-                Content.assemble((" " * (LABEL + 3), ""), (f"✖ {self.fault}", cells.BAD)).truncate(
-                    max(20, self.size.width or 76), ellipsis=True
-                ),
-            ]
-        )
+        indent = " " * (LABEL + 3)
+        told = textwrap.wrap(f"✖ {self.fault}", max(20, width - len(indent))) if self.fault else []
+        lines = [line, *[Content.styled(f"{indent}{part}", cells.BAD) for part in told]]
         drawn = cells.plain_ascii(cells.stack(lines)) if self._ascii else cells.stack(lines)
         if self._drawn is None or not self._drawn.is_same(drawn):
             grown = self._drawn is None or self._drawn.plain.count("\n") != drawn.plain.count("\n")
@@ -143,6 +154,7 @@ class FieldRow(Static, can_focus=True):
             self.update(drawn, layout=grown)
 
     def _type(self, text: str) -> None:
+        self._stretches += self._typing is None
         self._typing = text
         try:
             run = self.setting.read(self.run, text)
@@ -153,9 +165,9 @@ class FieldRow(Static, can_focus=True):
             self.redraw()
             return
         self.fault = ""
-        self._take(run)
+        self._take(run, f"{self.setting.name} {self._stretches}")
 
-    def _take(self, run: RunConfig) -> None:
+    def _take(self, run: RunConfig, group: str = "") -> None:
         self.run = run
-        self.post_message(self.Changed(run))
+        self.post_message(self.Changed(run, group))
         self.redraw()

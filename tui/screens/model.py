@@ -8,38 +8,42 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
+from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from qlora_tui.engine import units
+from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.errors import EngineError
-from qlora_tui.engine.spec import BUILTIN
+from qlora_tui.engine.places import is_folder, is_here
+from qlora_tui.engine.spec import BUILTIN, DEMO_MODEL, RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import badge
 from qlora_tui.tui.panels.cells import Part
 from qlora_tui.tui.screens.desk import ModelChoice
-from qlora_tui.tui.screens.line import Line
+from qlora_tui.tui.screens.keys import bindings
+from qlora_tui.tui.screens.line import Line, PathSuggester
 from qlora_tui.tui.screens.pages import Page
 
 if TYPE_CHECKING:
     from qlora_tui.tui.screens.wizard import WizardScreen
+
+_PAUSE = 0.3
+_NOTED = 76
+"""Width of the screen from which there is room for a note on each model."""
 
 
 class ModelPage(Page):
     """A line to type in, and a list that it filters; the arrows move in the list while one types."""
 
     title = "model"
+    place = "model page"
     types = True
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move(-1)", "pick", key_display="↑↓", tooltip="pick from the list; the memory bar shows what each needs"),
-        Binding("down", "move(1)", show=False),
-        Binding("pageup", "move(-8)", show=False),
-        Binding("pagedown", "move(8)", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("model page")
 
     def __init__(self, wizard: WizardScreen) -> None:
         """Start without a list; it is read on a thread."""
@@ -50,11 +54,20 @@ class ModelPage(Page):
         self._moved = False
         self._entered_with = ""
         self._looking = ""
+        self._timer: Timer | None = None
+        self._scanned = ""
+        self._fits: dict[str, Budget | None] = {}
+        self._weighed: RunConfig | None = None
 
     def compose(self) -> ComposeResult:
         """Lay out the line and the list."""
         yield Static("Which model? Type a folder or a hub id, or pick one.", markup=False, classes="question")
-        yield Line(placeholder="such as Qwen/Qwen3-4B or ./my-model", id="model-name", compact=True)
+        yield Line(
+            placeholder="such as Qwen/Qwen3-4B or ./my-model (tab completes)",
+            id="model-name",
+            suggester=PathSuggester(DEMO_MODEL, folders=True),
+            compact=True,
+        )
         yield Static("", markup=False, id="model-fault", classes="fault")
         models = OptionList(id="models", compact=True)
         models.can_focus = False
@@ -71,6 +84,8 @@ class ModelPage(Page):
         self._fill()
         if not self._choices:
             self._gather()
+        else:
+            self._weigh_soon()
 
     def commit(self) -> bool:
         """Take the typed or the picked model; one that is not known yet is looked up first, on a thread."""
@@ -106,6 +121,11 @@ class ModelPage(Page):
         self._say("")
         self._fill()
         self._preview()
+        self._scan_soon(event.value.strip())
+
+    def action_complete(self) -> None:
+        """Take the suggested path."""
+        self.query_one("#model-name", Input).action_cursor_right()
 
     @on(OptionList.OptionSelected, "#models")
     def _clicked(self, event: OptionList.OptionSelected) -> None:
@@ -117,14 +137,19 @@ class ModelPage(Page):
     def _named(self) -> str:
         """Return the model meant: the one moved to, else what is typed, else the only match."""
         typed = self.query_one("#model-name", Input).value.strip()
-        at = self.query_one(OptionList).highlighted
-        picked = self._shown[at].name if at is not None and at < len(self._shown) else ""
+        picked = self._picked
         if self._moved and picked:
             return picked
         exact = any(choice.name == typed for choice in self._choices) or typed.startswith(BUILTIN)
-        if exact or not picked or "/" in typed or Path(typed).expanduser().exists():
+        if exact or not picked or "/" in typed or is_here(typed):
             return typed
         return picked
+
+    @property
+    def _picked(self) -> str:
+        """Return the model that the list stands on."""
+        at = self.query_one(OptionList).highlighted
+        return self._shown[at].name if at is not None and at < len(self._shown) else ""
 
     def _preview(self) -> None:
         name = self._named()
@@ -143,6 +168,47 @@ class ModelPage(Page):
             found = [ModelChoice(named, spec, "chosen"), *found]
         self._choices = found
         self._fill()
+        self._weigh_soon()
+
+    def _scan_soon(self, typed: str) -> None:
+        """Look for models under a typed folder once the person pauses."""
+        if self._timer is not None:
+            self._timer.stop()
+        if typed.startswith(("/", ".", "~")) and typed != self._scanned:
+            self._timer = self.set_timer(_PAUSE, lambda: self._scan(typed))
+
+    @work(thread=True, group="folders", exclusive=True, exit_on_error=False)
+    def _scan(self, typed: str) -> None:
+        where = typed if is_folder(typed) else str(Path(typed).parent)
+        found = self.wizard.desk.folders(where)
+        self.app.call_from_thread(self._scanned_folder, typed, found)
+
+    def _scanned_folder(self, typed: str, found: list[ModelChoice]) -> None:
+        self._scanned = typed
+        known = {choice.name for choice in self._choices}
+        fresh = [choice for choice in found if choice.name not in known]
+        if fresh:
+            self._choices = [*fresh, *self._choices]
+            self._fill()
+            self._weighed = None
+            self._weigh_soon()
+
+    def _weigh_soon(self) -> None:
+        """Work out on a thread what each model needs, once for each setting of the rest."""
+        run = dataclasses.replace(self.wizard.run, model_name_or_path="")
+        if run != self._weighed:
+            self._weighed = run
+            self._weigh(run, [choice.name for choice in self._choices])
+
+    @work(thread=True, group="weigh", exclusive=True, exit_on_error=False)
+    def _weigh(self, run: RunConfig, names: list[str]) -> None:
+        fits = {name: self.wizard.desk.least(dataclasses.replace(run, model_name_or_path=name)) for name in names}
+        self.app.call_from_thread(self._have_fits, run, fits)
+
+    def _have_fits(self, run: RunConfig, fits: dict[str, Budget | None]) -> None:
+        if run == self._weighed:
+            self._fits = fits
+            self._fill()
 
     @work(thread=True, group="look-up", exclusive=True, exit_on_error=False)
     def _look_up(self, name: str, revision: str) -> None:
@@ -169,37 +235,42 @@ class ModelPage(Page):
         box = self.query_one("#model-name", Input).value
         typed = box.strip().casefold()
         everything = box == self._entered_with or any(choice.name.casefold() == typed for choice in self._choices)
+        before = self._picked if self._moved else ""
         self._shown = [choice for choice in self._choices if everything or typed in choice.name.casefold()]
         listed = self.query_one(OptionList)
         listed.clear_options()
         listed.add_options([Option(self.text(self._line(choice))) for choice in self._shown])
         at = next((index for index, choice in enumerate(self._shown) if choice.name.casefold() == typed), None)
         guess = bool(self._shown) and bool(typed) and not everything and "/" not in typed  # with a slash it is a whole name
-        listed.highlighted = at if at is not None else 0 if guess else None
+        moved = next((index for index, choice in enumerate(self._shown) if choice.name == before), None)
+        listed.highlighted = moved if moved is not None else at if at is not None else 0 if guess else None
         if not self._looking:
             self._say("")
 
     def _head(self) -> str:
         """Return what stands above the columns of the list."""
         room = self._room()
-        return f" {'':<{room}} {'size':>6} {'memory':>9}" if self._shown else ""
+        return f" {'':<{room}} {'size':>6} {'at least':>9}" if self._shown else ""
 
     def _room(self) -> int:
-        return 43 if self.wizard.size.width >= 98 else 35
+        width = self.wizard.size.width
+        return 43 if width >= 98 else 35 if width >= _NOTED else max(12, width - 38)
 
     def _line(self, choice: ModelChoice) -> Content:
-        run = dataclasses.replace(self.wizard.run, model_name_or_path=choice.name)
-        outlook = self.wizard.desk.outlook(run)
+        budget = self._fits.get(choice.name)
         width = max(30, self.wizard.size.width - 8)
         room = self._room()
-        name = one_line(choice.name)
+        mark = "▲ " if choice.gated and self.wizard.size.width < _NOTED else ""  # where there is no room for the note
+        name = mark + one_line(choice.name)
         name = name if len(name) <= room else f"{name[: room - 1]}…"
         parts: list[Part] = [(f"{name:<{room}} ", ""), (f"{units.billions(choice.spec.params):>6}", "")]
-        if outlook:
-            mark = badge(outlook.budget)
-            parts += [(f" {words.gib(outlook.budget.total_bytes):>9}  ", cells.DIM), (f"{mark[0]:<10}", mark[1])]
-        note = choice.place + (f" · {one_line(choice.note, limit=60)}" if choice.note and width >= 90 else "")
-        return cells.assemble([*parts, (note, cells.DIM)]).truncate(width, ellipsis=True)
+        fits = badge(budget) if budget else ("", "")
+        parts += [(f" {words.gib(budget.total_bytes) if budget else '':>9}  ", cells.DIM), (f"{fits[0]:<10}", fits[1])]
+        note: Part = (choice.place + (f" · {one_line(choice.note, limit=60)}" if choice.note and width >= 90 else ""), cells.DIM)
+        if choice.gated:
+            note = ("▲ needs a licence accepted on the hub, and a login" if width >= 90 else "▲ login", cells.WARN)
+        told = [*parts, note] if self.wizard.size.width >= _NOTED else parts
+        return cells.assemble(told).truncate(width, ellipsis=True)
 
     def _say(self, fault: str, news: str = "") -> None:
         line = [(f"✖ {one_line(fault, limit=300)}", cells.BAD)] if fault else [(news or self._head(), cells.DIM)]

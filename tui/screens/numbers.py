@@ -1,4 +1,4 @@
-"""The numbers page: every setting that matters, its cost in memory told as it changes."""
+"""The numbers page: every setting that matters, its cost told as it changes; the rarer ones fold out."""
 
 from __future__ import annotations
 
@@ -10,100 +10,147 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.rules import problems
+from qlora_tui.engine.spec import KEYS, RunConfig, values_of
 from qlora_tui.engine.text import one_line
-from qlora_tui.tui import words
-from qlora_tui.tui.lengths import TOO_LONG, Lengths, share
+from qlora_tui.engine.unusual import Unusual, unusual
 from qlora_tui.tui.panels import cells
+from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.effects import Scene, effect_of, note_of
 from qlora_tui.tui.screens.fields import FieldRow
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
 
 
 class NumbersPage(Page):
-    """Fields in one column; the sentence about the current one stands beneath."""
+    """Fields in one column; beneath them what the current one does to memory, time and quality."""
 
     title = "numbers"
+    open = False
+    """Whether the rarer settings are folded out."""
 
     def compose(self) -> ComposeResult:
-        """Lay out the fields; the rarer ones follow below a line."""
+        """Lay out the fields; the rarer ones follow below a line that folds them out."""
         with VerticalScroll(can_focus=False, id="fields"):
             for setting in MAIN:
                 yield FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
             yield Static("", markup=False, id="more-line")
             for setting in MORE:
-                yield FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
+                field = FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
+                field.display = False
+                yield field
         yield Static("", markup=False, id="field-help")
-
-    def on_mount(self) -> None:
-        """Write the line between the usual and the rarer fields."""
-        line = Content.styled(" ── rarely changed ──", cells.DIM)
-        self.query_one("#more-line", Static).update(self.text(line))
 
     def enter(self) -> None:
         """Show the run as it is and go to the first field."""
-        self.use(self.wizard.run)
-        self.query(FieldRow).first().focus()
+        self.refresh_run()
+        self._fields()[0].focus()
 
-    def use(self, run: RunConfig) -> None:
-        """Show another run in every field."""
-        look = self.wizard.data_of_run()
-        lengths = look.lengths if look else Lengths()
-        for field in self.query(FieldRow):
-            field.use(run, note_of(field.setting, run, lengths))
+    def refresh_run(self, *, anew: bool = False) -> None:
+        """Show the wizard's run in every field in sight; `anew`: also in the one that is being typed in."""
+        scene = self._scene()
+        odd = self._unusual(scene)
+        faults = {problem.where: one_line(problem.message, limit=120) for problem in problems(scene.run)}
+        for field in self._fields():
+            name = field.setting.name
+            if name in faults:
+                beside: Part = (f"✖ {faults[name]}", cells.BAD)
+            elif name in odd:
+                beside = (f"▲ {odd[name].short}", cells.WARN)
+            else:
+                beside = (note_of(field.setting, scene), cells.DIM)
+            field.use(scene.run, beside, anew=anew)
+        self._draw_more_line(scene.run, odd)
+        focused = next((field for field in self._fields() if field.has_focus), None)
+        if focused is not None:
+            self._explain(focused.setting, scene, odd)
+
+    def fold(self) -> None:
+        """Show the rarer settings and go to the first of them, or hide them again."""
+        self.open = not self.open
+        fields = self.query(FieldRow)
+        for field in list(fields)[len(MAIN) :]:
+            field.display = self.open
+        self.refresh_run()
+        list(fields)[len(MAIN) if self.open else 0].focus()
 
     def commit(self) -> bool:
         """Go on only when no field holds something that is not a value."""
         wrong = next((field for field in self.query(FieldRow) if field.fault), None)
-        if wrong is not None:
-            wrong.focus()
-        return wrong is None
+        if wrong is None:
+            return True
+        if not wrong.display:
+            self.fold()
+        wrong.focus()
+        return False
+
+    @property
+    def half_typed(self) -> bool:
+        """Whether a field holds something that is not a value."""
+        return any(field.fault for field in self.query(FieldRow))
+
+    def drop_typing(self) -> None:
+        """Show the values again in place of what is none."""
+        for field in self.query(FieldRow):
+            field.use(self.wizard.run, field.beside, anew=True)
+        self.refresh_run()
+        self.wizard.redraw_keys()
+
+    def _fields(self) -> list[FieldRow]:
+        """Return the fields in sight."""
+        return [field for field in self.query(FieldRow) if field.display]
+
+    def _scene(self) -> Scene:
+        wizard = self.wizard
+        return Scene(wizard.run, wizard.outlook, wizard.data_of_run(), wizard.desk.model(wizard.run), wizard.desk.machine())
+
+    def _unusual(self, scene: Scene) -> dict[str, Unusual]:
+        return unusual(scene.run, scene.known)
 
     @on(FieldRow.Changed)
     def _field_changed(self, event: FieldRow.Changed) -> None:
         event.stop()
-        self.wizard.change(event.run)
-        self.use(event.run)
-        focused = next((field for field in self.query(FieldRow) if field.has_focus), None)
-        if focused is not None:
-            self._explain(focused.setting)
+        self.wizard.edit(event.run, event.group)
+        self.refresh_run()
 
     @on(FieldRow.Entered)
     def _field_entered(self, event: FieldRow.Entered) -> None:
         event.stop()
-        self._explain(event.setting)
+        scene = self._scene()
+        self._explain(event.setting, scene, self._unusual(scene))
 
-    def _explain(self, setting: Setting) -> None:
-        costs, width = self._cost(setting), max(20, self.wizard.size.width - 4)
-        if costs and len(setting.help) + len(costs) + 2 <= width:
-            lines = [cells.assemble([(f" {setting.help}  ", ""), (costs, cells.MAIN)])]
+    def _draw_more_line(self, run: RunConfig, odd: dict[str, Unusual]) -> None:
+        """Say what is folded away, and whether something there is not as usual."""
+        hidden = [setting for setting in MORE if values_of(run)[setting.name] != KEYS[setting.name].default]
+        warned = [setting.label for setting in MORE if setting.name in odd]
+        parts: list[Part] = [(" more ", "bold"), ("▾" if self.open else "▸", cells.MAIN), (" m ", f"bold {cells.MAIN}")]
+        if self.open:
+            parts.append(("folds these away", cells.DIM))
+        elif warned:
+            parts.append((f"▲ {', '.join(warned)}", cells.WARN))
+        elif hidden:
+            parts.append((", ".join(f"{setting.label} {setting.shown(run)}" for setting in hidden), ""))
         else:
-            told = textwrap.wrap(setting.help, width)[: 1 if costs else 2]
-            lines = [*[Content(f" {line}") for line in told], *([Content.styled(f" {costs}", cells.MAIN)] if costs else [])]
-        self.query_one("#field-help", Static).update(self.text(cells.stack(lines)), layout=False)
+            parts.append(("alpha, dropout, layers, optimizer, schedule, filters, hold-out, seed …", cells.DIM))
+        width = max(20, self.wizard.size.width - 5)
+        self.query_one("#more-line", Static).update(self.text(cells.assemble(parts).truncate(width, ellipsis=True)), layout=False)
 
-    def _cost(self, setting: Setting) -> str:
-        """Say what one value more would do to memory, by asking the budget."""
-        run = self.wizard.run
-        after = setting.stepped(run, 1)
-        now, then = self.wizard.outlook, self.wizard.desk.outlook(after, self.wizard.data_of_run())
-        if now is None or then is None or after == run:
-            return ""
-        change = then.budget.total_bytes - now.budget.total_bytes
-        if abs(change) < 1 << 20:
-            return "Memory stays the same."
-        return f"{one_line(setting.shown(after))}: {'+' if change > 0 else '-'}{words.size(abs(change))} of memory."
+    def _explain(self, setting: Setting, scene: Scene, odd: dict[str, Unusual]) -> None:
+        """Say what the field does to memory, time and quality, as the budget measured it; a warning comes first."""
+        width, room = max(20, self.wizard.size.width - 4), max(1, self.query_one("#field-help").size.height or 2)
+        measured, words = effect_of(setting, scene), setting.effect or setting.help
+        lines: list[Content] = []
+        if warning := odd.get(setting.name):
+            lines += _wrapped(f"▲ {warning.why}", width, cells.WARN)
+        if measured and len(words) + len(measured) + 2 <= width:
+            lines.append(Content.assemble((f" {words} ", ""), (f" {measured}", cells.MAIN)))
+        else:
+            last = _wrapped(measured, width, cells.MAIN)
+            lines += [*_wrapped(words, width, "")[: max(1, room - len(lines) - len(last))], *last]
+        if setting.effect:
+            lines += _wrapped(f"{setting.name}: {setting.help}", width, cells.DIM)
+        self.query_one("#field-help", Static).update(self.text(cells.stack(lines[:room])), layout=False)
 
 
-def note_of(setting: Setting, run: RunConfig, lengths: Lengths = Lengths()) -> str:  # noqa: B008  frozen, so one may be shared
-    """Return the half-sentence beside a field; some depend on the run and on its rows."""
-    if setting.name == "max_length" and lengths.tokens:
-        over = lengths.over(run.max_length)
-        if not over:
-            return f"tokens; your longest row has {'' if lengths.measured else 'about '}{lengths.longest:,}"
-        return f"{'' if lengths.measured else 'about '}{share(over)} of your rows are longer: {TOO_LONG[run.too_long]}"
-    if setting.name == "gradient_accumulation_steps":
-        return f"{rows_per_step(run):,} rows a step; costs no memory"
-    if setting.name == "num_train_epochs" and run.max_steps:
-        return f"{run.max_steps:,} steps at most"
-    return setting.note
+def _wrapped(text: str, width: int, style: str) -> list[Content]:
+    return [Content.styled(f" {line}", style) for line in textwrap.wrap(text, width)]

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 from textual.worker import get_current_worker
 
 from qlora_tui.engine.spec import RunConfig
@@ -20,6 +19,7 @@ from qlora_tui.engine.text import one_line, safe_text
 from qlora_tui.tui.lengths import TOO_LONG, share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.keys import KeyedScreen, KeyLine, bindings
 from qlora_tui.tui.writtenrows import WrittenRow, WrittenRows
 
 if TYPE_CHECKING:
@@ -31,20 +31,11 @@ _LEAP = 10
 _LONGEST = 200_000
 
 
-class RowsScreen(Screen[None]):
+class RowsScreen(KeyedScreen):
     """Goes through the rows of the data; nothing can be changed here."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left,h", "go(-1)", "previous row", key_display="←"),
-        Binding("right,l", "go(1)", "next row", key_display="→"),
-        Binding("pageup", "go(-10)", "ten back", key_display="pgup"),
-        Binding("pagedown", "go(10)", "ten on", key_display="pgdn"),
-        Binding("up,k", "scroll(-1)", "scroll", key_display="↑↓"),
-        Binding("down,j", "scroll(1)", "scroll", show=False),
-        Binding("home,g", "end(0)", "first row", show=False),
-        Binding("end,G", "end(1)", "last row", show=False),
-        Binding("escape,f2,q,enter", "dismiss", "back", key_display="esc"),
-    ]
+    place = "rows"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("rows")
 
     def __init__(self, desk: Desk, run: RunConfig, *, ascii_only: bool = False) -> None:
         """Show the rows of `run.data` as its model's template writes them."""
@@ -62,7 +53,7 @@ class RowsScreen(Screen[None]):
         yield Static("", markup=False, id="row-title")
         with VerticalScroll(can_focus=False, id="row-scroll"):  # its own keys would hide those that go through rows
             yield Static("", markup=False, id="row-text")
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Begin with the first row."""

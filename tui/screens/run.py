@@ -7,74 +7,59 @@ each panel draw; a panel sends cells only when they changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal
-from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Footer, Input
+from textual.widgets import Input
 
 from qlora_tui.engine.errors import JournalError
-from qlora_tui.engine.events import decode
-from qlora_tui.engine.journal import EVENTS, Tail, is_running, leave_wish
+from qlora_tui.engine.journal import is_running, leave_wish
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui import window
 from qlora_tui.tui.panels.base import Panel, View
 from qlora_tui.tui.panels.device import DevicePanel
 from qlora_tui.tui.panels.findings import FindingsPanel
 from qlora_tui.tui.panels.log import LogPanel
 from qlora_tui.tui.panels.loss import LossPanel
 from qlora_tui.tui.panels.memory import MemoryPanel
+from qlora_tui.tui.panels.samples import SamplesPanel
 from qlora_tui.tui.panels.scorecard import ScorecardPanel
 from qlora_tui.tui.panels.status import StatusLine
 from qlora_tui.tui.panels.summary import SummaryPanel
-from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog, keys_of
+from qlora_tui.tui.screens.curve import PANELS, LookingScreen
+from qlora_tui.tui.screens.dialogs import Choice, HelpDialog, StopDialog
+from qlora_tui.tui.screens.keys import KeyLine, bindings, help_of
 from qlora_tui.tui.screens.line import Line
-from qlora_tui.tui.state import RunState, fold
+from qlora_tui.tui.screens.steering import STEERS, Waiting, promise
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import TunerApp
 
 TICK = 0.25
 SLOW_TICK = 1.0  # for a run that has ended: nothing more is expected, though a resume may still come
-_BLOCK = 1 << 18
-_READ_FOR = 0.1
+UNSEEN_TICK = 2.0  # while the terminal reports that it lost the focus
+_FILL_SLICE, _FILL_GAP = 0.05, 0.015
 _SILENT = 5.0
-PANELS = ("loss", "memory", "device", "findings", "log")
 
 Leave = Callable[[str], None]
 
 
-class RunScreen(Screen[None]):
+class RunScreen(LookingScreen):
     """One run, live or finished."""
+
+    app: TunerApp
 
     AUTO_FOCUS = ""  # keys belong to the screen; the search line takes the focus only when asked for
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (60, "-normal"), (110, "-wide")]  # noqa: RUF012  Textual declares it without ClassVar
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-short"), (22, "-usual"), (30, "-tall")]  # noqa: RUF012
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("s", "stop", "stop", tooltip="stop: choose how"),
-        Binding("d", "detach", "leave running", tooltip="close the screen; training goes on"),
-        Binding("k", "save", "save now", tooltip="save a checkpoint at the next safe point"),
-        Binding("z", "zoom", "zoom", tooltip="make one panel fill the screen, or back"),
-        Binding("y", "log_y", "log scale", tooltip="logarithmic loss axis, or back"),
-        Binding("slash", "find", "find", key_display="/", tooltip="show only log lines with some words"),
-        Binding("question_mark", "help", "help", key_display="?"),
-        Binding("q", "leave", "quit", tooltip="leave; asks first while the run is training"),
-        Binding("1", "panel(0)", "panel", show=False, key_display="1-5", tooltip="show one panel alone, or back"),
-        Binding("2", "panel(1)", show=False),
-        Binding("3", "panel(2)", show=False),
-        Binding("4", "panel(3)", show=False),
-        Binding("5", "panel(4)", show=False),
-        Binding("escape", "back", "back", show=False, key_display="esc", tooltip="one level back"),
-        Binding("up,j", "scroll(1)", show=False),
-        Binding("down", "scroll(-1)", show=False),
-        Binding("pageup", "scroll(10)", show=False),
-        Binding("pagedown", "scroll(-10)", show=False),
-        Binding("home,g", "scroll(100000)", show=False),
-        Binding("end,G", "scroll(-100000)", show=False),
-    ]
+    place = "run"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("run")
 
     def __init__(self, folder: Path, leave: Leave, *, owned: bool, readonly: bool, ascii_only: bool) -> None:
         """Follow the run in `folder`.
@@ -86,22 +71,20 @@ class RunScreen(Screen[None]):
             readonly: leave no wishes.
             ascii_only: draw without anything beyond ASCII.
         """
-        super().__init__()
-        self.folder, self.owned, self.readonly = folder, owned, readonly
-        self.state = RunState(run_id=folder.name)
-        self.view = View(now=time.time(), ascii_only=ascii_only, readonly=readonly, folder=str(folder))
+        super().__init__(folder, View(now=time.time(), ascii_only=ascii_only, readonly=readonly, folder=str(folder)))
+        self.owned, self.readonly = owned, readonly
         self._leave = leave
-        self._tail = Tail(folder / EVENTS)
         self._opened = time.time()
         self._checked = 0.0
         self._timer: Timer | None = None
         self._pace = 0.0
-        self._selected = 0
         self._leave_at_end = False
         self._interrupted = False
         self._was_running = True
-        self._seen_running = False
-        self.behind = True
+        self._waiting = Waiting()
+        self._seen_running = self._rung_bad = False
+        self._titled_at = 0.0
+        self._filling = False
 
     def compose(self) -> ComposeResult:
         """Lay out the panels; what is seen of them at which size is in the style sheet."""
@@ -112,42 +95,63 @@ class RunScreen(Screen[None]):
             yield MemoryPanel(id="memory")
             yield DevicePanel(id="device")
         yield ScorecardPanel(id="scorecard")
+        yield SamplesPanel(id="samples")
         yield FindingsPanel(id="findings")
         yield LogPanel(id="log")
         yield Line(placeholder="words to look for in the log", id="find", compact=True)
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Show what is there, then look again four times a second."""
         self.set_class(self.view.ascii_only, "-ascii")
         self.query_one("#find", Input).display = False
         self._choose_panel(0)
+        self.watch(self.app, "app_focus", self._keep_pace, init=False)
         self.look()
-        self._keep_pace()
 
     def look(self) -> None:
         """Read what was appended, fold it, and draw; a long history is read in slices so that keys still answer."""
         now = time.time()
-        try:
-            self._read()
-        except JournalError as error:
-            self.app.notify(one_line(error), severity="error", timeout=30, markup=False)
-            self._leave("quit")
+        if not self._read(0.1):
             return
-        self.view = replace(self.view, now=now, lost=self._is_lost(now))
+        if self.state.finished:
+            self.view = replace(self.view, stopping=False)
+        share = round(self.follower.share, 2)
+        self.view = replace(self.view, now=now, lost=self._is_lost(now), close=self._close_look(self.view.sight), share=share)
         if self.state.finished and self._leave_at_end:
             self._leave("finished")
             return
         self.draw()
         self._keep_pace()
+        if self.behind and not self.owned and not self._filling:
+            self._filling = True
+            self.set_timer(_FILL_GAP, self._fill)
+
+    def _fill(self) -> None:
+        """Fold a slice of a long history between two looks; not where the run shares this process and wants the time."""
+        self._filling = self._read(_FILL_SLICE) and self.behind and self.is_attached
+        if self._filling:
+            self.set_timer(_FILL_GAP, self._fill)
+
+    def _read(self, seconds: float) -> bool:
+        try:
+            self.follower.look(seconds)
+        except JournalError as error:
+            self.app.notify(one_line(error), severity="error", timeout=30, markup=False)
+            self._leave("quit")
+            return False
+        return True
 
     def _keep_pace(self) -> None:
-        """Look often while something may happen, seldom once the run has ended."""
+        """Look often while something may happen, seldom once the run has ended, and where the terminal says that nobody looks."""
         pace = TICK if self.running or self.behind else SLOW_TICK
+        pace = pace if self.app.app_focus else UNSEEN_TICK
         if pace == self._pace or not self.is_attached:
             return
         if self._timer is not None:
             self._timer.stop()
+            if pace < self._pace:
+                self.call_later(self.look)  # what came meanwhile is shown at once
         self._pace, self._timer = pace, self.set_interval(pace, self.look)
 
     def draw(self) -> None:
@@ -155,8 +159,12 @@ class RunScreen(Screen[None]):
         ended = self.state.finished is not None or self.view.lost
         self.set_class(ended, "-ended")
         self.set_class(bool(self.state.warnings), "-warned")
+        self.set_class(bool(self.state.samples), "-sampled")
         for panel in self.query(Panel):
             panel.show(self.state, self.view)
+        for refusal in self._waiting.refused(self.state.answers):
+            self.app.notify(refusal, severity="warning", timeout=8, markup=False)
+        self._tell_terminal()
         if self.running != self._was_running:
             self._was_running = self.running
             self.refresh_bindings()
@@ -165,6 +173,17 @@ class RunScreen(Screen[None]):
             if not self.running and isinstance(self.app.screen, StopDialog):
                 self.app.screen.dismiss("cancel")  # nothing is left to stop: show how it ended instead
         self._seen_running = self.running and not self.behind
+
+    def _tell_terminal(self) -> None:
+        """Set the window's title, once a second at most, and ring once when the loss stops being a number."""
+        now = self.view.now
+        if now - self._titled_at >= 1.0 or not self.running:
+            self._titled_at = now
+            self.app.say_title(window.run_title(self.state, now, lost=self.view.lost))
+        if self.state.history.bad and not self._rung_bad:
+            self._rung_bad = True
+            if self._seen_running:
+                self.app.bell()
 
     @property
     def running(self) -> bool:
@@ -196,7 +215,7 @@ class RunScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer no key that would do nothing."""
-        if action in ("stop", "save"):
+        if action in ("stop", *STEERS):
             return self.running and not self.readonly
         if action == "detach":
             return self.running
@@ -219,6 +238,11 @@ class RunScreen(Screen[None]):
         else:
             self.app.push_screen(StopDialog(first="stop" if self.owned else "detach"), self._chosen)
 
+    def leave(self) -> None:
+        """Leave a run that has ended; `esc` ends none that goes on."""
+        if not self.running:
+            self.action_leave()
+
     def action_detach(self) -> None:
         """Close the screen and let the run go on."""
         self._leave("detached")
@@ -227,84 +251,32 @@ class RunScreen(Screen[None]):
         """Ask for a checkpoint."""
         self._wish("save")
 
-    def action_log_y(self) -> None:
-        """Switch the loss axis between linear and logarithmic."""
-        self.view = replace(self.view, log_y=not self.view.log_y)
-        self.draw()
+    def action_pause(self) -> None:
+        """Ask for a pause, or for its end."""
+        self._wish("resume" if self.state.asked_to_pause else "pause")
 
-    def action_zoom(self) -> None:
-        """Make the chosen panel fill the screen, or go back."""
-        self._zoom("" if self.view.zoomed else PANELS[self._selected])
+    def action_copy(self) -> None:
+        """Copy what the chosen panel says; a viewer that only looks writes nothing into the run's folder."""
+        text = self.query_one(f"#{PANELS[self._selected]}", Panel).words()
+        self.app.copy_out(text, *(() if self.readonly else (self.folder,)))
 
-    def action_panel(self, index: int) -> None:
-        """Show panel `index` alone; the same key again goes back."""
-        again = self._selected == index and self.view.zoomed == PANELS[index]
-        self._choose_panel(index)
-        self._zoom("" if again else PANELS[index])
+    def action_sample(self) -> None:
+        """Ask what the model answers now."""
+        self._wish("sample")
 
-    def action_back(self) -> None:
-        """Go one level back: the search first, then the zoom, then out of a finished run."""
-        if self.view.needle or self.query_one("#find", Input).display:
-            self._search("")
-        elif self.view.zoomed:
-            self._zoom("")
-        elif not self.running:
-            self.action_leave()
+    def action_slower(self) -> None:
+        """Ask for half the learning rate."""
+        self._wish("set", {"key": "learning_rate", "factor": 0.5})
 
-    def action_find(self) -> None:
-        """Ask for words, and show only log lines that hold them."""
-        box = self.query_one("#find", Input)
-        box.display = True
-        box.focus()
-        self.action_panel(4) if self.view.zoomed != "log" else None
-
-    def action_scroll(self, lines: int) -> None:
-        """Scroll the zoomed panel; up is back in time."""
-        down = self.view.zoomed == "findings"
-        most = len(self.state.log) if not down else 4 * len(self.state.findings)
-        step = -lines if down else lines
-        self.view = replace(self.view, scroll=max(0, min(most, self.view.scroll + step)))
-        self.draw()
+    def action_faster(self) -> None:
+        """Ask for double the learning rate."""
+        self._wish("set", {"key": "learning_rate", "factor": 2.0})
 
     def action_help(self) -> None:
         """Show the keys."""
+        marks = "Marks on the loss axis: C or a triangle saved, ! warning, L learning rate set, P pause, R resumed, B went back."
         notes = ["Ctrl+C stops and saves at once; a second Ctrl+C ends without saving.", one_line(f"This run: {self.folder}")]
-        scrolls = [("up down", "scroll a panel that fills the screen; pgup, pgdn, home and end too")]
-        self.app.push_screen(HelpDialog([*keys_of(self._offered()), *scrolls], notes if self.running else notes[1:]))
-
-    def _offered(self) -> list[BindingType]:
-        """Return the keys that would do something now."""
-        return [key for key in self.BINDINGS if isinstance(key, Binding) and self.check_action(key.action, ())]
-
-    @on(Input.Changed, "#find")
-    def _search_changed(self, event: Input.Changed) -> None:
-        self.view = replace(self.view, needle=event.value, scroll=0)
-        self.draw()
-
-    @on(Input.Submitted, "#find")
-    def _search_entered(self) -> None:
-        self.query_one("#find", Input).display = False
-        self.set_focus(None)
-
-    def _search(self, needle: str) -> None:
-        box = self.query_one("#find", Input)
-        box.value, box.display = needle, False
-        self.set_focus(None)
-        self.view = replace(self.view, needle=needle, scroll=0)
-        self.draw()
-
-    def _choose_panel(self, index: int) -> None:
-        self._selected = index
-        for at, name in enumerate(PANELS):
-            self.query_one(f"#{name}", Panel).set_class(at == index, "-chosen")
-
-    def _zoom(self, name: str) -> None:
-        self.view = replace(self.view, zoomed=name, scroll=0)
-        self.set_class(bool(name), "-zoomed")
-        for panel in PANELS:
-            self.query_one(f"#{panel}", Panel).set_class(panel == name, "-only")
-        self.query_one("#meters").set_class(name in ("memory", "device"), "-only")
-        self.call_after_refresh(self.draw)
+        self.app.push_screen(HelpDialog(help_of(self), [marks, *(notes if self.running else notes[1:])]))
 
     def _chosen(self, choice: Choice | None) -> None:
         if choice == "stop":
@@ -314,11 +286,11 @@ class RunScreen(Screen[None]):
         elif choice == "detach":
             self._leave("detached")
 
-    def _wish(self, name: str) -> None:
+    def _wish(self, name: str, args: Mapping[str, Any] | None = None) -> None:
         if self.readonly or not self.running:
             return
         try:
-            leave_wish(self.folder, name, attempt=self.state.attempt)
+            self._waiting.ask(leave_wish(self.folder, name, args, attempt=self.state.attempt), name)
         except OSError as error:
             self.app.notify(f"could not ask the run to {name}: {one_line(error)}", severity="error", markup=False)
             return
@@ -326,23 +298,7 @@ class RunScreen(Screen[None]):
             self.view = replace(self.view, stopping=True)
             self.draw()
         else:
-            self.app.notify("a checkpoint will be saved at the next safe point", timeout=4, markup=False)
-
-    def _read(self) -> None:
-        """Fold what is new; `behind` says that there is more than one look may take."""
-        until = time.monotonic() + _READ_FOR
-        self.behind = True
-        while lines := self._tail.lines(_BLOCK):
-            for line in lines:
-                record = decode(line)
-                if record is not None:
-                    self.state = fold(self.state, record)
-            if time.monotonic() > until:
-                break
-        else:
-            self.behind = False
-        if self.state.finished:
-            self.view = replace(self.view, stopping=False)
+            self.app.notify(promise(name, args), timeout=4, markup=False)
 
     def _is_lost(self, now: float) -> bool:
         """Say whether the run ended without a last word: its lock is free and nothing came for a while."""

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 from textual.worker import get_current_worker
 
 from qlora_tui.engine.data.perplexity import EXEMPT_TOKENS, USUAL, histogram, most_of, share_for
@@ -30,6 +29,7 @@ from qlora_tui.tui import words
 from qlora_tui.tui.lengths import share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
+from qlora_tui.tui.screens.keys import KeyedScreen, KeyLine, bindings
 
 if TYPE_CHECKING:
     from qlora_tui.tui.scoring import Scored
@@ -46,19 +46,11 @@ _ABOUT = (
 )
 
 
-class TriageScreen(Screen[None]):
+class TriageScreen(KeyedScreen):
     """Shows how well the base knows the answers; switches `perplexity_filter` and its two numbers."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("s", "score", "score", tooltip="let the base score the answers; again: stop it"),
-        Binding("space", "switch", "on/off", key_display="space", tooltip="leave out what is under the threshold, or nothing"),
-        Binding("left,h", "threshold(-1)", "threshold", key_display="←→", tooltip="lower or raise the threshold"),
-        Binding("right,l", "threshold(1)", "threshold", show=False),
-        Binding("a", "all", "allow all", tooltip="let all under the threshold go, not a fifth of the rows at most"),
-        Binding("up,k", "scroll(-1)", "scroll", show=False),
-        Binding("down,j", "scroll(1)", "scroll", show=False),
-        Binding("escape,f3,q,enter", "dismiss", "back", key_display="esc"),
-    ]
+    place = "triage"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("triage")
 
     def __init__(self, wizard: WizardScreen) -> None:
         """Change the run of `wizard`, whose desk has the answers scored."""
@@ -74,7 +66,7 @@ class TriageScreen(Screen[None]):
         yield Static("", markup=False, id="row-title")
         with VerticalScroll(can_focus=False, id="row-scroll"):
             yield Static("", markup=False, id="row-text")
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Show what is known already."""

@@ -11,6 +11,7 @@ from textual.content import Content
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
+from qlora_tui.tui import filters
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import TOO_LONG, limit_words, share, used_rows
 from qlora_tui.tui.panels import cells
@@ -124,24 +125,30 @@ def _limit_lines(look: DataLook, run: RunConfig, width: int, cost: str) -> list[
     if not lengths.measured:
         longer = f"by a guess, {share(over)} of rows are longer: {TOO_LONG[run.too_long]}"
         told = f"at {run.max_length:,}: {longer if over else 'no row seems longer'}"
+    lost = filters.too_long(look, run)
+    if lost.tokens:
+        gone = lost.words(about=not (lengths.measured and lengths.whole))
+        told += f"; {gone} go" if run.too_long == "drop" else f"; {lost.tokens:,} tokens go"
     style = cells.WARN if over else ""
     mark = "▲ " if over else ""
     kept = (mark + told).replace(" %", "\xa0%").replace(" GiB", "\xa0GiB")  # a figure and its unit stay on one line
-    wrapped = [line.replace("\xa0", " ") for line in textwrap.wrap(kept, max(20, width - _LABEL - 2))]
-    return [cells.assemble([_label("" if index else "limit"), (line, style)]) for index, line in enumerate(wrapped)]
+    return _labelled("limit", kept, style, width)
+
+
+def _labelled(label: str, text: str, style: str, width: int) -> list[Content]:
+    """Return a fact under its label on as many lines as it takes."""
+    wrapped = [line.replace("\xa0", " ") for line in textwrap.wrap(text, max(20, width - _LABEL - 2))]
+    return [cells.assemble([_label("" if index else label), (line, style)]) for index, line in enumerate(wrapped)]
 
 
 def _rest_lines(look: DataLook, run: RunConfig, width: int, outlook: Outlook | None, known: str, *, tall: bool) -> list[Content]:
     """Say what is read and written out, what is trained, copied, held out, repeated, and what the base knows already."""
     lines = [cells.assemble([_label("turns"), part]) for part in _turns_words(look)]
-    trained, copies = _trained_words(look), _copies_words(look)
+    trained, copies = _trained_words(look), _copies_words(look, run)
     style = cells.WARN if look.copies[0] and run.filter_duplicates == "off" else ""
-    if trained and copies and not tall:
-        lines.append(cells.assemble([_label("trained"), (f"{trained}   ", ""), ("copies ", cells.DIM), (copies, style)]))
-    else:
-        more = ": the answers and what ends them" if tall else ""
-        lines += [cells.assemble([_label("trained"), (trained + more, "")])] if trained else []
-        lines += [cells.assemble([_label("copies"), (copies, style)])] if copies else []
+    more = ": the answers and what ends them" if tall else ""
+    lines += [cells.assemble([_label("trained"), (trained + more, "")])] if trained else []
+    lines += _labelled("copies", copies, style, width)
     if look.unwritable:
         return [line.truncate(width, ellipsis=True) for line in lines]
     if look.rows:
@@ -187,12 +194,20 @@ def _trained_words(look: DataLook) -> str:
     return f"{share(look.lengths.trained / total)} of the tokens" if look.lengths.measured and total else ""
 
 
-def _copies_words(look: DataLook) -> str:
+def _copies_words(look: DataLook, run: RunConfig) -> str:
+    """Return how many copies there are, and what leaving them out costs, or would."""
     exact, near, among = look.copies
     if not among:
         return ""
     seen = f" among the first {among:,} rows" if among < look.rows else ""
-    return f"{exact:,} exact, {near:,} nearly the same{seen}" if exact or near else f"none{seen}"
+    if not exact and not near:
+        return f"none{seen}"
+    told = f"{exact:,} exact, {near:,} nearly the same{seen}"
+    kind = run.filter_duplicates
+    cost = filters.copies(look, "near" if kind == "near" or not exact else "exact")
+    if kind == "off":
+        return f"{told}; F5 would leave out {cost.words()}"
+    return f"{told}; left out: {cost.words()} (F5)" if cost.rows else f"{told}; only exact ones are left out (F5)"
 
 
 def _held_line(run: RunConfig, look: DataLook, outlook: Outlook | None) -> Content:
