@@ -30,7 +30,7 @@ def safe_point(loop: Loop, trained_seconds: Callable[[], float]) -> Generator[Ev
     yield from obey(loop)
     yield from rest(loop, lambda: obey(loop), up)
     yield from _due(loop)
-    return loop.wishes.urgent() or ("time" if up() else "done")
+    return loop.wishes.urgent() or ("time" if loop.pause.unfit or up() else "done")
 
 
 def obey(loop: Loop) -> Iterator[Event]:

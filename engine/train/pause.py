@@ -98,7 +98,7 @@ def _put_away(loop: Loop) -> Iterator[Event]:
         yield Finding(_DETECTOR, "warn", loop.step, told, ("make room in RAM or on this disk",), {"freed_bytes": 0})
         return
     where = f"on the disk, in {FOLDER}/" if parked.on_disk else "in RAM"
-    free = f"{gib(parked.freed_bytes)} of the device are free for other programs, and wait {where}"
+    free = f"{gib(parked.freed_bytes)} of the device are free for other programs, and the run waits {where}"
     told = free if parked.bytes else "on a CPU the model stays in RAM"
     yield Finding(_DETECTOR, "info", loop.step, f"paused: {told}; {on}", (), {"freed_bytes": parked.freed_bytes})
 
