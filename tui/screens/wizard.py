@@ -215,7 +215,7 @@ class WizardScreen(KeyedScreen):
 
     def action_copy(self) -> None:
         """Send the command to the terminal's clipboard; whether it took it cannot be known."""
-        self.app.copy_out(self.command())
+        self.app.copy_out(one_line(self.command(), limit=20_000))  # as shown: pasted into a shell, escapes would act
 
     def action_text_help(self) -> None:
         """Show the keys, also where a question mark is typed."""
