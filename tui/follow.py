@@ -86,6 +86,7 @@ class Follower:
         coarse = self.state.history.buckets
         if self._folded.history.stride == 1 or self._ahead is not None:
             return coarse
+        left = max(left, coarse[0].first)
         if self._close is None or not _covers(self._close, left, right, self._folded.step):
             self._close = self._read_again(left, right)
         return self._close.buckets if self._close is not None else coarse

@@ -169,6 +169,20 @@ def test_a_closer_look_at_the_end_grows_with_the_run(long_run):
     assert close[-2].last == last
 
 
+@pytest.mark.parametrize(("left", "right"), [(0, 30), (1, 30), (500, 900), (6000, 6143), (6100, 9000)])
+def test_the_same_closer_look_is_read_once(long_run, monkeypatch, left, right):
+    follower = Follower(long_run, block=2000)
+    follower.look(60.0)
+    read: list[int] = []
+    kept = follower._read_again
+    monkeypatch.setattr(follower, "_read_again", lambda *ends: (read.append(1), kept(*ends))[1])
+    for number in range(5):
+        follower.look()
+        assert follower.close_look(left, right)
+        written(long_run, [step(3 * LIMIT + number)], after=20_000 + number)
+    assert len(read) == 1
+
+
 def test_a_closer_look_at_too_much_is_what_the_history_has(long_run, monkeypatch):
     monkeypatch.setattr("qlora_tui.tui.follow._CLOSE", 1000)
     follower = Follower(long_run, block=2000)

@@ -171,7 +171,7 @@ def _table(state: RunState, width: int) -> list[Content]:
     """Return one line a figure: name, value, and its past; the learning rate's and the gradient norm's is the whole run."""
     lines = []
     rows = [*_sensors(state), *_memory(state), *_steps(state)]
-    room = max(0, min(_PAST, width - _LABEL - _VALUE - 12))
+    room = max(0, min(_PAST, width - _LABEL - _VALUE - len("    whole run")))
     for row in rows:
         past = f"{_past(row, room, state.t):<{room}}" if row.past and room >= 6 else ""
         note = "  whole run" if row.whole_run and past else ""
