@@ -56,11 +56,11 @@ class Terminal:
         self._fed = end
         return "\n".join(self._picture[0].display)
 
-    def until_shown(self, words: str) -> None:
-        """Read until `words` stand on the screen."""
+    def until_shown(self, words: str, *, gone: bool = False) -> None:
+        """Read until `words` stand on the screen, or no longer do."""
         deadline = time.monotonic() + PATIENCE
-        while words not in self.shown:
-            assert time.monotonic() < deadline, f"{words!r} never came:\n{self.shown}"
+        while (words in self.shown) == gone:
+            assert time.monotonic() < deadline, f"{words!r} never {'went' if gone else 'came'}:\n{self.shown}"
             self._read()
 
     def read_until(self, wanted: bytes, *, anew: bool = True) -> None:

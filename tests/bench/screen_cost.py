@@ -114,13 +114,10 @@ def options_of(asked: argparse.Namespace, folder: Path) -> list[str]:
         settings |= {"method": "lora", "max_length": 256}
         measure.rows(data, 120, 256)
     else:
-        import shapes
-        import torch
-
-        model.mkdir()
-        shapes.write_checkpoint(model, shapes.spec_of(asked.shape, tiny=False), torch.device("cuda"))
+        # in a process of its own: its weights and its context must not stay on the card
+        subprocess.run([sys.executable, measure.__file__, "make", str(model), asked.shape], check=True, timeout=PATIENCE)
         measure.rows(data, 2000, 512)
-    steps = asked.steps or (60 if asked.tiny else 400)
+    steps = asked.steps or (60 if asked.tiny else 200)
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     return ["--model", str(model), "--data", str(data), "--max-steps", str(steps), *flags]
 

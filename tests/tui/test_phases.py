@@ -156,9 +156,9 @@ def test_a_terminal_that_wakes_up_again_is_drawn_on(held: Callable[..., Held]) -
     run.terminal.read_until(b"Keys")
     leave_wish(run.folder, "stop")
     run.until(lambda: not is_running(run.folder))
-    for key in (b"\x1b", b"q"):
-        run.terminal.type(key)
-        run.terminal.read_some()
+    run.terminal.type(b"\x1b")
+    run.terminal.until_shown("This run", gone=True)
+    run.terminal.type(b"q")
     assert run.terminal.wait() == 130
     assert_given_back(run.terminal)
 

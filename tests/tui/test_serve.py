@@ -18,7 +18,7 @@ import pytest
 from pty_screen import text_of
 
 from qlora_tui.engine.events import Finished, Stepped
-from qlora_tui.engine.journal import EVENTS, is_running, read_records
+from qlora_tui.engine.journal import EVENTS, is_running, leave_wish, read_records
 from qlora_tui.engine.runs import RUN_FILE, list_runs
 from qlora_tui.tui import cli
 from qlora_tui.tui.commands import serve
@@ -291,6 +291,45 @@ def test_the_command_says_its_address_once_and_ends_with_ctrl_c(home: Path, tmp_
     assert f"ssh -L {port}:127.0.0.1:{port} " in err
     assert "@10.9.8.7" in err
     assert not [path for path in home.rglob("*") if path.is_file() and token in path.read_text(errors="replace")]
+
+
+async def test_ctrl_c_ends_the_server_and_never_a_run(tmp_path: Path, home: Path) -> None:
+    """The real command with a tab open on a run's screen; the run is this test's training, behind the tab's own terminal."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    path = os.pathsep.join([str(ROOT / ".pkg"), str(ROOT / "tests")])
+    driver = [sys.executable, str(ROOT / "tests" / "wizard_driver.py"), "until_asked", str(runs)]
+    script = (
+        f"from qlora_tui.tui.web import tabs\ntabs.COMMAND = {driver!r}\nfrom qlora_tui.tui import cli\ncli.main(['serve', '--port', '0'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        address = (await asyncio.to_thread(process.stdout.readline)).strip()
+        async with aiohttp.ClientSession() as session:
+            tab = await open_tab(session, address)
+            while not list_runs(runs):
+                await tab.send_json(["stdin", "\r"])
+                await tab.receive(PATIENCE)
+            process.send_signal(signal.SIGINT)
+            assert await asyncio.to_thread(process.wait, PATIENCE) == 0
+        folder = list_runs(runs)[0].path
+        before = list_runs(runs)[0].step
+        await until(lambda: list_runs(runs)[0].step > before + 20)
+        assert is_running(folder)
+        leave_wish(folder, "stop")
+        await until(lambda: not is_running(folder))
+        assert read_records(folder / EVENTS)[-1].event.outcome == "stopped"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_address_of_ip_version_6_is_written_in_brackets() -> None:
+    site = server.Site(lambda new: [])
+    assert site.url("::1", 5) == f"http://[::1]:5/{site.token}/"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -161,9 +161,9 @@ def test_a_byte_that_is_no_utf_8_is_a_lost_key_and_no_more(screen, write_run, tm
     terminal.type(b"\xe9\xff\x1b[M\x20\xf1\xf1")
     terminal.read_some()
     terminal.type(b"?")
-    terminal.read_until(b"Keys")
+    terminal.until_shown("Keys")
     terminal.type(b"\x1b")
-    terminal.read_some()
+    terminal.until_shown("Keys", gone=True)
     terminal.type(b"d")
     assert terminal.wait() == 0
     assert result(out).startswith("detached")
