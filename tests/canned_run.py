@@ -11,7 +11,8 @@ from qlora_tui.engine import machine, models
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.tui.datalook import DataLook
-from qlora_tui.tui.screens.desk import Desk, ModelChoice
+from qlora_tui.tui.screens.desk import Desk
+from qlora_tui.tui.screens.shelves import ModelChoice
 
 GIB = 1 << 30
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import Lengths, share, used_rows
 from qlora_tui.tui.screens.desk import Desk
-from qlora_tui.tui.screens.numbers import note_of
+from qlora_tui.tui.screens.effects import Scene, note_of
 from qlora_tui.tui.screens.settings import MAIN
 
 LENGTH = next(setting for setting in MAIN if setting.name == "max_length")
@@ -59,13 +60,17 @@ def test_a_turn_that_is_read_and_not_written_out_shows(run, write_jsonl):
     assert desk.measure(named, look).lengths.turns == (("user", 9, 8), ("assistant", 9, 8))
 
 
+def scene(run: RunConfig, lengths: Lengths) -> Scene:
+    return Scene(run, look=DataLook(run.data, lengths=lengths))
+
+
 def test_rows_over_the_limit_are_told_and_not_counted_in_the_time(run):
     lengths = Lengths((10, 20, 30, 4000), measured=True)
     assert lengths.over(2048) == 0.25
     assert lengths.mean(2048) == 20
-    assert note_of(LENGTH, run, lengths) == "25 % of your rows are longer: dropped"
-    assert note_of(LENGTH, run, replace(lengths, measured=False)) == "about 25 % of your rows are longer: dropped"
-    assert note_of(LENGTH, replace(run, max_length=4096), lengths) == "tokens; your longest row has 4,000"
+    assert note_of(LENGTH, scene(run, lengths)) == "25 % of your rows are longer: dropped"
+    assert note_of(LENGTH, scene(run, replace(lengths, measured=False))) == "about 25 % of your rows are longer: dropped"
+    assert note_of(LENGTH, scene(replace(run, max_length=4096), lengths)) == "tokens; your longest row has 4,000"
 
 
 @pytest.mark.parametrize(("part", "told"), [(0.0001, "under 0.1 %"), (0.031, "3.1 %"), (0.27, "27 %")])

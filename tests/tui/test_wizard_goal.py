@@ -60,6 +60,7 @@ def goal(name: str) -> preset.Goal:
         ("RTX 4060 8GB", "code", "code-2b-8gb"),
         ("RTX 4090", "code", "code-7b-24gb"),
         ("RTX 4060 8GB", "qa", "qa-2b-8gb"),
+        ("", "chat", "chat-2b-8gb"),
     ],
 )
 def test_what_fits_this_card_best_comes_first(home, card, name, first):

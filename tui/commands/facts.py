@@ -247,6 +247,7 @@ def _preset_row(found: preset.Preset) -> dict[str, Any]:
         "name": found.name,
         "title": found.title,
         "card": found.card,
+        "goal": found.goal,
         "why": found.why,
         "fits": size.fits if size else None,
         "total_bytes": size.total_bytes if size else None,

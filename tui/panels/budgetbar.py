@@ -143,6 +143,5 @@ def _advice(outlook: Outlook, advice: Fix | None, width: int, key: str) -> Conte
     if outlook.budget.fits and not outlook.budget.tight:
         parts = [_label("tip"), (key, f"bold {cells.MAIN}"), (text, cells.DIM)]
     else:
-        saves = f", saves {words.size(advice.saves_bytes)}" if advice.saves_bytes > 0 else ""
-        parts = [_label("fix"), (key, f"bold {cells.MAIN}"), (f"{text}{saves}", cells.WARN)]
+        parts = [_label("fix"), (key, f"bold {cells.MAIN}"), (text, cells.WARN)]
     return cells.assemble(parts).truncate(width, ellipsis=True)

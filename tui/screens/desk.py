@@ -7,6 +7,7 @@ calls it on a thread of its own.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -37,13 +38,15 @@ from qlora_tui.tui.lengths import (
 )
 from qlora_tui.tui.probe import Probed, probe
 from qlora_tui.tui.scoring import Scored, answers_of, score, scored_by
-from qlora_tui.tui.screens.shelves import cached, folders, shape_of
+from qlora_tui.tui.screens.shelves import ModelChoice, cached, folders, shape_of
 from qlora_tui.tui.writtenrows import WrittenRows
 
 if TYPE_CHECKING:
     from qlora_tui.engine.data import Row
 
 DRAFT = "draft.toml"
+_REMEMBERED = 1.0
+"""Seconds for which the disk is not asked again for one model: a key is drawn in a few milliseconds, and asks many times."""
 _USUAL_ROWS = 1000
 _USUAL_SHARE = 4
 """Rows of which a time is told before data are named, and the part of `max_length` that they are taken to be long."""
@@ -59,17 +62,6 @@ class Ready:
     card: str
     run: RunConfig
     goal: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """A model one could train: where it is, how big, and what to know before fetching it."""
-
-    name: str
-    spec: ModelSpec
-    place: str
-    note: str = ""
-    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +95,7 @@ class Desk:
 
     _machine: Machine | None = None
     _specs: dict[tuple[str, str], ModelSpec] = field(default_factory=dict)
+    _shapes: dict[str, tuple[float, ModelSpec | None]] = field(default_factory=dict)
     _rows: dict[tuple[str, ...], Sequence[Row]] = field(default_factory=dict)
     _repeated: dict[tuple[str, ...], tuple[tuple[float, str, str], ...]] = field(default_factory=dict)
     _scored: dict[tuple[object, ...], Scored] = field(default_factory=dict)
@@ -131,7 +124,13 @@ class Desk:
         if not name:
             return None
         known = self._specs.get((name, run.revision))
-        return known or shape_of(name)
+        if known is None:
+            now = time.monotonic()
+            asked, known = self._shapes.get(name, (-_REMEMBERED, None))
+            if now - asked >= _REMEMBERED:
+                known = shape_of(name)
+                self._shapes = {name: (now, known)}
+        return known
 
     def look_up(self, name: str, revision: str) -> ModelSpec:
         """Return the shape of any model; slow, may ask the hub.
@@ -281,7 +280,7 @@ class Desk:
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
         each = each or min(look.tokens / look.rows, run.max_length)
-        time = forecast.before(
+        taken = forecast.before(
             spec,
             plan.run,
             self.machine(),
@@ -292,9 +291,9 @@ class Desk:
             lengths=lengths.tokens,
         )
         longest, chat = lengths.longest_trained(run.max_length), lengths.longest_chat
-        told = forecast.remarks(spec, plan.run, self.machine(), time, longest=longest, longest_chat=chat)
+        told = forecast.remarks(spec, plan.run, self.machine(), taken, longest=longest, longest_chat=chat)
         unknown = "" if scored else triage_remark(run)
-        return Outlook(plan, time, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])))
+        return Outlook(plan, taken, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])))
 
     def _typical(self, spec: ModelSpec, plan: Plan) -> Outlook:
         """Return the outlook of a run whose data nobody has named: its time is that of so many rows of a length that is usual for it."""
@@ -302,7 +301,7 @@ class Desk:
         trained, held = used_rows(run, Lengths(), _USUAL_ROWS)
         per_epoch = max(1, math.ceil(trained / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
-        time = forecast.before(
+        taken = forecast.before(
             spec,
             run,
             self.machine(),
@@ -312,7 +311,7 @@ class Desk:
             holdout_tokens=each * held,
         )
         rows = min(_USUAL_ROWS, run.max_samples or _USUAL_ROWS)
-        return Outlook(plan, typical=time, assumed=f"{rows:,} rows of {each:,} tokens")
+        return Outlook(plan, typical=taken, assumed=f"{rows:,} rows of {each:,} tokens")
 
     def gated(self, run: RunConfig) -> bool:
         """Say whether the run's model is known to need a licence accepted on the hub."""

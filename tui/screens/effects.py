@@ -111,37 +111,40 @@ def effect_of(setting: Setting, scene: Scene) -> str:
     if setting.name not in _MEASURED:
         return ""
     old, new = values_of(run), values_of(after)
-    weighed = _weighed(scene, {name: value for name, value in new.items() if old[name] != value})
-    if weighed is None:
+    found = _question(scene, {name: value for name, value in new.items() if old[name] != value})
+    if found is None:
         return ""
-    more, factor = weighed
+    asked, values = found
+    try:
+        more, factor = asked.after(values).total_bytes - asked.now.total_bytes, asked.factor(values)
+    except EngineError:
+        return ""
     memory = _signed(more) if abs(more) >= _SAME_BYTES else "the same memory"
     time = f"{factor:.2f}x the time" if abs(factor - 1) >= _SAME_TIME else "the same time"
     return f"{shown}: {memory}, {time}."
 
 
-def _weighed(scene: Scene, values: dict[str, Value]) -> tuple[int, float] | None:
-    """Return the bytes that a change adds and how many times as long training takes; None where that cannot be said.
+def _question(scene: Scene, values: dict[str, Value]) -> tuple[Asked, dict[str, Value]] | None:
+    """Return the planned run and a change to be weighed against it; None where that cannot be.
 
     A value that leaves the choice to the planner is no change that could be weighed.
     """
     asked = scene.asked
-    if asked is None or not all(values.values()) or "auto" in values.values():
+    if asked is None or values.get("per_device_train_batch_size") == 0 or "auto" in values.values():
         return None
     planned = values_of(asked.run)
     if rows := values.get("per_device_train_batch_size"):  # told with the same rows a step, which is what one would do
         values = {**values, "gradient_accumulation_steps": max(1, rows_per_step(asked.run) // int(str(rows)))}
-    if all(planned[name] == value for name, value in values.items()):
-        return None
-    try:
-        return asked.after(values).total_bytes - asked.now.total_bytes, asked.factor(values)
-    except EngineError:
-        return None
+    return None if all(planned[name] == value for name, value in values.items()) else (asked, values)
 
 
 def _bytes_of(scene: Scene, values: dict[str, Value]) -> int | None:
-    weighed = _weighed(scene, values)
-    return weighed[0] if weighed else None
+    """Return the bytes that a change adds; None where that cannot be said."""
+    found = _question(scene, values)
+    try:
+        return found[0].after(values).total_bytes - found[0].now.total_bytes if found else None
+    except EngineError:
+        return None
 
 
 def _recomputed(planned: RunConfig, layers: int) -> str:

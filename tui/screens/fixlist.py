@@ -95,12 +95,13 @@ class FixList(ModalScreen[None]):
 
     def _lines(self, number: int, fix: Fix, width: int) -> Content:
         """Return what to do, and beneath it what that saves and costs."""
-        head = cells.assemble([(f"{number} ", f"bold {cells.MAIN}"), (one_line(fix.text, limit=200).split(": ", 1)[0], "")])
+        enough = [("● then it fits", cells.GOOD)] if fix.enough and fix.saves_bytes >= 0 else []
+        what = one_line(fix.text, limit=200).split(": ", 1)[0]
+        head = cells.row([(f"{number} ", f"bold {cells.MAIN}"), (what, "bold")], enough, width)
         saves = f"saves {words.size(fix.saves_bytes)}" if fix.saves_bytes >= 0 else f"takes {words.size(-fix.saves_bytes)} more"
         costs = f"{saves} · {_time(fix.time_factor)} · {one_line(fix.quality, limit=80) or 'the result stays the same'}"
-        enough = " · then it fits" if fix.enough and fix.saves_bytes >= 0 else ""
-        told = [Content.styled(f"    {line}", cells.DIM) for line in textwrap.wrap(costs + enough, width - 4)]
-        return cells.stack([head.truncate(width, ellipsis=True), *told])
+        told = [Content.styled(f"    {line}", cells.DIM) for line in textwrap.wrap(costs, width - 4)]
+        return cells.stack([head, *told])
 
     def _text(self, content: Content) -> Content:
         return cells.plain_ascii(content) if self._wizard.ascii_only else content

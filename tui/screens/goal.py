@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.screens.wizard import WizardScreen
 
 _QUESTION = "What do you want?"
+_ONE_SIZE = 1.08  # cards that are sold as one size differ by so much
 _GATED = "▲ needs a licence accepted on the hub, and a login"
 
 
@@ -153,7 +154,7 @@ class GoalPage(Page):
                 low, mid, high = outlook.typical.total_seconds
                 told = f"{words.duration(mid)} ({words.span(low, high)}) for "
                 facts.append(told + (outlook.assumed if width >= 70 else outlook.assumed.split(" of ")[0]))
-            lines.append(cells.assemble([("  ", ""), *cells.fit([[(fact, cells.MAIN)] for fact in facts], width - 2, " · ")]))
+            lines += [Content.styled(f"  {line}", cells.MAIN) for line in textwrap.wrap(" · ".join(facts), width - 2)]
         if desk.gated(offer.run):
             lines.append(Content.styled(f"  {_GATED}", cells.WARN))
         why = textwrap.wrap(one_line(offer.detail, limit=300), width - 2)
@@ -191,15 +192,20 @@ def ready_made(desk: Desk, goal: Goal) -> list[Offer]:
 def best_first(desk: Desk, ready: Sequence[Ready]) -> list[Ready]:
     """Return ready-made runs ordered by how well they fit this card.
 
-    First those that fit; of these, those made for a card no larger than this one, the largest card first, then the
-    larger model: a run made for a larger card may fit, but not in comfort.
+    First those that fit with room for the estimate's error, then those that only just fit. Of these, those made for a
+    card no larger than this one, the largest card first, then the larger model: a run made for a larger card may fit, but
+    not in comfort. Without a card the smallest model comes first, since the others take days.
     """
+    here = desk.machine()
 
-    def rank(one: Ready) -> tuple[bool, bool, int, int, str]:
+    def rank(one: Ready) -> tuple[bool, bool, bool, int, int, str]:
         outlook, spec, wants = desk.outlook(one.run), desk.model(one.run), desk.card_bytes(one.card)
-        fits = outlook is not None and outlook.budget.fits
-        larger = wants > desk.machine().total_bytes * 1.08  # cards of one size differ by so much
-        return (not fits, larger, wants if larger else -wants, -(spec.params if spec else 0), one.name)
+        fits, tight = (outlook.budget.fits, outlook.budget.tight) if outlook else (False, False)
+        params = spec.params if spec else 0
+        if here.kind == "cpu":
+            return (not fits, tight, False, params, 0, one.name)
+        larger = wants > here.total_bytes * _ONE_SIZE
+        return (not fits, tight, larger, wants if larger else -wants, -params, one.name)
 
     return sorted(ready, key=rank)
 

@@ -24,10 +24,10 @@ from qlora_tui.tui import words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.budgetbar import badge
 from qlora_tui.tui.panels.cells import Part
-from qlora_tui.tui.screens.desk import ModelChoice
 from qlora_tui.tui.screens.keys import bindings
 from qlora_tui.tui.screens.line import Line, PathSuggester
 from qlora_tui.tui.screens.pages import Page
+from qlora_tui.tui.screens.shelves import ModelChoice
 
 if TYPE_CHECKING:
     from qlora_tui.tui.screens.wizard import WizardScreen
@@ -268,7 +268,7 @@ class ModelPage(Page):
         parts += [(f" {words.gib(budget.total_bytes) if budget else '':>9}  ", cells.DIM), (f"{fits[0]:<10}", fits[1])]
         note: Part = (choice.place + (f" · {one_line(choice.note, limit=60)}" if choice.note and width >= 90 else ""), cells.DIM)
         if choice.gated:
-            note = ("▲ needs a licence accepted on the hub, and a login" if width >= 90 else "▲ login", cells.WARN)
+            note = ("▲ needs a login and its licence accepted" if width >= 90 else "▲ login", cells.WARN)
         told = [*parts, note] if self.wizard.size.width >= _NOTED else parts
         return cells.assemble(told).truncate(width, ellipsis=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
 from textual import on
 from textual.app import ComposeResult
@@ -21,6 +22,9 @@ from qlora_tui.tui.screens.fields import FieldRow
 from qlora_tui.tui.screens.pages import Page
 from qlora_tui.tui.screens.settings import MAIN, MORE, Setting
 
+if TYPE_CHECKING:
+    from qlora_tui.tui.screens.wizard import WizardScreen
+
 
 class NumbersPage(Page):
     """Fields in one column; beneath them what the current one does to memory, time and quality."""
@@ -29,14 +33,17 @@ class NumbersPage(Page):
     open = False
     """Whether the rarer settings are folded out."""
 
+    def __init__(self, wizard: WizardScreen) -> None:
+        """Make the fields once: every key that is pressed goes through them."""
+        super().__init__(wizard)
+        self._all = [FieldRow(setting, wizard.run, ascii_only=wizard.ascii_only) for setting in (*MAIN, *MORE)]
+
     def compose(self) -> ComposeResult:
         """Lay out the fields; the rarer ones follow below a line that folds them out."""
         with VerticalScroll(can_focus=False, id="fields"):
-            for setting in MAIN:
-                yield FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
+            yield from self._all[: len(MAIN)]
             yield Static("", markup=False, id="more-line")
-            for setting in MORE:
-                field = FieldRow(setting, self.wizard.run, ascii_only=self.wizard.ascii_only)
+            for field in self._all[len(MAIN) :]:
                 field.display = False
                 yield field
         yield Static("", markup=False, id="field-help")
@@ -68,15 +75,14 @@ class NumbersPage(Page):
     def fold(self) -> None:
         """Show the rarer settings and go to the first of them, or hide them again."""
         self.open = not self.open
-        fields = self.query(FieldRow)
-        for field in list(fields)[len(MAIN) :]:
+        for field in self._all[len(MAIN) :]:
             field.display = self.open
         self.refresh_run()
-        list(fields)[len(MAIN) if self.open else 0].focus()
+        self._all[len(MAIN) if self.open else 0].focus()
 
     def commit(self) -> bool:
         """Go on only when no field holds something that is not a value."""
-        wrong = next((field for field in self.query(FieldRow) if field.fault), None)
+        wrong = next((field for field in self._all if field.fault), None)
         if wrong is None:
             return True
         if not wrong.display:
@@ -87,18 +93,18 @@ class NumbersPage(Page):
     @property
     def half_typed(self) -> bool:
         """Whether a field holds something that is not a value."""
-        return any(field.fault for field in self.query(FieldRow))
+        return any(field.fault for field in self._all)
 
     def drop_typing(self) -> None:
         """Show the values again in place of what is none."""
-        for field in self.query(FieldRow):
+        for field in self._all:
             field.use(self.wizard.run, field.beside, anew=True)
         self.refresh_run()
         self.wizard.redraw_keys()
 
     def _fields(self) -> list[FieldRow]:
         """Return the fields in sight."""
-        return [field for field in self.query(FieldRow) if field.display]
+        return self._all if self.open else self._all[: len(MAIN)]
 
     def _scene(self) -> Scene:
         wizard = self.wizard

@@ -6,6 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui.engine import models
@@ -20,6 +21,17 @@ _MOST_FOUND = 50
 _SECONDS = 1.0
 """Bounds of one look: a home folder or a network disk may hold millions of files, and nobody waits for them."""
 _SKIPPED = frozenset({"runs", "node_modules", "__pycache__", "site-packages", "snapshots", "blobs"})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model one could train: where it is, how big, and what to know before fetching it."""
+
+    name: str
+    spec: ModelSpec
+    place: str
+    note: str = ""
+    gated: bool = False
 
 
 def folders(where: str) -> list[tuple[str, ModelSpec]]:
