@@ -163,7 +163,8 @@ def _why(search: Search, found: Choice) -> str:
     faster = search.seconds(leanest) / search.seconds(found)
     if search.asked.speed is None or faster < 1.05 or not limits:
         return f"uses {used}"
-    return f"uses {used}, {faster:.1f}x faster than {limits}"
+    both = search.layers_open and len(search.rows) > 1
+    return f"uses {used}, {faster:.1f}x faster than {'the leanest choice' if both else limits}"
 
 
 def _at_most(search: Search) -> str:

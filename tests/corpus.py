@@ -103,5 +103,6 @@ def told(text: str) -> list[ev.Event]:
     budget = {"total_bytes": 5, "items": [{"name": text, "bytes": 5, "how": text}], "device": {"name": text, "total_bytes": 9}}
     events += [ev.Planned(budget, {text: text}, text), ev.Device(1, 1, 2, throttle=text), ev.Command(text, text, False, text)]
     events += [ev.Finding(text, "warn", 9, text, (text, text), {text: text}), ev.RolledBack(9, 0.5, 1, text)]
+    events += [ev.Sampled(9, text, text)]
     events += [ev.Evaluated(40, 1.0, 9, 0.1, text, base_loss=2.0, drop=1.0, verdict=text), ev.Saved(40, text, 1, "adapter")]
     return events

@@ -54,7 +54,8 @@ class Terminal:
         end = last if last >= 0 else end  # a sequence may be here in part only
         self._picture[1].feed(_without_unknown(self.seen[self._fed : end]))
         self._fed = end
-        return "\n".join(self._picture[0].display)
+        screen = self._picture[0]  # its own `display` trips over a cell that a joined mark left empty
+        return "\n".join("".join(screen.buffer[line][column].data for column in range(screen.columns)) for line in range(screen.lines))
 
     def until_shown(self, words: str, *, gone: bool = False) -> None:
         """Read until `words` stand on the screen, or no longer do."""

@@ -31,6 +31,7 @@ from qlora_tui.tui.panels.findings import FindingsPanel
 from qlora_tui.tui.panels.log import LogPanel
 from qlora_tui.tui.panels.loss import LossPanel
 from qlora_tui.tui.panels.memory import MemoryPanel
+from qlora_tui.tui.panels.samples import SamplesPanel
 from qlora_tui.tui.panels.scorecard import ScorecardPanel
 from qlora_tui.tui.panels.status import StatusLine
 from qlora_tui.tui.panels.summary import SummaryPanel
@@ -58,7 +59,7 @@ def panel(kind: type, *, ended: bool = True, **view: Any) -> Callable[[str, Path
 
     def shown(text: str, _folder: Path) -> str:
         made, state = kind(id=None), state_of(text, ended=ended)
-        look = View(now=1000.0, folder=safe_text(text), **view)
+        look = View(now=state.t + 1.0, folder=safe_text(text), **view)
         return f"{made.heading(state, look).plain}\n{made.draw(state, look, WIDTH, HEIGHT).plain}"
 
     return shown
@@ -175,6 +176,7 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
     "run screen: warnings": panel(FindingsPanel),
     "run screen: warnings alone": panel(FindingsPanel, zoomed="findings"),
     "run screen: log": panel(LogPanel),
+    "run screen: samples": panel(SamplesPanel, zoomed="samples"),
     "run screen: result": panel(ScorecardPanel),
     "wizard: data": data_page(),
     "wizard: data that cannot be read": data_page(problem=True, hint=True),

@@ -157,7 +157,7 @@ def test_a_terminal_that_wakes_up_again_is_drawn_on(held: Callable[..., Held]) -
     leave_wish(run.folder, "stop")
     run.until(lambda: not is_running(run.folder))
     run.terminal.type(b"\x1b")
-    run.terminal.until_shown("This run", gone=True)
+    run.terminal.until_shown("Keys", gone=True)
     run.terminal.type(b"q")
     assert run.terminal.wait() == 130
     assert_given_back(run.terminal)
