@@ -28,7 +28,7 @@ from textual.drivers.linux_driver import LinuxDriver
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, redact, safe_text
-from qlora_tui.tui import window
+from qlora_tui.tui import opening, window
 from qlora_tui.tui.driver import PatientDriver
 from qlora_tui.tui.preferences import Preferences, read, remember_theme, textual_keymap
 from qlora_tui.tui.reading import Reading
@@ -120,6 +120,7 @@ class TunerApp(App[AppExit]):
         if hint := window.ssh_hint(os.environ):
             self.notify(hint, timeout=12, markup=False)
         self.set_interval(0.25, self._watch_outside)
+        self.call_after_refresh(opening.end)
         if self.follow is not None:
             self.show_run(self.follow)
         else:
@@ -285,8 +286,7 @@ def run_app(
     """
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
     preferences = preferences or read()
-    log = place("state") / "screen.log"
-    guard = TerminalGuard(log)
+    guard = TerminalGuard(place("state") / "screen.log")
     app = TunerApp(
         start=start,
         draft=draft,
@@ -304,6 +304,7 @@ def run_app(
             app.run(mouse=mouse)
         except Exception:  # noqa: BLE001  whatever breaks the screens must not break the run
             app.failure = safe_text(redact(traceback.format_exc()))
+        opening.end()  # where no frame was ever drawn
         lost = guard.gone
         if app.failure:
             sys.stderr.write(f"the screen failed:\n{app.failure}\n")  # the guard sends this to the log

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import plotext
 from rich.text import Text
 
 from qlora_tui.tui import axes
@@ -140,6 +139,8 @@ def _framed(
     frame: _Frame, ticks: Sequence[float], words: Sequence[str], points: Sequence[tuple[int, float]], size: tuple[int, int], look: Look
 ) -> str:
     """Return what plotext draws: axes, ticks and the measured points, in escape sequences of its own."""
+    import plotext  # 12 ms, and the wizard draws no plot
+
     plotext.clear_figure()
     plotext.limitsize(False, False)
     plotext.plotsize(*size)

@@ -11,7 +11,8 @@ from qlora_tui.engine.events import Finished, Record
 from qlora_tui.engine.journal import EVENTS, Tail, is_running
 from qlora_tui.engine.runs import LOG, find_run
 from qlora_tui.engine.text import one_line
-from qlora_tui.tui.commands.run import LOOKS_A_SECOND, can_draw
+from qlora_tui.tui.commands.lines import LOOKS_A_SECOND
+from qlora_tui.tui.commands.run import can_draw
 from qlora_tui.tui.printer import Printer, Streams
 
 
@@ -21,7 +22,9 @@ def attach(options: argparse.Namespace) -> int:
     streams, name = Streams(), one_line(folder.name)
     if options.no_ui or options.json or not can_draw():
         return _lines(folder, streams, as_json=options.json)
-    from qlora_tui.tui import preferences
+    from qlora_tui.tui import opening, preferences
+
+    opening.begin()
     from qlora_tui.tui.app import run_app
 
     shown = run_app(

@@ -15,14 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_tui.engine import preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
-from qlora_tui.engine.events import Event, Finished, Outcome, Record, decode
+from qlora_tui.engine.events import Event, Finished, Outcome
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
 from qlora_tui.engine.places import is_here, replace_file
 from qlora_tui.engine.rules import problems
@@ -31,13 +31,13 @@ from qlora_tui.engine.signals import Signals
 from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui.commands import CHILD
-from qlora_tui.tui.printer import Printer, Streams
+from qlora_tui.tui.commands.lines import RunLines
+from qlora_tui.tui.printer import Streams
 from qlora_tui.tui.reading import Reading, on_a_line
 
 if TYPE_CHECKING:
     from qlora_tui.engine.session import Session, Train
 
-LOOKS_A_SECOND = 4
 _BEGIN_SECONDS = 120.0
 _END_SECONDS = 10.0
 
@@ -221,61 +221,10 @@ def headless(plan: Plan, streams: Streams, *, as_json: bool, begin: Begin = begi
             session = signals.mind(begin(plan, plan.run, reading))
         with streams.apart(session.folder / LOG):
             signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
-            follower = Follower(session.folder, streams, as_json=as_json)
+            follower = RunLines(session.folder, streams, as_json=as_json)
             session.start()
             follower.until(session)
     return session.exit_code
-
-
-class Follower:
-    """Print a run from its journal, from now on; a slow reader of stdout delays only this."""
-
-    def __init__(self, folder: Path, streams: Streams, *, as_json: bool) -> None:
-        """Pass over what earlier attempts, or this one so far, have said."""
-        self._tail = Tail(folder / EVENTS)
-        self._printer = Printer(streams, folder)
-        self._streams, self._json = streams, as_json
-        self._last: Record | None = None
-        self._ended, self._seq = False, 0
-        while records := self._tail.records():
-            for record in records:
-                self._printer.note(record)
-                self._last = record
-
-    def until(self, session: Session) -> None:
-        """Print until the session has ended and all it said is printed."""
-        while True:
-            ended = session.wait(1 / LOOKS_A_SECOND)
-            self.drain()
-            if ended:
-                break
-        if not self._ended and session.last_word is not None:  # a full disk kept it out of the journal
-            record = Record(session.attempt, self._seq + 1, round(time.time(), 3), session.last_word)
-            if self._json:
-                self._streams.data.event(record)
-            else:
-                self._printer.show(record)
-
-    def last_word(self) -> None:
-        """Say how the run ended, when it ended before this began to look."""
-        if self._last is not None and isinstance(self._last.event, Finished):
-            self._printer.show(self._last)
-
-    def drain(self) -> None:
-        """Print what is new."""
-        if self._json:
-            while lines := self._tail.lines():
-                self._streams.data.write("".join(f"{line}\n" for line in lines))
-                self._note([record for line in lines if (record := decode(line)) is not None])
-            return
-        while records := self._tail.records():
-            self._note(records)
-            for record in records:
-                self._printer.show(record)
-
-    def _note(self, records: Sequence[Record]) -> None:
-        self._ended = any(isinstance(record.event, Finished) for record in records)
-        self._seq = records[-1].seq if records else self._seq
 
 
 def warm() -> None:
@@ -287,7 +236,9 @@ def warm() -> None:
 
 def on_screen(options: argparse.Namespace, plan: Plan, streams: Streams, *, begin: Begin = begin) -> int:
     """Open the wizard or the run screen; whatever becomes of it, the run is seen to its end here."""
-    from qlora_tui.tui import preferences
+    from qlora_tui.tui import opening, preferences
+
+    opening.begin()
     from qlora_tui.tui.app import run_app
     from qlora_tui.tui.terminal import restore_terminal
 
@@ -328,7 +279,7 @@ def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) ->
         streams.talk.line(f"the screen failed; its log is {session.folder / LOG}")
     with streams.apart(session.folder / LOG):
         signals.say = lambda text: streams.talk.raw(f"\n{text}\n")
-        follower = Follower(session.folder, streams, as_json=False)
+        follower = RunLines(session.folder, streams, as_json=False)
         if session.running:
             streams.talk.line(f"run {session.folder.name} goes on here without a screen; Ctrl+C stops and saves it")
             follower.until(session)

@@ -63,6 +63,7 @@ class GoalPage(Page):
         self._goal: Goal | None = None
         self._offers: list[Offer] = []
         self._taken: Offer | None = None
+        self._ranked = False
 
     def compose(self) -> ComposeResult:
         """Lay out the question and the offers."""
@@ -71,14 +72,21 @@ class GoalPage(Page):
 
     def on_mount(self) -> None:
         """Gather the first offers; what each needs is worked out after the first frame."""
-        self._offers = beginnings(self.wizard.desk, self._given, demo=self.wizard.demo)
+        self._offers = beginnings(self.wizard.desk, self._given, demo=self.wizard.demo, ranked=False)
         self._list(sized=False)
-        self.call_after_refresh(self._list)
+        self.call_after_refresh(self._rank)
+
+    def _rank(self) -> None:
+        """Find what fits this card best for each goal, and say what it needs."""
+        self._ranked = True
+        if self._goal is None:
+            self._offers = beginnings(self.wizard.desk, self._given, demo=self.wizard.demo)
+            self._list()
 
     def on_resize(self) -> None:
         """Break the lines anew."""
         if self._offers:
-            self._list()
+            self._list(sized=self._ranked)
 
     def enter(self) -> None:
         """Take the focus."""
@@ -113,7 +121,7 @@ class GoalPage(Page):
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """Show at once what the highlighted offer would need; what was changed on later pages is kept until another is taken."""
-        if event.option_index < len(self._offers) and self.wizard.page is self:
+        if self._ranked and event.option_index < len(self._offers) and self.wizard.page is self:
             offer = self._offers[event.option_index]
             self.wizard.preview(None if offer == self._taken else offer.run)
 
@@ -161,8 +169,11 @@ class GoalPage(Page):
         return cells.stack([*lines, *[Content.styled(f"  {line}", cells.DIM) for line in why]])
 
 
-def beginnings(desk: Desk, given: RunConfig | None, *, demo: bool) -> list[Offer]:
-    """Return what one can begin from: what is there already, then the goals; a demo has one beginning."""
+def beginnings(desk: Desk, given: RunConfig | None, *, demo: bool, ranked: bool = True) -> list[Offer]:
+    """Return what one can begin from: what is there already, then the goals; a demo has one beginning.
+
+    Unless `ranked` a goal stands for any of its ready-made runs, since the best takes some milliseconds to find.
+    """
     ready = desk.presets()
     if demo:
         found = next((one for one in ready if one.name == "demo"), None)
@@ -176,7 +187,8 @@ def beginnings(desk: Desk, given: RunConfig | None, *, demo: bool) -> list[Offer
         offers.append(Offer("go on where you left off", _words(kept), kept))
     small = desk.machine().kind == "cpu"  # without a graphics card all but the demo take days
     for goal in sorted(GOALS, key=lambda goal: small and goal.name != "try"):
-        best = next(iter(best_first(desk, [one for one in ready if one.goal == goal.name])), None)
+        those = [one for one in ready if one.goal == goal.name]
+        best = next(iter(best_first(desk, those) if ranked else those), None)
         if best is not None:
             offers.append(Offer(goal.title, goal.detail, best.run, goal=goal))
     offers.append(Offer("something else", "start from the defaults and choose everything yourself", RunConfig()))
