@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
+from cases import CASES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +47,19 @@ def test_the_card_formula_meets_what_was_measured_on_an_h100(changes, tokens_per
     speed = dataclasses.replace(steptime.table_speed(H100), launch_seconds=36e-6)
     monkeypatch.setattr(forecast, "speed_of", lambda _: speed)
     assert rate(LLAMA, with_(cuda_graphs="off", **changes), H100) == pytest.approx(tokens_per_second, rel=0.12)
+
+
+MEASURED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu" / "2026-11-27-h100-graphs.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("line", MEASURED, ids=lambda line: line["case"])
+def test_the_seconds_of_a_step_meet_every_one_that_was_measured(line, monkeypatch):
+    # 38 settings of 13 shapes, 0.5 to 14 B, on the pieces of the card that each run measured before its first step
+    case = next(case for case in CASES if case.name == line["case"])
+    run = dataclasses.replace(case.run(Path("x"), tiny=False), **line["choices"])
+    monkeypatch.setattr(forecast, "speed_of", lambda _: Speed(**line["speed"]))
+    each = forecast.seconds_per_token(models.find(case.shape), run, H100, row_tokens=case.length)
+    assert each * line["tokens_per_step"] == pytest.approx(line["step_seconds"], rel=0.1)
 
 
 def test_a_recorded_step_takes_what_its_kernels_take_whatever_the_host():
