@@ -217,11 +217,11 @@ def test_memory_that_runs_out_halves_the_rows_at_once(run_of: Make, tmp_path: Pa
     shutil.rmtree(tmp_path / "home" / "cache")
     measure, sizes = evaluate.measure, []
 
-    def tight(loaded: Any, rows: Any, batch: int, poll: Any, *, chunk: int = 0) -> Any:
+    def tight(loaded: Any, rows: Any, batch: int, poll: Any, *, chunk: int = 0, **more: Any) -> Any:
         sizes.append(batch)
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("out of memory")
-        return measure(loaded, rows, batch, poll, chunk=chunk)
+        return measure(loaded, rows, batch, poll, chunk=chunk, **more)
 
     monkeypatch.setattr(triage.evaluate, "measure", tight)
     ran = drive(run_of(), tmp_path / "run")
