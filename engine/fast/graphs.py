@@ -129,9 +129,11 @@ class Graphs:
             return
         here, stream = torch.cuda.current_stream(), _stream(self._parameters[0].device)
         stream.wait_stream(here)
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):  # type: ignore[arg-type]  # it reads the id alone
-            yield
-        here.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):  # type: ignore[arg-type]  # it reads the id alone
+                yield
+        finally:  # also after an error: the next batch is replayed on the same memory
+            here.wait_stream(stream)
 
     def release(self) -> None:
         """Let go of every graph and of the gradients' buffer, so that other work finds their memory free."""
