@@ -19,8 +19,9 @@ from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, choose_optimizer, double_quantized, element_bytes, four_bit
-from qlora_tui.engine.spec import RunConfig, Value, rows_at_once, rows_per_step
+from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.units import count, percent
+from qlora_tui.engine.values import Value
 
 _STAND_IN = "RTX 4090"  # ranks the changes for a card that nobody knows; only the ratio of two times is told
 _LENGTH_STEP = 256

@@ -19,9 +19,10 @@ from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.machine import Machine, limited
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec, entries, find_entry
-from qlora_tui.engine.spec import RunConfig, Value
+from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import billions, gib
+from qlora_tui.engine.values import Value
 
 MOST = 5
 """More advice than this nobody reads."""

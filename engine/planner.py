@@ -20,8 +20,9 @@ from qlora_tui.engine.forecast import step_key
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.search import FEW_LAYERS, Asked, Choice, Search
-from qlora_tui.engine.spec import RunConfig, Value, rows_per_step, values_of
+from qlora_tui.engine.spec import RunConfig, rows_per_step, values_of
 from qlora_tui.engine.units import count, gib
+from qlora_tui.engine.values import Value
 
 __all__ = ["Plan", "choose", "open_keys", "settled", "step_key"]
 

@@ -27,9 +27,10 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import is_folder, is_here, place
 from qlora_tui.engine.rules import bounds, problems
 from qlora_tui.engine.sizes import adapter_params
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
+from qlora_tui.engine.values import Value
 
 _Found = TypeVar("_Found")
 _FLOOR_BYTES = 64 * 2**20

@@ -18,8 +18,9 @@ from typing import Any
 
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
 from qlora_tui.engine.places import place
-from qlora_tui.engine.spec import GROUPS, KEYS, Key, RunConfig, Value, find_key, from_values, nearest, read_value, values_of
+from qlora_tui.engine.spec import GROUPS, KEYS, RunConfig, find_key, from_values, nearest, values_of
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.values import Key, Value, read_value
 
 _ABOUT = "preset"  # the table of a preset that is about it and not part of the run
 _ABOUT_KEYS = ("title", "why", "card", "goal")

@@ -16,8 +16,9 @@ from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
 from qlora_tui.engine.events import Command, Record
 from qlora_tui.engine.rates import Change
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.spec import KEYS, RunConfig, Value, from_values, read_value, values_of
+from qlora_tui.engine.spec import KEYS, RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.values import Value, read_value
 
 _LONGER = "the run ends there, and the learning rate goes on as in a run of that length"
 ON_RESUME: Mapping[str, str] = {

@@ -10,9 +10,10 @@ import math
 
 from qlora_tui.engine import columns, rates, until
 from qlora_tui.engine.errors import Problem
-from qlora_tui.engine.spec import KEYS, WATCHED, Key, RunConfig, Value, nearest
+from qlora_tui.engine.spec import KEYS, WATCHED, RunConfig, nearest
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import words
+from qlora_tui.engine.values import Key, Value
 
 SHORTEST_HANG_SECONDS = 60.0
 """A run may be silent for so long without being ill."""

@@ -7,18 +7,16 @@ reads a disk or a model; what goes together is in `rules`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from qlora_tui.engine.columns import DATA_FORMATS
 from qlora_tui.engine.errors import ConfigError
-from qlora_tui.engine.units import seconds
+from qlora_tui.engine.values import Key, Kind, Value
 
 WATCHED = (
     "non_finite",
@@ -35,26 +33,9 @@ WATCHED = (
 """The detectors that can end a run or take it back."""
 WATCH_STOP = ("spike",)
 
-Kind = Literal["text", "integer", "number", "flag", "list", "duration", "layers"]
-Value = str | int | float | bool | tuple[str, ...]
-
 BUILTIN = "builtin:"
 DEMO_MODEL = "builtin:smollm2-135m"
 DEMO_DATA = "builtin:python-docs"
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One setting: its type, bounds and the sentence that explains it everywhere."""
-
-    name: str
-    group: str
-    kind: Kind
-    default: Value
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float = -math.inf
-    high: float = math.inf
 
 
 def _key(
@@ -250,65 +231,9 @@ def find_key(name: str, *, where: str = "") -> Key:
     return KEYS[leaf]
 
 
-def read_text(key: Key, text: str, *, where: str = "") -> Value:
-    """Read what a person typed for `key` as the key's type.
-
-    Raises:
-        ConfigError: the text is not of that type; the key, the text and the type are named.
-    """
-    raw = text.strip()
-    try:
-        match key.kind:
-            case "integer":
-                return int(raw)
-            case "number":
-                return _finite(float(raw))
-            case "duration":
-                return seconds(raw)
-            case "flag":
-                return {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}[raw.lower()]
-            case "list":
-                return _list(raw)
-            case "text":
-                return raw
-            case "layers":
-                return _layers(raw)
-    except (ValueError, KeyError):
-        raise _wrong_type(key, text, where) from None
-
-
-def read_value(key: Key, value: object, *, where: str = "") -> Value:
-    """Read a TOML value for `key`; a number written as text is refused, not guessed.
-
-    Raises:
-        ConfigError: the value is of another type.
-    """
-    match key.kind, value:
-        case "integer", int() if not isinstance(value, bool):
-            return value
-        case "number", int() | float() if not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-        case "duration", int() | float() if not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-        case (("duration" | "list"), str()):
-            return read_text(key, value, where=where) if key.kind == "duration" else (value,)
-        case "flag", bool():
-            return value
-        case "layers", bool() | int() | str():
-            try:
-                return _layers(str(value).lower())
-            except ValueError:
-                raise _wrong_type(key, value, where) from None
-        case "text", str():
-            return value
-        case "list", list() | tuple() if all(isinstance(part, str) for part in value):
-            return tuple(value)
-    raise _wrong_type(key, value, where)
-
-
 def from_values(values: Mapping[str, Value]) -> RunConfig:
     """Build a run from values already read; keys not named keep their defaults."""
-    return RunConfig(**values)  # type: ignore[arg-type]  # checked by read_text/read_value against the same table
+    return RunConfig(**values)  # type: ignore[arg-type]  # checked by values.read_text/read_value against the same table
 
 
 def values_of(run: RunConfig) -> dict[str, Value]:
@@ -336,47 +261,3 @@ def rows_at_once(run: RunConfig) -> int:
 def rows_per_step(run: RunConfig) -> int:
     """Return how many rows one optimizer step sees; the planner's choice of rows at once never changes it."""
     return rows_at_once(run) * run.gradient_accumulation_steps
-
-
-def _list(text: str) -> tuple[str, ...]:
-    """Read texts with commas between them; one with a comma inside has to be quoted, as JSON does it: ["a, b", "c"]."""
-    with contextlib.suppress(ValueError):
-        found = json.loads(text)
-        if isinstance(found, list) and all(isinstance(part, str) for part in found):
-            return tuple(found)
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    return tuple(part.strip(" \"'") for part in inner.split(",") if part.strip(" \"'"))
-
-
-def _layers(text: str) -> str:
-    """Read `auto`, `true`, `false` or a number of layers; a bare 0 is none of them."""
-    word = {"yes": "true", "on": "true", "no": "false", "off": "false", "0": "false"}.get(text.lower(), text.lower())
-    if word in ("auto", "true", "false"):
-        return word
-    if not word.isdecimal():
-        raise ValueError(text)
-    return str(int(word))
-
-
-def _finite(number: float) -> float:
-    if not math.isfinite(number):
-        raise ValueError(number)
-    return number
-
-
-_KIND_WORDS: dict[Kind, str] = {
-    "text": "text",
-    "integer": "a whole number",
-    "number": "a number such as 2e-4",
-    "flag": "true or false",
-    "list": "a list of texts",
-    "duration": "a duration such as 90m or 2h",
-    "layers": "auto, true, false or a number of layers",
-}
-if set(_KIND_WORDS) != set(get_args(Kind)):
-    raise AssertionError("a kind of key has no words")
-
-
-def _wrong_type(key: Key, value: object, where: str) -> ConfigError:
-    hint = f"choose from {', '.join(key.choices)}" if key.choices else f"its default is {key.default!r}"
-    return ConfigError(f"{key.name} = {value!r} is not {_KIND_WORDS[key.kind]}", hint=hint, where=where)

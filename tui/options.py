@@ -21,7 +21,8 @@ def count(text: str) -> int:
 def _note(namespace: argparse.Namespace, name: str, text: str, where: str) -> None:
     """Read `text` as the key called `name`; a fault is kept, so that all of a command line are told at once."""
     from qlora_tui.engine.errors import ConfigError
-    from qlora_tui.engine.spec import find_key, read_text
+    from qlora_tui.engine.spec import find_key
+    from qlora_tui.engine.values import read_text
 
     try:
         key = find_key(name, where=where)

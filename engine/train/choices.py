@@ -21,7 +21,8 @@ from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.rehearse import Rehearsed
-from qlora_tui.engine.spec import KEYS, RunConfig, read_value, rows_at_once, rows_per_step, values_of
+from qlora_tui.engine.spec import KEYS, RunConfig, rows_at_once, rows_per_step, values_of
+from qlora_tui.engine.values import read_value
 
 _ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _WARM_STEPS = 2

@@ -31,8 +31,9 @@ from qlora_tui.engine import budget
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Finding, Phase, Planned, Stepped
 from qlora_tui.engine.machine import limited
-from qlora_tui.engine.spec import KEYS, RunConfig, from_values, read_text
+from qlora_tui.engine.spec import KEYS, RunConfig, from_values
 from qlora_tui.engine.train.step import Gradient
+from qlora_tui.engine.values import read_text
 
 GIB = 1 << 30
 WARM, STEPS = 1, 4

@@ -12,7 +12,8 @@ from qlora_tui.engine import preset
 from qlora_tui.engine.errors import ConfigErrors, ModelError, Problem
 from qlora_tui.engine.places import place
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.spec import RunConfig, from_values, read_text, values_of
+from qlora_tui.engine.spec import RunConfig, from_values, values_of
+from qlora_tui.engine.values import read_text
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.command import equivalent

@@ -15,7 +15,8 @@ from qlora_tui.engine.events import Command, Event, Record, Started, Stepped
 from qlora_tui.engine.rates import HIGHEST, LOWEST, Change, Rates, planned, read
 from qlora_tui.engine.resume import rate_changes
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.spec import KEYS, RunConfig, read_text, values_of
+from qlora_tui.engine.spec import KEYS, RunConfig, values_of
+from qlora_tui.engine.values import read_text
 from qlora_tui.tui.screens.command import equivalent
 
 RUN = RunConfig(model_name_or_path="a", data=("b",))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from qlora_tui.engine import spec
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.spec import KEYS, RunConfig, find_key, from_values, read_text, read_value, values_of
+from qlora_tui.engine.spec import KEYS, RunConfig, find_key, from_values, values_of
 from qlora_tui.engine.units import seconds
+from qlora_tui.engine.values import read_text, read_value
 
 GOOD = {"model_name_or_path": "builtin:smollm2-135m", "data": ("builtin:python-docs",)}
 

@@ -28,8 +28,9 @@ from qlora_tui.engine.places import is_here, replace_file
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.runs import LOG
 from qlora_tui.engine.signals import Signals
-from qlora_tui.engine.spec import BUILTIN, RunConfig, Value, from_values, values_of
+from qlora_tui.engine.spec import BUILTIN, RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.values import Value
 from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.commands.lines import RunLines
 from qlora_tui.tui.printer import Streams

@@ -6,7 +6,8 @@ import json
 import shlex
 from collections.abc import Mapping
 
-from qlora_tui.engine.spec import KEYS, RunConfig, Value, values_of
+from qlora_tui.engine.spec import KEYS, RunConfig, values_of
+from qlora_tui.engine.values import Value
 
 
 def equivalent(run: RunConfig, *, preset: str = "", base: RunConfig | None = None) -> str:

@@ -9,8 +9,9 @@ from qlora_tui.engine.changes import Asked
 from qlora_tui.engine.errors import EngineError
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.spec import RunConfig, Value, rows_at_once, rows_per_step, values_of
+from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step, values_of
 from qlora_tui.engine.unusual import Known
+from qlora_tui.engine.values import Value
 from qlora_tui.tui import words
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import TOO_LONG, Lengths, share

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.rules import problems
-from qlora_tui.engine.spec import KEYS, RunConfig, Value, read_text, values_of
+from qlora_tui.engine.spec import KEYS, RunConfig, values_of
 from qlora_tui.engine.units import words
+from qlora_tui.engine.values import Value, read_text
 
 _FREE = "Costs neither memory nor time."
 

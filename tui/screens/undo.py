@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from qlora_tui.engine.spec import RunConfig, Value, values_of
+from qlora_tui.engine.spec import RunConfig, values_of
+from qlora_tui.engine.values import Value
 
 MOST = 100
 """Changes remembered: more than anybody takes back by hand."""
