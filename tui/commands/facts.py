@@ -222,15 +222,6 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
     return int(ExitCode.DONE if needs.budget.fits else ExitCode.WILL_NOT_FIT)
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
-    "budget": budget,
-    "data": data,
-    "presets": presets,
-    "runs": runs,
-    "doctor": doctor,
-}
-
-
 def _resolve(options: argparse.Namespace) -> RunConfig:
     config = Path(options.config) if options.config else None
     return preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
