@@ -166,6 +166,8 @@ class Graphs:
         labels_N = torch.zeros(shape.supervised, dtype=torch.long, device=device)
         shares_N = torch.zeros(shape.supervised, device=device)
         graph, buffers = torch.cuda.CUDAGraph(), _addresses(self._module)
+        generator = torch.cuda.default_generators[_index(device)]
+        numbers = generator.clone_state()
         stream.wait_stream(here)
         try:
             with torch.cuda.stream(stream):
@@ -178,6 +180,7 @@ class Graphs:
                     graph.capture_end()
         except RuntimeError as error:
             self.release()
+            generator.graphsafe_set_state(numbers)  # the recording that broke left its own one waiting for an end that never comes
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # ending a recording that broke raises too
             if not out_of_memory(cause):
                 self.why_not = one_line(cause, limit=200)
@@ -194,6 +197,10 @@ class Graphs:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream that batches are recorded on: one for good, since cuBLAS keeps a workspace for each it ever saw."""
     return torch.cuda.Stream(device)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _addresses(module: torch.nn.Module) -> list[int]:

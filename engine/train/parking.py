@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, prefetch_tensor
+from bitsandbytes.functional import QuantState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +33,7 @@ FOLDER = "paused"
 PARKED_FROM = ("cuda",)
 """Kinds of device whose memory a pause frees; a CPU's is the RAM that it would go to."""
 _SPARE_RAM_BYTES = 2 << 30
+_PAGE_BYTES = 4096
 _BYTES = "bytes"
 _HINT = "the checkpoint of this step is good: resume from it"
 
@@ -67,7 +68,7 @@ class Parked:
             storage.resize_(0)
         for tensor in self._small:
             if _paged(tensor):
-                prefetch_tensor(tensor, to_cpu=True)
+                _to_host(tensor)
         empty_cache(self._device)
         self.freed_bytes = max(0, self._held - _reserved(self._device)) or self.bytes
 
@@ -200,6 +201,14 @@ def _digest(content: torch.Tensor) -> str:
 def _paged(tensor: torch.Tensor) -> bool:
     """Say whether bitsandbytes pages `tensor` between device and RAM: the driver moves it, nobody has to."""
     return bool(getattr(tensor, "is_paged", False))  # an attribute that bitsandbytes sets on its own tensors only
+
+
+def _to_host(tensor: torch.Tensor) -> None:
+    """Move a paged tensor's pages off the device, by reading a byte of each.
+
+    bitsandbytes' own way (`prefetch_tensor(..., to_cpu=True)`) asks CUDA about device -1 and then ends the whole process.
+    """
+    _bytes_of(tensor.untyped_storage())[::_PAGE_BYTES].sum()
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from textual import events
 from qlora_tui.engine import events as ev
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.panels.base import Panel
+from qlora_tui.tui.screens import run as run_module
 from qlora_tui.tui.screens.dialogs import HelpDialog, StopDialog
 from qlora_tui.tui.screens.run import SLOW_TICK, TICK, UNSEEN_TICK
 
@@ -561,6 +563,24 @@ async def test_a_terminal_out_of_focus_is_looked_at_seldom_and_brought_up_to_dat
         journal.write(step(21))
         app.post_message(events.AppFocus())
         await until(pilot, lambda: "step 21/40" in words(app) and app.run_screen._pace == TICK)
+
+
+@pytest.mark.parametrize(("owned", "cost", "pace"), [(True, 0.001, TICK), (True, 0.004, 1.0), (True, 0.04, 2.0), (False, 0.04, TICK)])
+async def test_the_screen_of_a_run_in_this_process_leaves_the_interpreter_to_it(write_run, until, monkeypatch, owned, cost, pace):
+    folder, _, _ = write_run()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "step 20/40" in words(app))
+        screen, spent = app.run_screen, itertools.count()
+        screen.owned, screen._spent = owned, -cost
+        monkeypatch.setattr(run_module.time, "thread_time", lambda: next(spent) * cost)
+        for _ in range(5):
+            screen.look()
+        assert screen._pace == pace
+        assert cost / screen._pace <= run_module.OWN_SHARE or pace in (run_module.OWN_TICKS[-1], TICK)
+        screen.leave_when_finished()
+        screen.look()
+        assert screen._pace == TICK  # its last word is waited for
 
 
 async def test_a_long_run_shows_its_end_before_it_was_read(write_run, until, monkeypatch):

@@ -6,7 +6,9 @@ each panel draw; a panel sends cells only when they changed.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import TunerApp
 
 TICK = 0.25
+OWN_TICKS = (TICK, 0.5, 1.0, 2.0)
+OWN_SHARE = 0.005
+"""The screen of a run in this process takes no more than this share of the interpreter, which the run's own thread wants."""
 SLOW_TICK = 1.0  # for a run that has ended: nothing more is expected, though a resume may still come
 UNSEEN_TICK = 2.0  # while the terminal reports that it lost the focus
 _FILL_SLICE, _FILL_GAP = 0.05, 0.015
@@ -78,6 +83,8 @@ class RunScreen(LookingScreen):
         self._checked = 0.0
         self._timer: Timer | None = None
         self._pace = 0.0
+        self._spent = time.thread_time()
+        self._costs = deque([0.0] * 5, maxlen=5)
         self._leave_at_end = False
         self._interrupted = False
         self._was_running = True
@@ -112,6 +119,7 @@ class RunScreen(LookingScreen):
     def look(self) -> None:
         """Read what was appended, fold it, and draw; a long history is read in slices so that keys still answer."""
         now = time.time()
+        self._weigh()
         if not self._read(0.1):
             return
         if self.state.finished:
@@ -144,7 +152,7 @@ class RunScreen(LookingScreen):
 
     def _keep_pace(self) -> None:
         """Look often while something may happen, seldom once the run has ended, and where the terminal says that nobody looks."""
-        pace = TICK if self.running or self.behind else SLOW_TICK
+        pace = self._affordable() if self.running or self.behind else SLOW_TICK
         pace = pace if self.app.app_focus else UNSEEN_TICK
         if pace == self._pace or not self.is_attached:
             return
@@ -153,6 +161,18 @@ class RunScreen(LookingScreen):
             if pace < self._pace:
                 self.call_later(self.look)  # what came meanwhile is shown at once
         self._pace, self._timer = pace, self.set_interval(pace, self.look)
+
+    def _weigh(self) -> None:
+        """Keep what a look and all of its drawing cost, in seconds of the processor."""
+        before, self._spent = self._spent, time.thread_time()
+        self._costs.append(self._spent - before)
+
+    def _affordable(self) -> float:
+        """Return how long to wait for the next look: a run that launches kernels from this process stands still while this thread draws."""
+        if not self.owned or self.view.stopping:
+            return TICK
+        cost = statistics.median(self._costs)  # the first look, which draws everything, says nothing
+        return next((pace for pace in OWN_TICKS if cost <= pace * OWN_SHARE), OWN_TICKS[-1])
 
     def draw(self) -> None:
         """Let every panel draw the state as it is."""
