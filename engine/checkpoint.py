@@ -33,6 +33,7 @@ from qlora_tui.engine.shelf import ADAPTER_WEIGHTS, CHECKPOINTS, OPTIMIZER, RAND
 
 __all__ = ["dry_save", "folder_bytes", "last_healthy", "read_state", "restore", "save", "write_adapter"]
 
+_IN_ADAPTER = "lora_"  # in the name of every trained tensor, of DoRA too
 _MOMENTS = 2  # of every optimizer that can be chosen
 
 
@@ -91,7 +92,7 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
     shelf.verify(path)
     weights, tensors, states = (_read_tensors(path / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER, RANDOM))
     state = read_state(path)
-    known = pissa.joined(model, get_peft_model_state_dict(model))
+    known = pissa.joined(model, _adapter(model))
     if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
         raise CheckpointError("the adapter in the checkpoint has other layers or another rank than this run", where=str(path))
     _check_optimizer(optimizer, tensors, state["optimizer"], str(path))
@@ -162,9 +163,18 @@ def _write_peft(folder: Path, model: PeftModel, base_name: str, digests: dict[st
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
     pissa.joined_config(model, config).save_pretrained(folder)
-    weights = pissa.joined(model, get_peft_model_state_dict(model))
+    weights = pissa.joined(model, _adapter(model))
     weights = {name: part.detach().cpu().contiguous().clone() for name, part in weights.items()}
     _write_tensors(folder / ADAPTER_WEIGHTS, weights, digests, metadata={"format": "pt"})
+
+
+def _adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by PEFT's names.
+
+    PEFT left to itself asks the whole model: each 4-bit layer packs its constants again, and reads a base that a pause has freed.
+    """
+    trained = {name: part for name, part in model.named_parameters() if _IN_ADAPTER in name}
+    return dict(get_peft_model_state_dict(model, state_dict=trained))
 
 
 def _prove_adapter(folder: Path) -> None:

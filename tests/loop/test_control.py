@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
@@ -184,6 +185,19 @@ def test_a_stop_in_a_pause_leaves_the_adapter_of_its_step(run_of: Make, tmp_path
     ran = drive(run_of(**SETTINGS), tmp_path / "run", asked)
     one, two = (load_file(run.folder / "adapter/adapter_model.safetensors") for run in (plain, ran))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.usefixtures("parked")
+def test_what_is_saved_reads_nothing_of_a_quantized_base(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card has no bytes behind a block that a pause freed: whoever asks each 4-bit layer for its constants fails there."""
+    read: list[bool] = []
+    monkeypatch.setattr(QuantState, "as_dict", lambda *_, **__: read.append(True))
+    asked = Asked(wishes={3: [wish("pause")]})
+    waiting(monkeypatch, asked, wish("save"), lambda: asked.at_step.update({0: "stop"}))
+    ran = drive(run_of(**SETTINGS, method="qlora"), tmp_path / "run", asked)
+    assert ran.error is None
+    assert (ran.folder / "adapter").exists()
+    assert not read
 
 
 @pytest.mark.parametrize("kept", [False, True])
