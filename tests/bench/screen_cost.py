@@ -5,10 +5,10 @@ usage: python tests/bench/screen_cost.py [--pairs N] [--steps N]                
        python tests/bench/screen_cost.py --tiny                                     a two-layer model: proves the script alone
 
 Both runs of a pair get the same options and seed; which goes first alternates, so that a machine that grows warm or busy
-bends both alike; a short run before them is not counted. The screen is drawn on a pseudo-terminal of 120 x 36 whose bytes are read as they come. Throughput is
-tokens between the first counted step and the last over the time between them, as the journal has it, so that all a screen
-could cost counts: the interpreter's lock, the processor, the disk. Prints one line a run, the ratio of each pair, their
-median and range, and what the screen drew a second.
+bends both alike; a short run before them is not counted. The screen is drawn on a pseudo-terminal of 120 x 36 whose bytes
+are read as they come. Throughput is tokens between the first counted step and the last over the time between them, as the
+journal has it, so that all a screen could cost counts: the interpreter's lock, the processor, the disk. Prints one line a
+run, the ratio of each pair, their median and range, and what the screen drew a second.
 """
 
 from __future__ import annotations
