@@ -102,6 +102,20 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="RUN", nargs="+", help="two to six runs: ids, paths or `last`")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
+def _delete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="RUN", nargs="+", help="ids or paths")
+    parser.add_argument("--only-checkpoints", action="store_true", help="keep adapter, report and log; such a run cannot be resumed")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -122,6 +136,8 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,
+    "runs compare": _compare_arguments,
+    "runs delete": _delete_arguments,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
     "doctor": _json,

@@ -35,6 +35,14 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "what works here, and the one command that mends what does not",
 }
 
+PARTS: Mapping[str, Mapping[str, str]] = {
+    "runs": {
+        "compare": "settings, results and curves of two to six runs beside each other",
+        "delete": "delete runs, or their checkpoints alone; says what goes and asks",
+    },
+}
+"""Second words: commands within a command, which alone does what it is called."""
+
 _HOMES: Mapping[str, tuple[str, str]] = {
     "": ("run", "run"),
     "demo": ("run", "demo"),
@@ -42,7 +50,9 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "budget": ("facts", "budget"),
     "data": ("facts", "data"),
     "presets": ("facts", "presets"),
-    "runs": ("facts", "runs"),
+    "runs": ("runs", "runs"),
+    "runs compare": ("runs", "compare"),
+    "runs delete": ("runs", "delete"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
     "doctor": ("facts", "doctor"),
@@ -134,6 +144,8 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
         name, rest = arguments[0], arguments[1:]
         if name not in (*COMMANDS, CHILD, SCORER):
             _refuse_command(name)
+        if rest and rest[0] in PARTS.get(name, {}):
+            name, rest = f"{name} {rest[0]}", rest[1:]
     parser = build(name)
     options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[], words=rest))
     if unknown:
@@ -157,7 +169,15 @@ def build(name: str) -> argparse.ArgumentParser:
         parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
         parser.add_argument("--help-keys", action=_HelpKeys, nargs=0, help="print every key of --set and exit")
     else:
-        parser = Parser(prog=f"{PROG} {name}", description=COMMANDS.get(name, "").capitalize() + ".", allow_abbrev=False)
+        first, _, second = name.partition(" ")
+        about, parts = PARTS[first][second] if second else COMMANDS.get(name, ""), {} if second else PARTS.get(name, {})
+        parser = Parser(
+            prog=f"{PROG} {name}",
+            description=about.capitalize() + ".",
+            epilog="and:\n" + "\n".join(f"  {PROG} {name} {part:<8} {text}" for part, text in parts.items()) if parts else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter if parts else argparse.HelpFormatter,
+            allow_abbrev=False,
+        )
     ARGUMENTS[name](parser)
     return parser
 
@@ -190,6 +210,10 @@ def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     known = [text for action in parser._actions for text in action.option_strings]
     option = word.split("=", 1)[0]
     if not word.startswith("-"):
+        parts = PARTS.get(parser.prog.removeprefix(f"{PROG} "), {})
+        if parts:
+            hint = nearest(word, list(parts)) or f"there are {', '.join(parts)}"
+            raise ConfigError(f"unexpected {one_line(word)!r}", hint=hint)
         hint = f"put the command first: {PROG} {word} ..." if word in COMMANDS else f"see {parser.prog} --help"
         raise ConfigError(f"unexpected {one_line(word)!r}", hint=hint)
     key = option.lstrip("-").replace("-", "_")
