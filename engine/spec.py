@@ -197,6 +197,11 @@ class RunConfig:
         "Detectors that go back to the last healthy checkpoint with half the learning rate, at most twice, and then stop.",
     )
     runs_dir: str = _key("runs", "saving", "Folder that holds the runs.")
+    notify: tuple[str, ...] = _key(
+        (),
+        "saving",
+        "Tell when the run has ended, however: bell, command:PROGRAM (facts in QLORA_RUN, QLORA_OUTCOME ...), webhook:$NAME or :URL.",
+    )
 
 
 def _table() -> dict[str, Key]:

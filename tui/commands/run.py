@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tui.engine import preset, resume, runs
+from qlora_tui.engine import notify, preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
 from qlora_tui.engine.events import Event, Finished, Outcome
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
@@ -81,7 +81,7 @@ def child(options: argparse.Namespace) -> int:
         return headless(plan, Streams(), as_json=False)
     except EngineError as error:
         if not is_running(folder):
-            _not_begun(folder, error)
+            _not_begun(plan.run, folder, error)
         raise
 
 
@@ -94,10 +94,12 @@ def scores(options: argparse.Namespace) -> int:
     return headless(plan, Streams(), as_json=False, begin=functools.partial(begin, train=score_for_real))
 
 
-def _not_begun(folder: Path, error: EngineError) -> None:
+def _not_begun(run: RunConfig, folder: Path, error: EngineError) -> None:
     """Leave a last word where the run could not begin after all: without one it would count as crashed."""
     outcome: Outcome = "will_not_fit" if error.exit_code is ExitCode.WILL_NOT_FIT else "failed"
-    _last_word(folder, Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+    word = Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000)))
+    _last_word(folder, word)
+    notify.tell(run, notify.Facts(folder), word)
 
 
 def _last_word(folder: Path, word: Finished) -> None:
@@ -286,6 +288,8 @@ def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) ->
             follower.until(session)
         else:
             follower.last_word()
+            while not session.wait(1.0):  # until everybody who asked for it was notified
+                pass
     return session.exit_code
 
 
