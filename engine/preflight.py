@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tui.engine import builtin, data, fixes, hub, machine, models, notify, planner, until
+from qlora_tui.engine import builtin, data, fixes, hub, machine, models, notify, planner, trackers, until
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
@@ -69,7 +69,7 @@ def check(
         WontFit: the budget says no; the cheapest changes are named.
     """
     faults = Faults()
-    faults.problems += [*problems(run), *notify.unready(run)]
+    faults.problems += [*problems(run), *notify.unready(run), *trackers.unready(run)]
     readable = run.data and not {"data", "data_columns", "data_weights", "data_format"} & {problem.where for problem in faults.problems}
     dataset = faults.attempt(lambda: data.load(run, stopping=stopping, progress=progress)) if readable else None
     wanted = run.eval_data or dataset

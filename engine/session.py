@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from qlora_tui.engine import notify, report, shelf
+from qlora_tui.engine import notify, report, shelf, trackers
 from qlora_tui.engine.data.tokenizer import IMPORTING
 from qlora_tui.engine.errors import EngineError, ExitCode, SpaceError, Stopped
 from qlora_tui.engine.events import Command, Device, Event, Finished, Outcome, Phase, Started, Stepped
@@ -164,6 +164,7 @@ class Session:
 
     def _own(self) -> None:
         with LogFile(self.folder / LOG):
+            self._following = trackers.Following(self.run, self.folder)
             word = Finished("failed", ExitCode.FAILED, "the run ended without saying why")
             try:
                 word = self._through()
@@ -240,6 +241,7 @@ class Session:
             self._lock.release()
             try:
                 notify.tell(self.run, self._facts, word)
+                self._following.finish()
             finally:
                 self._done.set()
 
@@ -290,6 +292,7 @@ def settle_libraries() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")

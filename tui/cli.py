@@ -89,6 +89,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; as a program (`argv` is None) leave the process once it is done."""
     hold_descriptors()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # here, so that every child of every command inherits it
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None:
         leave(code)
