@@ -77,7 +77,11 @@ def unready(run: RunConfig) -> list[Problem]:
             hook = hooks.read(text)
         except ValueError:  # told by `rules`
             continue
-        if hook.kind == "command" and shutil.which(program := hooks.words_of(hook)[0]) is None:
+        program = hooks.words_of(hook)[0] if hook.kind == "command" else ""
+        if "/" in program and not program.startswith("/"):
+            told = f"{one_line(program)!r} depends on the folder that the run is started from"
+            found.append(Problem(where, told, "name the program by its whole path"))
+        elif program and shutil.which(program) is None:
             found.append(Problem(where, f"there is no program {one_line(program)!r}", "name one that is installed, with its path"))
         if hook.variable and not hooks.is_address(os.environ.get(hook.variable, "")):
             told = f"the environment variable {hook.variable} holds no http address"

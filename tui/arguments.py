@@ -116,6 +116,24 @@ def _delete_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _queue_add_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--resume", metavar="RUN", default="", help="go on with a run: an id, a path or `last`")
+    _json(parser)
+
+
+def _queue_remove_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", metavar="ID", type=count, nargs="*", help="numbers from `qlora-tui queue`")
+    parser.add_argument("--ended", action="store_true", help="all that have ended")
+    _json(parser)
+
+
+def _queue_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stop-on-error", action="store_true", help="leave the rest queued once a run ends in an error")
+    parser.add_argument("--detach", action="store_true", help="in a process of its own; return at once")
+    _json(parser)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -138,6 +156,12 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "runs": _runs_arguments,
     "runs compare": _compare_arguments,
     "runs delete": _delete_arguments,
+    "queue": _json,
+    "queue add": _queue_add_arguments,
+    "queue list": _json,
+    "queue remove": _queue_remove_arguments,
+    "queue run": _queue_run_arguments,
+    "queue stop": lambda parser: None,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
     "doctor": _json,

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
+    "queue": "several runs, one after another; one that fails does not hold up the next",
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
     "doctor": "what works here, and the one command that mends what does not",
@@ -39,6 +40,13 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     "runs": {
         "compare": "settings, results and curves of two to six runs beside each other",
         "delete": "delete runs, or their checkpoints alone; says what goes and asks",
+    },
+    "queue": {
+        "add": "check a run and put it at the end of the queue",
+        "list": "what waits, runs and has ended (as `qlora-tui queue` alone)",
+        "remove": "take runs out of the queue; their folders stay",
+        "run": "work through the queue; Ctrl+C stops and saves the run under way and leaves the rest",
+        "stop": "stop the run under way, saved, wherever the queue runs",
     },
 }
 """Second words: commands within a command, which alone does what it is called."""
@@ -53,6 +61,12 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "runs": ("runs", "runs"),
     "runs compare": ("runs", "compare"),
     "runs delete": ("runs", "delete"),
+    "queue": ("queue", "show"),
+    "queue add": ("queue", "add"),
+    "queue list": ("queue", "show"),
+    "queue remove": ("queue", "remove"),
+    "queue run": ("queue", "run"),
+    "queue stop": ("queue", "stop"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
     "doctor": ("facts", "doctor"),

@@ -58,7 +58,12 @@ Begin = Callable[[Plan, RunConfig, Reading], "Session"]
 
 def run(options: argparse.Namespace) -> int:
     """Run the wizard and the run screen, or the run alone with `--no-ui`."""
-    return _launch(options, _resumed(options) if options.resume else _new(options))
+    return _launch(options, planned(options))
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    """Return what the options ask for: a new run, or with `--resume` one to go on with."""
+    return _resumed(options) if options.resume else _new(options)
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -302,13 +307,10 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
         preflight.check(placed, stopping=reading.stopping, progress=reading.progress)
     folder = plan.folder or runs.new_run_folder(placed, plan.name)
     replace_file(folder / runs.RUN_FILE, preset.to_toml(placed))
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     tail = Tail(folder / EVENTS)
     while tail.lines():
         pass
-    command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    os.close(log)
+    process = spawn(folder)
     try:
         first = _first_event(tail, process) or _killed(folder, process)
     except KeyboardInterrupt:  # whoever waits for a run to begin and takes it back does not want it to begin
@@ -331,6 +333,14 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     streams.data.line(folder.name)
     streams.talk.line(f"running in process {process.pid}; watch it with: qlora-tui attach {folder.name}")
     return int(ExitCode.DONE)
+
+
+def spawn(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the run that a folder's run.toml describes, in a process and session of its own; what it prints goes to its log."""
+    command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(log, "wb") as said:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
 
 
 def _killed(folder: Path, process: subprocess.Popen[bytes]) -> Event | None:
