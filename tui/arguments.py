@@ -134,6 +134,10 @@ def _queue_run_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="your shell")
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -164,6 +168,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "queue stop": lambda parser: None,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
+    "completion": _completion_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
     SCORER: _child_arguments,

@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = {
     "queue": "several runs, one after another; one that fails does not hold up the next",
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
+    "completion": "the script that lets Tab complete commands, settings and runs in your shell",
     "doctor": "what works here, and the one command that mends what does not",
 }
 
@@ -69,6 +70,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "queue stop": ("queue", "stop"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
+    "completion": ("completion", "completion"),
     "doctor": ("facts", "doctor"),
     CHILD: ("run", "child"),
     SCORER: ("run", "scores"),
@@ -104,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; as a program (`argv` is None) leave the process once it is done."""
     hold_descriptors()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # here, so that every child of every command inherits it
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what Tab may offer
+        from qlora_tui.tui import completing
+
+        completing.answer()
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None:
         leave(code)
@@ -176,7 +182,7 @@ def build(name: str) -> argparse.ArgumentParser:
         parser = Parser(
             prog=PROG,
             usage=f"{PROG} [COMMAND] [OPTIONS]",
-            description=f"{ABOUT}\n\ncommands:\n" + "\n".join(f"  {command:<9} {text}" for command, text in COMMANDS.items()),
+            description=f"{ABOUT}\n\ncommands:\n" + "\n".join(f"  {command:<10} {text}" for command, text in COMMANDS.items()),
             epilog=EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

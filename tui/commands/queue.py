@@ -122,15 +122,15 @@ class _Stopping:
 
     def __init__(self, streams: Streams) -> None:
         self.code = 0
-        self.process: subprocess.Popen[bytes] | None = None
-        self.folder: Path | None = None
-        self._presses, self._talk = 0, streams.talk
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+        self._presses, self._passed, self._talk = 0, 0, streams.talk
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stopping:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         for number in _CODES:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
@@ -138,15 +138,27 @@ class _Stopping:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def mind(self, folder: Path | None, process: subprocess.Popen[bytes] | None = None) -> None:
+        """Stop this run from now on; a signal that came while there was none to stop counts for it."""
+        self._folder, self._process = folder, process
+        if folder is not None and self._passed < self._presses:
+            self._pass_on(signal.SIGINT)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
         self.code = int(_CODES[signal.Signals(number)])
         self._presses += 1
-        if self.process is not None:
-            self.process.send_signal(number)
-        elif self.folder is not None:  # begun by a runner that was killed: it is no child of ours
-            leave_wish(self.folder, "stop" if self._presses == 1 else "abort")
+        self._pass_on(number)
         more = "; once more ends it at once without saving" if self._presses == 1 else ""
         self._talk.raw(f"\nstopping the run at its next safe point and saving it; it stays queued, and so does the rest{more}\n")
+
+    def _pass_on(self, number: int) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+        elif self._folder is not None:  # begun by a runner that was killed: it is no child of ours
+            leave_wish(self._folder, "stop" if self._presses == 1 else "abort")
+        else:
+            return
+        self._passed = self._presses
 
 
 def _one(entry: Entry, stopping: _Stopping, streams: Streams, *, quiet: bool) -> Entry:
@@ -155,14 +167,11 @@ def _one(entry: Entry, stopping: _Stopping, streams: Streams, *, quiet: bool) ->
         streams.talk.line(f"queue: run {entry.id}, {one_line(entry.name)}")
     try:
         folder, entry = _prepared(entry)
-        code = _attempt(folder, stopping, streams, quiet=quiet)
+        code, word = _attempt(folder, stopping, streams, quiet=quiet)
     except (EngineError, OSError) as error:
         streams.talk.line(redact(one_line(error, limit=2000)))
-        return queue.note(
-            entry, state="ended", outcome="failed", exit_code=int(getattr(error, "exit_code", ExitCode.FAILED))
-        )  # OSError: none
-    last = last_record(folder / EVENTS)
-    word = last.event if last is not None and isinstance(last.event, Finished) else None
+        failed = error.exit_code if isinstance(error, EngineError) else ExitCode.FAILED
+        return queue.note(entry, state="ended", outcome="failed", exit_code=int(failed))
     if word is None and stopping.code:  # ended before it could say a word
         return queue.note(entry, state="waiting", outcome="stopped", exit_code=stopping.code)
     if word is None:
@@ -186,20 +195,21 @@ def _prepared(entry: Entry) -> tuple[Path, Entry]:
     return folder, entry
 
 
-def _attempt(folder: Path, stopping: _Stopping, streams: Streams, *, quiet: bool) -> int:
-    """Start the run, or follow one that a killed runner left running or ended, and return its process's code."""
-    stopping.folder = folder
+def _attempt(folder: Path, stopping: _Stopping, streams: Streams, *, quiet: bool) -> tuple[int, Finished | None]:
+    """Start the run, or follow one that a killed runner left running or ended; return its process's code and its last word."""
     follower = RunLines(folder, streams, as_json=False)
-    last = last_record(folder / EVENTS)
-    if not is_running(folder) and (last is None or not _over(last.event)):
-        stopping.process = command.spawn(folder)
+    before = last_record(folder / EVENTS)
+    due = not is_running(folder) and (before is None or not _over(before.event))
+    process = command.spawn(folder) if due else None
+    stopping.mind(folder, process)
     code: int | None = None
     while code is None:
-        code = _ended(stopping.process, folder)
+        code = _ended(process, folder)
         if not quiet:
             follower.drain()
-    stopping.process = stopping.folder = None
-    return code
+    stopping.mind(None)
+    last, old = last_record(folder / EVENTS), before.seq if before is not None and due else 0
+    return code, last.event if last is not None and last.seq > old and isinstance(last.event, Finished) else None
 
 
 def _over(event: object) -> bool:
@@ -234,9 +244,8 @@ def _detach(options: argparse.Namespace, streams: Streams) -> int:
         streams.data.document({"pid": process.pid, "log": str(log)})
     else:
         streams.data.line(str(process.pid))
-        streams.talk.line(
-            f"process {process.pid} works through the queue; its lines are in {one_line(log)}; stop with: qlora-tui queue stop"
-        )
+        streams.talk.line(f"process {process.pid} works through the queue; its lines are in {one_line(log)}")
+        streams.talk.line("stop it with: qlora-tui queue stop")
     return int(ExitCode.DONE)
 
 
