@@ -25,26 +25,35 @@ from qlora_tui.engine.events import Finished
 from qlora_tui.engine.journal import EVENTS, is_running, last_record, leave_wish
 from qlora_tui.engine.places import place, replace_file
 from qlora_tui.engine.queue import Entry
+from qlora_tui.engine.spec import BUILTIN
 from qlora_tui.engine.text import one_line, redact
 from qlora_tui.tui.commands import run as command
 from qlora_tui.tui.commands.lines import LOOKS_A_SECOND, RunLines
 from qlora_tui.tui.printer import Streams, table
-from qlora_tui.tui.reading import on_a_line
+from qlora_tui.tui.reading import Reading, on_a_line
 
 _BEGIN_SECONDS = 30.0
 _CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
 
 
-def add(options: argparse.Namespace) -> int:
-    """Check a run as if to start it, and queue it: what is wrong is told now and not in the night."""
+def enqueue(plan: command.Plan, reading: Reading) -> Entry:
+    """Check a run as if to start it on a free card, and queue it.
+
+    Raises:
+        EngineError: the run cannot be, in one sentence or a list of them.
+    """
     from qlora_tui.engine import preflight
 
-    plan = command.planned(options)
     placed = command.anchored(dataclasses.replace(plan.run, runs_dir=str(Path(plan.run.runs_dir).expanduser().absolute())))
+    preflight.check(placed, alone=True, stopping=reading.stopping, progress=reading.progress)
+    return queue.add(placed, plan.name or placed.model_name_or_path.removeprefix(BUILTIN), plan.folder)
+
+
+def add(options: argparse.Namespace) -> int:
+    """Check a run as if to start it, and queue it: what is wrong is told now and not in the night."""
     streams = Streams()
     with on_a_line(streams.talk) as reading:
-        preflight.check(placed, alone=True, stopping=reading.stopping, progress=reading.progress)
-    entry = queue.add(placed, plan.name, plan.folder)
+        entry = enqueue(command.planned(options), reading)
     if options.json:
         streams.data.document(_row(entry))
         return int(ExitCode.DONE)
