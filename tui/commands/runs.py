@@ -18,6 +18,7 @@ from qlora_tui.engine.runs import RunInfo, find_run, list_runs
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
 from qlora_tui.tui.printer import Streams, table
+from qlora_tui.tui.reading import on_a_line
 
 _PLOT_LINES = 16
 
@@ -46,8 +47,9 @@ def compare(options: argparse.Namespace) -> int:
     folders = list(dict.fromkeys(_find(options, name).resolve() for name in options.names))
     if not 2 <= len(folders) <= room.MOST:
         raise ConfigError(f"{len(folders)} runs cannot be compared", hint=f"name two to {room.MOST} different ones", where="RUN")
-    found = [room.look(folder) for folder in folders]
     streams = Streams()
+    with on_a_line(streams.talk) as reading:
+        found = [room.look(folder, reading.say) for folder in folders]
     if options.json:
         streams.data.document(room.document(found))
     else:
