@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus import ATTACKS
 from fake_run import RUN, step
 
 from qlora_tui.engine import removal
@@ -21,6 +22,7 @@ from qlora_tui.engine.preset import to_toml
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.tui.cli import main
 
+HARMLESS = {"\n", "\u200d"}  # emoji are joined by the second
 Capture = pytest.CaptureFixture[str]
 
 
@@ -212,4 +214,20 @@ def test_a_kill_in_the_middle_leaves_no_half_run_and_is_cleared_by_the_next(
     assert [row["id"] for row in json.loads(capsys.readouterr().out)] == ["b"]
     assert len(list(runs.iterdir())) == 2
     assert main(["runs", "delete", "b", "--yes"]) == 0
+    assert list(runs.iterdir()) == []
+
+
+def test_foreign_names_and_settings_never_steer_the_terminal(runs: Path, capsys: Capture) -> None:
+    for number, attack in enumerate(ATTACKS.values()):
+        name = attack.replace("/", "").replace("\x00", "").encode("utf-8", "ignore").decode()[:40]
+        make(runs, f"{number}{name}", replace(RUN, sample_prompts=(attack,), data=(attack,)))
+    names = sorted(path.name for path in runs.iterdir())
+    for first, second in zip(names[::2], names[1::2], strict=False):
+        assert main(["runs", "compare", first, second]) == 0
+        assert main(["runs", "delete", first]) == 2
+        out, err = capsys.readouterr()
+        assert {char for char in out + err if not char.isprintable()} <= HARMLESS
+    assert main(["runs", "delete", *names, "--yes"]) == 0
+    out, _ = capsys.readouterr()
+    assert {char for char in out if not char.isprintable()} <= HARMLESS
     assert list(runs.iterdir()) == []
