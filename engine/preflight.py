@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tui.engine import builtin, data, fixes, hub, machine, models, planner, until
+from qlora_tui.engine import builtin, data, fixes, hub, machine, models, notify, planner, trackers, until
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
@@ -52,13 +52,19 @@ class Checked:
 
 
 def check(
-    run: RunConfig, *, fit: bool = True, stopping: Callable[[], None] = lambda: None, progress: data.Progress = lambda done, total: None
+    run: RunConfig,
+    *,
+    fit: bool = True,
+    alone: bool = False,
+    stopping: Callable[[], None] = lambda: None,
+    progress: data.Progress = lambda done, total: None,
 ) -> Checked:
     """Return `run` checked, or say everything that is wrong with it; nothing is made.
 
     Args:
         run: what a person decided.
         fit: refuse a run that the budget says will not fit; a dry run wants to show the budget instead.
+        alone: judge the device as if nobody else used it: the run begins later, when what fills it now has ended.
         stopping: called about ten times a second; raises to interrupt.
         progress: gets bytes of data read and bytes in all, as often; 0 in all where nobody knows (a hub).
 
@@ -69,7 +75,7 @@ def check(
         WontFit: the budget says no; the cheapest changes are named.
     """
     faults = Faults()
-    faults.problems += problems(run)
+    faults.problems += [*problems(run), *notify.unready(run), *trackers.unready(run)]
     readable = run.data and not {"data", "data_columns", "data_weights", "data_format"} & {problem.where for problem in faults.problems}
     dataset = faults.attempt(lambda: data.load(run, stopping=stopping, progress=progress)) if readable else None
     wanted = run.eval_data or dataset
@@ -78,7 +84,8 @@ def check(
     if faults and not _is_here(run.model_name_or_path):
         faults.tell()  # a hub is asked only for a run that is right so far
     found = faults.attempt(lambda: find_model(run, stopping)) if run.model_name_or_path else None
-    device = machine.limited(machine.look(), run)
+    seen = machine.look()
+    device = machine.limited(dataclasses.replace(seen, others_bytes=0, others=()) if alone else seen, run)
     faults.problems += device_problems(run, device)
     if found is not None:
         faults.problems += model_problems(run, *found)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.engine import hooks
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import GROUPS, KEYS, RunConfig, find_key, from_values, nearest, values_of
@@ -115,12 +116,15 @@ def resolve(*, preset: str | None = None, config: Path | None = None, flags: Map
     """Build the run: defaults, then the user's config, the preset, the config file and the flags; later wins.
 
     Raises:
-        ConfigError: one of the files has faults, or the preset does not exist.
+        ConfigError: one of the files has faults, the preset does not exist, or `notify` would put a secret where runs keep theirs.
     """
     merged: dict[str, Value] = {}
     for layer in _layers(preset, config, flags):
         merged.update(layer.values)
-    return from_values(merged)
+    run = from_values(merged)
+    if found := hooks.faults(run.notify):
+        raise ConfigErrors(found)
+    return run
 
 
 def origins(*, preset: str | None = None, config: Path | None = None, flags: Mapping[str, Value] | None = None) -> dict[str, str]:

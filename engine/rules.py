@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from qlora_tui.engine import columns, rates, until
+from qlora_tui.engine import columns, hooks, rates, until
 from qlora_tui.engine.errors import Problem
 from qlora_tui.engine.spec import KEYS, WATCHED, RunConfig, nearest
 from qlora_tui.engine.text import one_line
@@ -44,7 +44,15 @@ def problems(run: RunConfig) -> list[Problem]:
         )
     if not all(run.lora_target_modules) or not run.lora_target_modules:
         found.append(Problem("lora_target_modules", "no layer named", "all-linear is the usual choice"))
-    return [*found, *_limits(run), *_rate_changes(run), *_without_effect(run), *_combinations(run), *_detectors(run)]
+    return [
+        *found,
+        *_limits(run),
+        *_rate_changes(run),
+        *_without_effect(run),
+        *_combinations(run),
+        *_detectors(run),
+        *hooks.faults(run.notify),
+    ]
 
 
 def _limits(run: RunConfig) -> list[Problem]:

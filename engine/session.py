@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from qlora_tui.engine import report, shelf
+from qlora_tui.engine import notify, report, shelf, trackers
 from qlora_tui.engine.data.tokenizer import IMPORTING
 from qlora_tui.engine.errors import EngineError, ExitCode, SpaceError, Stopped
 from qlora_tui.engine.events import Command, Device, Event, Finished, Outcome, Phase, Started, Stepped
@@ -114,6 +114,7 @@ class Session:
         self.last_word: Finished | None = None
         self._stop_code = ExitCode.INTERRUPTED
         self._throttling, self._step = Throttling(), 0
+        self._facts = notify.Facts(folder)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._own, name="owner", daemon=False)
         self.hung: Callable[[str], object] = lambda told: self.end_now(ExitCode.FAILED, told=told)
@@ -130,8 +131,8 @@ class Session:
 
     @property
     def running(self) -> bool:
-        """Say whether the last word is still to come."""
-        return not self._done.is_set()
+        """Say whether the last word is still to come; after it, `wait` lasts until it was passed on."""
+        return self.last_word is None
 
     @property
     def exit_code(self) -> int:
@@ -147,7 +148,7 @@ class Session:
         """End the process within two seconds whatever the owner thread does: last word, terminal, exit.
 
         The word is written by a thread of its own, since the owner may hold the journal's lock in a stuck disk. With
-        `told`, which says why nobody had to ask, the run counts as failed.
+        `told`, which says why nobody had to ask, the run counts as failed, and notifications are made first.
         """
         lost = "what came after the last checkpoint is not saved"
         word = Finished("failed" if told else "aborted", code, f"{told or 'ended at once'}: {lost}")
@@ -156,11 +157,14 @@ class Session:
         writer.join(1.0)
         try:
             restore()
+            if told:
+                notify.tell(self.run, self._facts, word)
         finally:
             os._exit(code)
 
     def _own(self) -> None:
         with LogFile(self.folder / LOG):
+            self._following = trackers.Following(self.run, self.folder)
             word = Finished("failed", ExitCode.FAILED, "the run ended without saying why")
             try:
                 word = self._through()
@@ -235,7 +239,11 @@ class Session:
                 self._journal.close()
             self.last_word = word
             self._lock.release()
-            self._done.set()
+            try:
+                notify.tell(self.run, self._facts, word)
+                self._following.finish()
+            finally:
+                self._done.set()
 
     def _report(self, word: Finished) -> str:
         try:
@@ -246,6 +254,7 @@ class Session:
 
     def _write(self, event: Event) -> None:
         self._journal.write(event)
+        self._facts.see(event)
         if isinstance(event, Stepped):
             self._step = event.step
         for finding in self._watchdog.see(event):
@@ -283,6 +292,7 @@ def settle_libraries() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")

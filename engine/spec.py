@@ -33,6 +33,9 @@ WATCHED = (
 """The detectors that can end a run or take it back."""
 WATCH_STOP = ("spike",)
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where a run's figures can also go."""
+
 BUILTIN = "builtin:"
 DEMO_MODEL = "builtin:smollm2-135m"
 DEMO_DATA = "builtin:python-docs"
@@ -197,6 +200,14 @@ class RunConfig:
         "Detectors that go back to the last healthy checkpoint with half the learning rate, at most twice, and then stop.",
     )
     runs_dir: str = _key("runs", "saving", "Folder that holds the runs.")
+    notify: tuple[str, ...] = _key(
+        (),
+        "saving",
+        "Tell when the run has ended, however: bell, command:PROGRAM (facts in QLORA_RUN, QLORA_OUTCOME ...), webhook:$NAME or :URL.",
+    )
+    report_to: tuple[str, ...] = _key(
+        (), "saving", "Show the figures there too: tensorboard, wandb, trackio; empty: nowhere. wandb sends them away."
+    )
 
 
 def _table() -> dict[str, Key]:

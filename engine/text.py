@@ -17,7 +17,7 @@ _JOINER = "\u200d"  # zero-width joiner: needed inside emoji, harmless on its ow
 _MARKS = {"Mn", "Me"}
 _MOST_MARKS = 8  # on one letter; no writing needs as many, and hundreds paint over the lines above and below
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b")
-_SECRET_NAMES = ("TOKEN", "API_KEY", "SECRET", "PASSWORD")
+_SECRET_NAMES = ("TOKEN", "API_KEY", "SECRET", "PASSWORD", "WEBHOOK")
 
 
 def safe_text(text: object, *, limit: int = 20_000) -> str:

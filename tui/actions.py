@@ -108,6 +108,7 @@ PLACES: Mapping[str, tuple[Action, ...]] = {
         Action("undo", "u", "undo", "take the last change back"),
         Action("more", "m", "more", "show or hide the settings that are rarely changed", footer=False),
         Action("probe", "t", "test run", "train on 50 rows to measure the speed; again: stop it"),
+        Action("queue", "e", "queue", "put the run into the queue instead of starting it", footer=False),
         Action("copy", "c", "copy command", "copy the command; a file gets it too"),
         _HELP,
         Action("text-help", "f1", "help", "help, also while you type", does="text_help", written="F1", always=True, palette=False),

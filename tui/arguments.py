@@ -102,6 +102,42 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="RUN", nargs="+", help="two to six runs: ids, paths or `last`")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
+def _delete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="RUN", nargs="+", help="ids or paths")
+    parser.add_argument("--only-checkpoints", action="store_true", help="keep adapter, report and log; such a run cannot be resumed")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
+def _queue_add_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--resume", metavar="RUN", default="", help="go on with a run: an id, a path or `last`")
+    _json(parser)
+
+
+def _queue_remove_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", metavar="ID", type=count, nargs="*", help="numbers from `qlora-tui queue`")
+    parser.add_argument("--ended", action="store_true", help="all that have ended")
+    _json(parser)
+
+
+def _queue_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stop-on-error", action="store_true", help="leave the rest queued once a run ends in an error")
+    parser.add_argument("--detach", action="store_true", help="in a process of its own; return at once")
+    _json(parser)
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="your shell")
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -122,8 +158,17 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,
+    "runs compare": _compare_arguments,
+    "runs delete": _delete_arguments,
+    "queue": _json,
+    "queue add": _queue_add_arguments,
+    "queue list": _json,
+    "queue remove": _queue_remove_arguments,
+    "queue run": _queue_run_arguments,
+    "queue stop": lambda parser: None,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
+    "completion": _completion_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
     SCORER: _child_arguments,

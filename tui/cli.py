@@ -30,10 +30,27 @@ COMMANDS: Mapping[str, str] = {
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
+    "queue": "several runs, one after another; one that fails does not hold up the next",
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
+    "completion": "the script that lets Tab complete commands, settings and runs in your shell",
     "doctor": "what works here, and the one command that mends what does not",
 }
+
+PARTS: Mapping[str, Mapping[str, str]] = {
+    "runs": {
+        "compare": "settings, results and curves of two to six runs beside each other",
+        "delete": "delete runs, or their checkpoints alone; says what goes and asks",
+    },
+    "queue": {
+        "add": "check a run and put it at the end of the queue",
+        "list": "what waits, runs and has ended (as `qlora-tui queue` alone)",
+        "remove": "take runs out of the queue; their folders stay",
+        "run": "work through the queue; Ctrl+C stops and saves the run under way and leaves the rest",
+        "stop": "stop the run under way, saved, wherever the queue runs",
+    },
+}
+"""Second words: commands within a command, which alone does what it is called."""
 
 _HOMES: Mapping[str, tuple[str, str]] = {
     "": ("run", "run"),
@@ -42,9 +59,18 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "budget": ("facts", "budget"),
     "data": ("facts", "data"),
     "presets": ("facts", "presets"),
-    "runs": ("facts", "runs"),
+    "runs": ("runs", "runs"),
+    "runs compare": ("runs", "compare"),
+    "runs delete": ("runs", "delete"),
+    "queue": ("queue", "show"),
+    "queue add": ("queue", "add"),
+    "queue list": ("queue", "show"),
+    "queue remove": ("queue", "remove"),
+    "queue run": ("queue", "run"),
+    "queue stop": ("queue", "stop"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
+    "completion": ("completion", "completion"),
     "doctor": ("facts", "doctor"),
     CHILD: ("run", "child"),
     SCORER: ("run", "scores"),
@@ -79,6 +105,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; as a program (`argv` is None) leave the process once it is done."""
     hold_descriptors()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # here, so that every child of every command inherits it
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what Tab may offer
+        from qlora_tui.tui import completing
+
+        completing.answer()
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None:
         leave(code)
@@ -134,6 +165,8 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
         name, rest = arguments[0], arguments[1:]
         if name not in (*COMMANDS, CHILD, SCORER):
             _refuse_command(name)
+        if rest and rest[0] in PARTS.get(name, {}):
+            name, rest = f"{name} {rest[0]}", rest[1:]
     parser = build(name)
     options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[], words=rest))
     if unknown:
@@ -149,7 +182,7 @@ def build(name: str) -> argparse.ArgumentParser:
         parser = Parser(
             prog=PROG,
             usage=f"{PROG} [COMMAND] [OPTIONS]",
-            description=f"{ABOUT}\n\ncommands:\n" + "\n".join(f"  {command:<9} {text}" for command, text in COMMANDS.items()),
+            description=f"{ABOUT}\n\ncommands:\n" + "\n".join(f"  {command:<10} {text}" for command, text in COMMANDS.items()),
             epilog=EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -157,7 +190,15 @@ def build(name: str) -> argparse.ArgumentParser:
         parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
         parser.add_argument("--help-keys", action=_HelpKeys, nargs=0, help="print every key of --set and exit")
     else:
-        parser = Parser(prog=f"{PROG} {name}", description=COMMANDS.get(name, "").capitalize() + ".", allow_abbrev=False)
+        first, _, second = name.partition(" ")
+        about, parts = PARTS[first][second] if second else COMMANDS.get(name, ""), {} if second else PARTS.get(name, {})
+        parser = Parser(
+            prog=f"{PROG} {name}",
+            description=about.capitalize() + ".",
+            epilog="and:\n" + "\n".join(f"  {PROG} {name} {part:<8} {text}" for part, text in parts.items()) if parts else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter if parts else argparse.HelpFormatter,
+            allow_abbrev=False,
+        )
     ARGUMENTS[name](parser)
     return parser
 
@@ -190,6 +231,10 @@ def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     known = [text for action in parser._actions for text in action.option_strings]
     option = word.split("=", 1)[0]
     if not word.startswith("-"):
+        parts = PARTS.get(parser.prog.removeprefix(f"{PROG} "), {})
+        if parts:
+            hint = nearest(word, list(parts)) or f"there are {', '.join(parts)}"
+            raise ConfigError(f"unexpected {one_line(word)!r}", hint=hint)
         hint = f"put the command first: {PROG} {word} ..." if word in COMMANDS else f"see {parser.prog} --help"
         raise ConfigError(f"unexpected {one_line(word)!r}", hint=hint)
     key = option.lstrip("-").replace("-", "_")

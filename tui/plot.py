@@ -20,13 +20,15 @@ from qlora_tui.tui.braille import Canvas, glyph
 from qlora_tui.tui.history import Bucket
 from qlora_tui.tui.sight import Scale, Sight
 
-__all__ = ["BAD", "EVAL", "RAW", "SMOOTH", "Look", "Series", "draw", "nice_ticks"]
+__all__ = ["APART", "BAD", "EVAL", "RAW", "SMOOTH", "Look", "Series", "draw", "nice_ticks", "overlay"]
 
 Colour = tuple[int, int, int]
 RAW: Colour = (92, 107, 128)
 SMOOTH: Colour = (86, 180, 233)
 EVAL: Colour = (230, 159, 0)
 BAD: Colour = (213, 94, 0)
+APART: tuple[Colour, ...] = (SMOOTH, EVAL, (0, 158, 115), (204, 121, 167), BAD, (240, 228, 66))
+"""Colours of several curves on one plot, told apart by most eyes (Okabe and Ito)."""
 AXIS = "#7d8899"
 MIN_WIDTH, MIN_HEIGHT = 16, 4
 
@@ -118,6 +120,57 @@ def draw(series: Series, width: int, height: int, look: Look | None = None) -> T
     return _marked(drawn, series, seen, frame, width, style)
 
 
+def overlay(curves: Sequence[Sequence[Bucket]], width: int, height: int, letters: str = "", look: Look | None = None) -> Text:
+    """Return the smoothed lines of several runs on one plot, by steps; with `letters`, each is drawn in its own instead of in dots."""
+    style = look or Look()
+    weight = style.sight.weight
+    lines = [[(bucket.last, bucket.smooth[weight]) for bucket in curve if math.isfinite(bucket.smooth[weight])] for curve in curves]
+    there = [line for line in lines if line]
+    if not there or width < MIN_WIDTH or height < MIN_HEIGHT:
+        return _centred("no step to draw", width, height)
+    ranges = [axes.usual_range(*[[loss for _, loss in line]] * 2) for line in there]
+    count = max(1, min(6, (height - 2) // 2))
+    bottom, top = axes.padded(min(low for low, _ in ranges), max(high for _, high in ranges), count, log=False)
+    ticks = nice_ticks(bottom, top, count)
+    words = axes.labels(ticks)
+    margin = max(map(len, words)) + 1
+    left = min(line[0][0] for line in there)
+    right = max(left + 1, *(line[-1][0] for line in there))
+    frame = _Frame(left, right, bottom, top, False, margin, width - margin, Scale("step", ()))
+    drawn = Text.from_ansi(_framed(frame, ticks, words, (), (width, height), style)).split("\n")
+    rows = max((index for index, line in enumerate(drawn) if "└" in line.plain), default=0)
+    for turn, line in enumerate(lines):
+        canvas = Canvas(frame.room, rows, ascii_only=bool(letters))
+        across, up = canvas.wide - 1, canvas.high - 1
+        canvas.line([(min(across, round(frame.share(step) * across)), _height(loss, frame, up)) for step, loss in line])
+        for index in range(rows):
+            drawn[index] = _woven(drawn[index], canvas.row(index), frame.margin, (turn, len(lines)), letters)
+    for index, text in enumerate(drawn):
+        text.stylize_before(AXIS, 0, frame.margin if index < rows else len(text))
+        text.truncate(width, pad=False)
+        if style.ascii_only:
+            text.plain = text.plain.translate(_ASCII_AXES)
+    return Text("\n", no_wrap=True).join(drawn)
+
+
+def _height(loss: float, frame: _Frame, tall: int) -> int:
+    return round((frame.y(loss) - frame.bottom) / max(1e-12, frame.top - frame.bottom) * tall)
+
+
+def _woven(line: Text, dots: Sequence[int], margin: int, turn: tuple[int, int], letters: str) -> Text:
+    """Return a line of the frame with one more curve; where curves lie on each other they take turns from cell to cell."""
+    mine, of = turn
+    cells = list(line.plain.ljust(margin + len(dots)))
+    taken = [at for at, dot in enumerate(dots, margin) if dot and (cells[at] in (" ", "\u2800") or at % of == mine)]
+    line = line.copy()
+    for at in taken:
+        cells[at] = letters[mine] if letters else glyph(dots[at - margin])
+    line.plain = "".join(cells)
+    for at in taken:
+        line.stylize(css(APART[mine % len(APART)]), at, at + 1)
+    return line
+
+
 def _y_axis(
     finite: Sequence[Bucket], points: Sequence[tuple[int, float]], look: Look, height: int
 ) -> tuple[float, float, bool, list[float]]:
@@ -198,7 +251,7 @@ def _laid_over(line: Text, raw: Sequence[int], smooth: Sequence[int], margin: in
         if not (under or over) or cells[at] not in (" ", "\u2800"):
             continue
         cells[at] = ("*" if over else ":") if look.ascii_only else glyph(over or under)
-        styled.append((_css(SMOOTH if over else RAW), at))
+        styled.append((css(SMOOTH if over else RAW), at))
     line = line.copy()
     line.plain = "".join(cells)
     for style, run in itertools.groupby(enumerate(styled), key=lambda one: (one[1][0], one[1][1] - one[0])):
@@ -222,9 +275,9 @@ def _marked(drawn: Text, series: Series, seen: Sequence[Bucket], frame: _Frame, 
         above = [frame.column(bucket.last) for bucket in finite if bucket.high > frame.top + hair]
         below = [frame.column(bucket.last) for bucket in finite if bucket.low < frame.bottom - hair]
         bad = [frame.column(bucket.last) for bucket in seen if bucket.bad]
-        lines[0] = _put(lines[0], above, "^" if look.ascii_only else "▲", f"bold {_css(EVAL)}")
-        lines[axis - 1] = _put(lines[axis - 1], below, "v" if look.ascii_only else "▼", f"bold {_css(EVAL)}")
-        lines[axis - 1] = _put(lines[axis - 1], bad, "x" if look.ascii_only else "×", f"bold {_css(BAD)}")
+        lines[0] = _put(lines[0], above, "^" if look.ascii_only else "▲", f"bold {css(EVAL)}")
+        lines[axis - 1] = _put(lines[axis - 1], below, "v" if look.ascii_only else "▼", f"bold {css(EVAL)}")
+        lines[axis - 1] = _put(lines[axis - 1], bad, "x" if look.ascii_only else "×", f"bold {css(BAD)}")
         for kind, (glyph, plain, style) in GLYPHS.items():
             at = [frame.column(step) for step in series.marks.get(kind, ()) if frame.holds(step)]
             lines[axis] = _put(lines[axis], at, plain if look.ascii_only else glyph, style)
@@ -264,7 +317,8 @@ def _crossed(line: Text, at: int) -> Text:
     return line
 
 
-def _css(colour: Colour) -> str:
+def css(colour: Colour) -> str:
+    """Return a colour as styles write it."""
     return f"#{colour[0]:02x}{colour[1]:02x}{colour[2]:02x}"
 
 

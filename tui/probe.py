@@ -79,6 +79,8 @@ def probe(
         eval_data="",
         eval_steps=1 << 30,
         save_steps=1 << 30,
+        notify=(),
+        report_to=(),
     )
     with tempfile.TemporaryDirectory(prefix="qlora-tui-probe-") as folder:
         runs = Path(folder) / "runs"

@@ -92,7 +92,7 @@ def score(
     with tempfile.TemporaryDirectory(prefix="qlora-tui-scores-") as place:
         folder = Path(place) / "scores"
         folder.mkdir(mode=0o700)
-        text = preset.to_toml(dataclasses.replace(run, skip_bad_rows=True, runs_dir=place))
+        text = preset.to_toml(dataclasses.replace(run, skip_bad_rows=True, runs_dir=place, notify=(), report_to=()))
         (folder / RUN_FILE).write_text(text, encoding="utf-8")
         heard = _Heard(folder, say)
         command = [sys.executable, "-P", "-m", "qlora_tui.tui", SCORER, str(folder)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pty_screen import PATIENCE, Terminal
 
 SETTINGS = ["max_length=256", "max_steps=8", "lora_dropout=0.1", "eval_steps=3", "gradient_accumulation_steps=2", "learning_rate=5e-3"]
@@ -59,3 +60,17 @@ def test_with_and_without_the_screens(
         terminal.close()
     assert end["outcome"] == "done"
     assert adapter(tmp_path / "plain") == adapter(tmp_path / "screen")
+
+
+@pytest.mark.slow
+def test_with_and_without_a_tracker_and_a_notification(
+    tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    flags = [part for setting in SETTINGS for part in ("--set", setting)]
+    told = ["--set", "report_to=tensorboard", "--set", f"notify=command:touch {tmp_path / 'heard'}"]
+    command = [sys.executable, "-m", "qlora_tui.tui", "--no-ui", "--model", str(tiny_model), "--data", str(write_jsonl(chat_rows)), *flags]
+    for name, more in (("plain", []), ("told", told)):
+        subprocess.run([*command, *more, "--runs-dir", str(tmp_path / name)], check=True, capture_output=True, timeout=300)
+    assert adapter(tmp_path / "plain") == adapter(tmp_path / "told")
+    assert list((tmp_path / "told").glob("*/tensorboard/events*"))
+    assert (tmp_path / "heard").exists()

@@ -16,6 +16,7 @@ from qlora_tui.engine.spec import RunConfig, from_values, values_of
 from qlora_tui.engine.values import read_text
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.reading import Reading
+from qlora_tui.tui.screens import launch
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.screens.dialogs import HelpDialog
 from qlora_tui.tui.screens.fixlist import FixList
@@ -272,6 +273,29 @@ async def test_faults_at_the_start_are_listed_and_nothing_is_lost(make, until, r
         await pilot.press("escape")
         await until(pilot, lambda: wizard_of(app).page.title == "numbers")
         assert wizard_of(app).run == run_config
+
+
+async def test_a_run_is_queued_instead_and_the_page_stays_for_the_next(make, until, run_config, monkeypatch):
+    asked: list[tuple[RunConfig, str]] = []
+
+    def put(run: RunConfig, name: str, reading: Reading) -> int:
+        if asked:
+            raise ConfigErrors([Problem("data", "no usable row", "mend it")])
+        asked.append((run, name))
+        return 7
+
+    monkeypatch.setattr(launch, "enqueue", put)
+    app = make(run_config)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, until, app, "go")
+        assert "e queues it" in words(app)
+        await pilot.press("e")
+        await until(pilot, lambda: "queued as 7" in words(app))
+        assert asked == [(run_config, "")]
+        await pilot.press("e")
+        await until(pilot, lambda: "no usable row" in words(app))
+        assert not wizard_of(app).starting
+    assert make.asked == []
 
 
 async def test_an_unexpected_fault_at_the_start_is_shown_too(make, until, run_config):

@@ -1,18 +1,15 @@
-"""The commands that print facts: budget, data, presets, runs, doctor. None of them loads torch."""
+"""The commands that print facts: budget, data, presets, doctor. None of them loads torch."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine import preset
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode
-from qlora_tui.engine.runs import RunInfo, list_runs
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, gib
@@ -166,23 +163,6 @@ def presets(options: argparse.Namespace) -> int:
     return int(ExitCode.DONE)
 
 
-def runs(options: argparse.Namespace) -> int:
-    """Print the runs, newest first."""
-    folder = Path(str(options.flags.get("runs_dir", "runs"))).expanduser()
-    found = list_runs(folder, everywhere="runs_dir" not in options.flags)
-    streams = Streams()
-    if options.json:
-        streams.data.document([_run_row(info) for info in found])
-    elif not found:
-        streams.talk.line("no run yet; qlora-tui demo makes a first one")
-    else:
-        rows = [
-            (info.id, info.state, f"{info.step}/{info.total_steps}", _loss(info), _when(info.started), str(info.path)) for info in found
-        ]
-        streams.data.write(table(("run", "state", "step", "loss", "began", "folder"), rows))
-    return int(ExitCode.DONE)
-
-
 def doctor(options: argparse.Namespace) -> int:
     """Print what works here; a line that fails ends with the one command that mends it."""
     from qlora_tui.engine.doctor import checks
@@ -250,23 +230,3 @@ def _fit_words(row: Mapping[str, Any]) -> str:
     if row["total_bytes"] is None:
         return "unknown"
     return f"{'fits' if row['fits'] else 'too large'}, {gib(row['total_bytes'])}"
-
-
-def _run_row(info: RunInfo) -> dict[str, Any]:
-    return {
-        "id": info.id,
-        "state": info.state,
-        "step": info.step,
-        "total_steps": info.total_steps,
-        "loss": info.loss,
-        "started": info.started,
-        "path": str(info.path),
-    }
-
-
-def _loss(info: RunInfo) -> str:
-    return "" if info.loss is None or not math.isfinite(info.loss) else f"{info.loss:.4f}"
-
-
-def _when(moment: float | None) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else ""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tui.engine import preset, resume, runs
+from qlora_tui.engine import notify, preset, resume, runs
 from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode, JournalError
 from qlora_tui.engine.events import Event, Finished, Outcome
 from qlora_tui.engine.journal import EVENTS, Journal, Tail, is_running
@@ -58,7 +58,12 @@ Begin = Callable[[Plan, RunConfig, Reading], "Session"]
 
 def run(options: argparse.Namespace) -> int:
     """Run the wizard and the run screen, or the run alone with `--no-ui`."""
-    return _launch(options, _resumed(options) if options.resume else _new(options))
+    return _launch(options, planned(options))
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    """Return what the options ask for: a new run, or with `--resume` one to go on with."""
+    return _resumed(options) if options.resume else _new(options)
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -81,7 +86,7 @@ def child(options: argparse.Namespace) -> int:
         return headless(plan, Streams(), as_json=False)
     except EngineError as error:
         if not is_running(folder):
-            _not_begun(folder, error)
+            _not_begun(plan.run, folder, error)
         raise
 
 
@@ -94,10 +99,12 @@ def scores(options: argparse.Namespace) -> int:
     return headless(plan, Streams(), as_json=False, begin=functools.partial(begin, train=score_for_real))
 
 
-def _not_begun(folder: Path, error: EngineError) -> None:
+def _not_begun(run: RunConfig, folder: Path, error: EngineError) -> None:
     """Leave a last word where the run could not begin after all: without one it would count as crashed."""
     outcome: Outcome = "will_not_fit" if error.exit_code is ExitCode.WILL_NOT_FIT else "failed"
-    _last_word(folder, Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000))))
+    word = Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000)))
+    _last_word(folder, word)
+    notify.tell(run, notify.Facts(folder), word)
 
 
 def _last_word(folder: Path, word: Finished) -> None:
@@ -286,6 +293,8 @@ def _see_out(signals: Signals, session: Session, streams: Streams, kind: str) ->
             follower.until(session)
         else:
             follower.last_word()
+            while not session.wait(1.0):  # until everybody who asked for it was notified
+                pass
     return session.exit_code
 
 
@@ -298,13 +307,10 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
         preflight.check(placed, stopping=reading.stopping, progress=reading.progress)
     folder = plan.folder or runs.new_run_folder(placed, plan.name)
     replace_file(folder / runs.RUN_FILE, preset.to_toml(placed))
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     tail = Tail(folder / EVENTS)
     while tail.lines():
         pass
-    command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    os.close(log)
+    process = spawn(folder)
     try:
         first = _first_event(tail, process) or _killed(folder, process)
     except KeyboardInterrupt:  # whoever waits for a run to begin and takes it back does not want it to begin
@@ -327,6 +333,14 @@ def detach(plan: Plan, streams: Streams, *, as_json: bool = False) -> int:
     streams.data.line(folder.name)
     streams.talk.line(f"running in process {process.pid}; watch it with: qlora-tui attach {folder.name}")
     return int(ExitCode.DONE)
+
+
+def spawn(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the run that a folder's run.toml describes, in a process and session of its own; what it prints goes to its log."""
+    command = [sys.executable, "-P", "-m", "qlora_tui.tui", CHILD, str(folder.resolve())]
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(log, "wb") as said:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
 
 
 def _killed(folder: Path, process: subprocess.Popen[bytes]) -> Event | None:

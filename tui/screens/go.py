@@ -47,7 +47,8 @@ class GoPage(Page):
         with VerticalScroll(can_focus=False, id="go-news"):
             yield Static("", markup=False, id="go-faults", classes="fault")
         yield Static("", markup=False, id="go-command")
-        yield Static(self.text(Content.assemble((" enter ", "bold reverse"), (" starts the run", "bold"))), markup=False, id="go-enter")
+        told = Content.assemble((" enter ", "bold reverse"), (" starts the run", "bold"), ("   e queues it", cells.DIM))
+        yield Static(self.text(told), markup=False, id="go-enter")
 
     def enter(self) -> None:
         """Show the run as it is now."""

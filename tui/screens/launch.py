@@ -26,6 +26,18 @@ PROBE_ROWS = 50
 """Rows of a test run: enough for a figure within a few percent, few enough to wait for."""
 
 
+def enqueue(run: RunConfig, name: str, reading: Reading) -> int:
+    """Check `run` and put it into the queue; return its number there.
+
+    Raises:
+        EngineError: the run cannot be.
+    """
+    from qlora_tui.tui.commands import queue  # the command's own way; for the few who press the key
+    from qlora_tui.tui.commands.run import Plan
+
+    return queue.enqueue(Plan(run, name), reading).id
+
+
 class TestRun:
     """Trains on a few rows and keeps nothing, to measure how fast this machine is."""
 
@@ -88,29 +100,50 @@ class Start:
         self.running = False
         self.began = False
 
-    def begin(self) -> None:
-        """Start the run, or say all that is wrong with it."""
+    def begin(self, *, queue: bool = False) -> None:
+        """Start the run, or put it into the queue, or say all that is wrong with it."""
         wizard = self._wizard
         found = problems(wizard.run)
-        if self._start is None and not found:
+        if self._start is None and not found and not queue:
             found = [Problem("", "nothing here can start a run", "use the command that stands here")]
         if found:
             wizard.show_problems(found)
             return
         self.running, self._given_up = True, False
         wizard.say("checking the run …")
-        run = wizard.run
-        wizard.run_worker(lambda: self._work(run), thread=True, group="start", exit_on_error=False)
+        run, work = wizard.run, self._queue if queue else self._work
+        wizard.run_worker(lambda: work(run), thread=True, group="start", exit_on_error=False)
 
     def give_up(self) -> None:
         """Let the check end as soon as it can; nothing has been begun until then."""
         self._given_up = True
 
     def _work(self, run: RunConfig) -> None:
+        folder, found = begun(self._start, run, self._reading()) if self._start else (None, [])
+        self._wizard.app.call_from_thread(self._done, folder, found)
+
+    def _queue(self, run: RunConfig) -> None:
+        """Queue the run; the page stays, since a variant of it may be the next."""
+        number = 0
+
+        def put(run: RunConfig, reading: Reading) -> Path:
+            nonlocal number
+            number = enqueue(run, self._wizard.preset, reading)
+            return Path()
+
+        _, found = begun(put, run, self._reading())
+        self._wizard.app.call_from_thread(self._queued, number, found)
+
+    def _queued(self, number: int, found: list[Problem]) -> None:
+        self.running = False
+        if found:
+            self._wizard.show_problems(found)
+        else:
+            self._wizard.say(f"queued as {number}; change something and queue another, or quit and say: qlora-tui queue run")
+
+    def _reading(self) -> Reading:
         app = self._wizard.app
-        reading = Reading(lambda share, text: app.call_from_thread(self._wizard.say, text), self._go_on)
-        folder, found = begun(self._start, run, reading) if self._start else (None, [])
-        app.call_from_thread(self._done, folder, found)
+        return Reading(lambda share, text: app.call_from_thread(self._wizard.say, text), self._go_on)
 
     def _go_on(self) -> None:
         if self._given_up or self._wizard.stop_at_start:

@@ -127,6 +127,11 @@ class WizardScreen(KeyedScreen):
         return self.query_one(f"#page-{STEPS[self._page]}", Page)
 
     @property
+    def preset(self) -> str:
+        """Return the ready-made run that this one began from, or nothing."""
+        return self._preset
+
+    @property
     def starting(self) -> bool:
         """Whether a run is being checked or begun."""
         return self._launch.running
@@ -219,6 +224,11 @@ class WizardScreen(KeyedScreen):
         if not self.starting:
             self._test_run.begin()
 
+    def action_queue(self) -> None:
+        """Put the run into the queue instead of starting it."""
+        if not self.starting and not self.probing and self.page.commit():
+            self._launch.begin(queue=True)
+
     def action_copy(self) -> None:
         """Send the command to the terminal's clipboard; whether it took it cannot be known."""
         self.app.copy_out(one_line(self.command(), limit=20_000))  # as shown: pasted into a shell, escapes would act
@@ -244,7 +254,7 @@ class WizardScreen(KeyedScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer only the keys that do something on this page."""
         here = STEPS[self._page]
-        if action in ("copy", "probe"):
+        if action in ("copy", "probe", "queue"):
             return here == "go"
         if action == "more":
             return here == "numbers"
