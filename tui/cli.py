@@ -11,7 +11,7 @@ import os
 import sys
 
 from qlora_tui.tui.arguments import ARGUMENTS
-from qlora_tui.tui.commands import CHILD, SCORER
+from qlora_tui.tui.commands import ANSWERER, CHILD, SCORER
 from qlora_tui.tui.descriptors import hold_descriptors
 
 TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "runs": "past and present runs",
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
+    "judge": "base and tuned answers beside each other: which is better, by you or by an endpoint",
     "doctor": "what works here, and the one command that mends what does not",
 }
 
@@ -45,9 +46,11 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "runs": ("facts", "runs"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
+    "judge": ("judge", "judge"),
     "doctor": ("facts", "doctor"),
     CHILD: ("run", "child"),
     SCORER: ("run", "scores"),
+    ANSWERER: ("judge", "answers"),
 }
 """Where each command lives: a file of `commands/` and the function in it."""
 
@@ -132,7 +135,7 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
     name, rest = ("", arguments)
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
-        if name not in (*COMMANDS, CHILD, SCORER):
+        if name not in _HOMES:
             _refuse_command(name)
     parser = build(name)
     options, unknown = parser.parse_known_args(rest, argparse.Namespace(flags={}, faults=[], words=rest))
