@@ -219,6 +219,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         self._endpoint = endpoint
 
     def redirect_request(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str) -> None:
+        fp.close()
         there = self._endpoint.clean(urlsplit(newurl).netloc)
         raise Refused(f"it sends us on to {there}, where neither key nor rows go", where=self._endpoint.host, hint="name that address")
 

@@ -64,7 +64,7 @@ def wilson(share: float, number: int) -> tuple[float, float]:
     wide = _Z**2 / number
     middle = (share + wide / 2) / (1 + wide)
     reach = _Z * math.sqrt(share * (1 - share) / number + wide / (4 * number)) / (1 + wide)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))  # rounding must not put the share outside
 
 
 def tally(pairs: Pairs, judge: str) -> Tally:

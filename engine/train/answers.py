@@ -88,7 +88,8 @@ def _sheet(asking: Asking, adapter: Path) -> Sheet:
         hint = f"qlora-tui --resume {one_line(asking.folder.name)} goes on until there is one"
         raise CheckpointError("this run left no adapter to compare with its base", where=one_line(asking.folder), hint=hint) from error
     run = asking.run
-    base = " ".join((run.method, *([run.bnb_4bit_quant_type] if run.method == "qlora" else []), str(choose_dtype(run, asking.machine)).removeprefix("torch.")))
+    kind = (run.method, run.bnb_4bit_quant_type) if run.method == "qlora" else (run.method,)
+    base = " ".join((*kind, str(choose_dtype(run, asking.machine)).removeprefix("torch.")))
     return Sheet(digest, asking.rows, asking.tokens, run.seed, base)
 
 
