@@ -263,7 +263,7 @@ def key_from(name: str, *, loopback: bool) -> str:
         ConfigError: it is not set, or holds what no header can.
     """
     variable = name or USUAL_KEY
-    key = os.environ.get(variable, "").strip()
+    key = os.environ.get(variable, "").strip() if variable.isascii() else ""
     if loopback and not name:
         return ""
     if not key and not loopback:

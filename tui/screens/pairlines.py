@@ -36,13 +36,13 @@ def pair_lines(
     heads = [f"{side}{f': {name}' if opened else ''}" for side, name in zip(_SIDES, order, strict=True)]
     lines = [cells.assemble([(f" prompt, row {answer.row:,}", cells.DIM)]), *_prompt(answer.prompt, width, prompt_lines), Content(" ")]
     if answer.same:
-        lines += [cells.assemble([(" both answered the same: a tie that nobody is asked about", cells.WARN)]), Content(" ")]
+        lines += [*_wrapped("both answered the same: a tie that nobody is asked about", width, cells.WARN), Content(" ")]
     elif said is not None:
-        lines += [cells.assemble([(f" {_said(said, order, opened=opened)}", cells.MAIN)]), Content(" ")]
+        lines += [*_wrapped(_said(said, order, opened=opened), width, cells.MAIN), Content(" ")]
     sides = [texts[name] for name in order]
     lines += _beside(heads, sides, width) if width >= BESIDE else _under(heads, sides, width)
     if opened and answer.wanted.strip():
-        lines += [Content(" "), cells.assemble([(" what the row itself answers", cells.DIM)]), *_wrapped(answer.wanted, width)]
+        lines += [Content(" "), *_wrapped("what the row itself answers", width, cells.DIM), *_wrapped(answer.wanted, width)]
     return lines
 
 
@@ -75,7 +75,7 @@ def _prompt(text: str, width: int, most: int) -> list[Content]:
     lines = _wrapped(text, width, "bold")
     if not most or len(lines) <= most:
         return lines
-    return [*lines[: most - 1], cells.assemble([(f" … {len(lines) - most + 1} more lines (o)", cells.DIM)])]
+    return [*lines[: most - 1], *_wrapped(f"… {len(lines) - most + 1} more lines (o)", width, cells.DIM)]
 
 
 def _beside(heads: list[str], sides: list[tuple[str, bool]], width: int) -> list[Content]:

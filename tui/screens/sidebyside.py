@@ -88,8 +88,12 @@ class SideBySideScreen(KeyedScreen):
             return shown is not None and not shown.same and shown.pair not in self._open
         if action == "undo":
             return self._last() is not None
-        if action in ("reveal", "whole"):
+        if action == "reveal":
+            return shown is not None and not shown.same and shown.pair not in self._open
+        if action == "whole":
             return shown is not None
+        if action == "go" and parameters == (1,):
+            return shown is not None and (shown.same or shown.pair in self._pairs.mine())
         return True
 
     def action_prefer(self, side: int) -> None:
@@ -112,17 +116,17 @@ class SideBySideScreen(KeyedScreen):
     def action_reveal(self) -> None:
         """Show which is which; who has not judged yet no longer can, blind."""
         shown = self._shown
-        if shown is None or shown.pair in self._open:
-            return
-        if shown.same or shown.pair in self._pairs.mine() or self._keep(shown, "skip"):
+        if shown is not None and (shown.pair in self._pairs.mine() or self._keep(shown, "skip")):
             self._open.add(shown.pair)
             self._draw()
 
     def action_go(self, step: int) -> None:
-        """Look at another pair; nothing is judged by that."""
-        if self._pairs.answers:
-            place = len(self._pairs.answers) if self._place is None else self._place
-            self._show(max(0, min(place + step, len(self._pairs.answers) - 1)))
+        """Look at another pair; nothing is judged by that. Behind the last one is the first that waits, or what came out."""
+        place = (len(self._pairs.answers) if self._place is None else self._place) + step
+        if place >= len(self._pairs.answers):
+            self._next()
+        else:
+            self._show(max(0, place))
 
     def action_whole(self) -> None:
         """Show the whole prompt, or its beginning."""
@@ -138,10 +142,11 @@ class SideBySideScreen(KeyedScreen):
         self.app.push_screen(HelpDialog(help_of(self), _HOW))
 
     def _last(self) -> Answered | None:
-        """Return the pair judged last that is still judged."""
+        """Return the pair judged last that is still judged; what was revealed first stays left out."""
         mine = self._pairs.mine()
         by_pair = {answer.pair: answer for answer in self._pairs.answers}
-        said = [found.pair for found in self._pairs.judgements if found.by == ME and found.pair in mine and found.pair in by_pair]
+        mine = {pair: said for pair, said in mine.items() if pair in by_pair and not (said == "skip" and pair in self._open)}
+        said = [found.pair for found in self._pairs.judgements if found.by == ME and found.pair in mine]
         return by_pair[said[-1]] if said else None
 
     def _keep(self, answer: Answered, said: Said) -> bool:
