@@ -316,7 +316,11 @@ def run_app(
         lost = guard.gone
         if app.failure:
             sys.stderr.write(f"the screen failed:\n{app.failure}\n")  # the guard sends this to the log
-    if guard.hung_up or lost:
+    return _exit_of(app, hung_up=guard.hung_up or lost)
+
+
+def _exit_of(app: TunerApp, *, hung_up: bool) -> AppExit:
+    if hung_up:
         return AppExit("hangup", app.folder)
     if app.left is not None:  # what breaks on the way out, when the person has left already, is only logged
         return app.left

@@ -122,7 +122,7 @@ def _tell(error: Exception) -> int | None:
 
     if not isinstance(error, EngineError):
         return None
-    _say(f"{PROG}: {redact(safe_text(error))}")
+    _say(f"{PROG}: {safe_text(redact(str(error)))}")
     return int(error.exit_code)
 
 

@@ -20,7 +20,7 @@ from textual.worker import get_current_worker
 
 from qlora_tui.engine.errors import EngineError, Stopped
 from qlora_tui.engine.judge import ME, Answered, Judgement, Pairs, Said, keep_judgement, percents, read_pairs, tally
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import one_line, without_secrets
 from qlora_tui.tui import answering
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
@@ -189,7 +189,7 @@ class SideBySideScreen(KeyedScreen):
         except EngineError as error:
             fault = one_line(error, limit=600)
         except Exception as error:  # noqa: BLE001  whatever it raises is shown; what was judged stays
-            fault = redact(f"{type(error).__name__}: {one_line(error)}")
+            fault = f"{type(error).__name__}: {without_secrets(error)}"
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._tell, "", fault)
 
