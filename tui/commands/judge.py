@@ -90,7 +90,7 @@ def _endpoint(options: argparse.Namespace) -> Endpoint | None:
     if not options.endpoint:
         if options.by == "endpoint":
             raise ConfigError("no endpoint named", hint="say --endpoint URL and --judge-model NAME", where="--by")
-        said = next((name for name in _FAR if vars(options)[name] not in ("", None, False)), "")
+        said = next((name for name in _FAR if vars(options)[name] not in ("", None) and vars(options)[name] is not False), "")
         if said:
             raise ConfigError("it is about an endpoint, and none is named", hint="say --endpoint URL", where=f"--{said.replace('_', '-')}")
         return None
