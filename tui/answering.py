@@ -22,7 +22,7 @@ from qlora_tui.engine.errors import (
     WontFit,
 )
 from qlora_tui.engine.journal import is_running
-from qlora_tui.engine.judge import ANSWER_TOKENS, USUAL_ROWS, Pairs, read_pairs
+from qlora_tui.engine.judge import ANSWER_TOKENS, USUAL_ROWS, Pairs, are_there, read_pairs
 from qlora_tui.engine.runs import RUN_FILE
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui.commands import ANSWERER
@@ -55,27 +55,37 @@ def wanted(pairs: Pairs, rows: int, tokens: int) -> tuple[int, int]:
 
 
 def make(folder: Path, rows: int, tokens: int, say: Say, stopping: Callable[[], bool]) -> None:
-    """Have the answers made that are missing.
+    """Have the answers made that are missing; where none is, nothing is loaded to find that out.
 
     Args:
         folder: the run.
         rows: how many prompts.
         tokens: where an answer is cut off.
-        say: hears answered prompts, and how many there will be (0: not known yet), several times a second.
+        say: hears answered prompts, and how many there will be (0: the model is still being loaded), several times a second.
         stopping: asked several times a second; true ends it.
 
     Raises:
         Stopped: `stopping()` became true; the answers that were finished are kept.
         EngineError: it could not be done, in the other process's own words.
     """
+    if are_there(folder, rows, tokens):
+        say(*counts(folder))
+        return
     command = [sys.executable, "-P", "-m", "qlora_tui.tui", ANSWERER, str(folder.resolve()), str(rows), str(tokens)]
+    before = counts(folder)
 
     def look() -> None:
-        pairs = read_pairs(folder)
-        say(len(pairs.answers), pairs.sheet.rows if pairs.sheet else 0)
+        done, total = counts(folder)
+        say(done, 0 if (done, total) == before else total)
 
     ended = child.run(command, doing="the answers were made", stopping=stopping, watch=look)
     child.raise_why(ended, *KINDS)
     if ended.code:
         raise EngineError(f"the answers could not be made: {ended.last_words}")
-    look()
+    say(*counts(folder))
+
+
+def counts(folder: Path) -> tuple[int, int]:
+    """Return how many prompts are answered, and how many were last asked for."""
+    pairs = read_pairs(folder)
+    return len(pairs.answers), pairs.sheet.rows if pairs.sheet else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -69,7 +70,7 @@ class Answered:
 class Sheet:
     """How the answers were made; answers of another sheet are of no use beside these.
 
-    `adapter` is a digest of its weights, `rows` how many are wanted, `base` how the base was loaded.
+    `adapter` is a digest of its weights, `rows` how many are wanted, of `held` that there are; `base` is how the base was loaded.
     """
 
     adapter: str
@@ -77,6 +78,7 @@ class Sheet:
     tokens: int
     seed: int
     base: str = ""
+    held: int = 0
 
     def continues(self, other: Sheet) -> bool:
         """Say whether answers of `other` are part of this: made the same way, however many."""
@@ -179,6 +181,28 @@ def _all_answers(folder: Path) -> list[Answered]:
     return list(found.values())
 
 
+def adapter_digest(adapter: Path) -> str:
+    """Return what names the weights of an adapter.
+
+    Raises:
+        OSError: there are none.
+    """
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+
+
+def are_there(folder: Path, rows: int, tokens: int) -> bool:
+    """Say whether all answers that are asked for are kept already, and of the adapter that lies there."""
+    pairs = read_pairs(folder)
+    sheet = pairs.sheet
+    if sheet is None or sheet.tokens != tokens or not len(pairs.answers) == sheet.rows == min(rows, sheet.held):
+        return False
+    try:
+        return adapter_digest(folder / "adapter") == sheet.adapter
+    except OSError:
+        return False
+
+
 def begin_answers(folder: Path, sheet: Sheet) -> list[Answered]:
     """Return the answers of `sheet` that are there already; those of another one are set aside, and the file begins anew.
 
@@ -275,7 +299,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _sheet(value: Any) -> Sheet | None:
     try:
-        return Sheet(str(value["adapter"]), int(value["rows"]), int(value["tokens"]), int(value["seed"]), str(value.get("base", "")))
+        rows, tokens, seed, held = (int(value[name]) for name in ("rows", "tokens", "seed", "held"))
+        return Sheet(str(value["adapter"]), rows, tokens, seed, str(value["base"]), held)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

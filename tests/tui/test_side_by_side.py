@@ -160,7 +160,7 @@ async def test_it_begins_with_the_first_answer_and_the_rest_follow(folder, until
         assert "Which answer would you rather have?" in words(app)
         go_on.set()
         await until(pilot, lambda: "What is 0?" in words(app))
-        assert "answers: 1 of 3 made" in words(app)
+        assert "1 of 3 answered" in words(app)
         await pilot.press("left")
         await until(pilot, lambda: "100 %" in words(app) or " 0 %" in words(app))
         await pilot.press("q")

@@ -22,8 +22,10 @@ from qlora_tui.engine.judge import (
     Judgement,
     Sheet,
     Tally,
+    adapter_digest,
     address,
     alone,
+    are_there,
     begin_answers,
     document,
     is_loopback,
@@ -358,3 +360,23 @@ def test_prices_by_token_are_remembered_and_an_estimate_is_an_upper_one() -> Non
     assert known.used(Reply("", None, None), 1000) == known.most(1000), "what is not said counts in full"
     question = messages(answers(1)[0], "base")
     assert known.most(size_of(question)) > known.used(Reply("", size_of(question) // 3, 20), size_of(question))
+
+
+def test_it_is_known_without_a_model_whether_all_answers_are_there(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    assert not are_there(tmp_path, 4, 64)
+    begin_answers(tmp_path, Sheet(adapter_digest(tmp_path / "adapter"), 4, 64, 7, "x", held=4))
+    for answer in answers(3):
+        keep_answer(tmp_path, answer)
+    assert not are_there(tmp_path, 4, 64)
+    keep_answer(tmp_path, answers(4)[3])
+    assert are_there(tmp_path, 4, 64)
+    assert are_there(tmp_path, 50, 64), "there are no more"
+    assert not are_there(tmp_path, 3, 64)
+    assert not are_there(tmp_path, 4, 65)
+    weights.write_bytes(b"two")
+    assert not are_there(tmp_path, 4, 64)
+    weights.unlink()
+    assert not are_there(tmp_path, 4, 64)

@@ -177,7 +177,7 @@ class SideBySideScreen(KeyedScreen):
     def _answer(self) -> None:
         def say(done: int, total: int) -> None:
             if not self._stop.is_set():
-                told = f"answers: {done:,} of {total:,} made" if total else "loading the model, to make the answers …"
+                told = f"{done:,} of {total:,} answered" if total else "loading the model …"
                 self.app.call_from_thread(self._tell, told, "")
 
         fault = ""
@@ -226,9 +226,9 @@ class SideBySideScreen(KeyedScreen):
         answers, found = self._pairs.answers, tally(self._pairs, ME)
         mine = self._pairs.mine()
         done = sum(answer.same or answer.pair in mine for answer in answers)
-        parts: list[Part] = [("side by side", f"bold {cells.MAIN}")]
-        if self._place is not None and answers:
-            parts.append((f" · pair {self._place + 1} of {len(answers)}", "bold"))
+        paired = self._place is not None and answers
+        name = f"pair {(self._place or 0) + 1} of {len(answers)}" if paired else "side by side"
+        parts: list[Part] = [(name, f"bold {cells.MAIN}")]
         parts.append((f" · {done} done", ""))
         if self._doing:
             parts.append((f" · {self._doing}", cells.DIM))
