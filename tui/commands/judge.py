@@ -12,7 +12,7 @@ from qlora_tui.engine import judge as room
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode
 from qlora_tui.engine.journal import EVENTS, read_records
 from qlora_tui.engine.judge import Endpoint, Pairs, Prices, Todo
-from qlora_tui.engine.runs import find_run
+from qlora_tui.engine.runs import claim, find_run
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count
 from qlora_tui.tui import answering
@@ -25,7 +25,7 @@ _SHOWN_ROWS = 5
 
 def judge(options: argparse.Namespace) -> int:
     """Let the person judge on the screen, or an endpoint where one is named; without either tell what is known."""
-    folder = find_run(options.name, Path(str(options.flags.get("runs_dir", "runs"))).expanduser())
+    folder = claim(find_run(options.name, Path(str(options.flags.get("runs_dir", "runs"))).expanduser()))
     answering.check(folder)
     streams, far = Streams(), _endpoint(options)
     if far is None and not (options.no_ui or options.json) and can_draw():
