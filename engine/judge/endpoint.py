@@ -12,6 +12,7 @@ import http.client
 import ipaddress
 import json
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -31,6 +32,7 @@ _PATH = "/chat/completions"
 _LONGEST_REPLY = 1 << 20
 _RETRIED = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 529))
 _SHOWN = 300
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Busy(FetchError):
@@ -262,18 +264,16 @@ def key_from(name: str, *, loopback: bool) -> str:
     Raises:
         ConfigError: it is not set, or holds what no header can.
     """
-    variable = name or USUAL_KEY
-    key = os.environ.get(variable, "").strip() if variable.isascii() else ""
+    variable, where = name or USUAL_KEY, "--key-env" if name else "--endpoint"
+    if not _VARIABLE.fullmatch(variable):  # perhaps the key itself, so it is not repeated
+        raise ConfigError("this is no name of a variable", hint="name the variable that holds the key, not the key", where=where)
+    key = os.environ.get(variable, "").strip()
     if loopback and not name:
         return ""
-    if not key and not loopback:
-        raise ConfigError(
-            f"{one_line(variable)} is not set", hint="put the key there, or name its variable with --key-env", where="--endpoint"
-        )
-    if not key and name:
-        raise ConfigError(f"{one_line(variable)} is not set", where="--key-env")
+    if not key:
+        raise ConfigError(f"{redact(variable)} is not set", hint="put the key there, or name its variable with --key-env", where=where)
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError(f"what {one_line(variable)} holds is no key", where="--key-env")
+        raise ConfigError(f"what {variable} holds is no key", where=where)
     return key
 
 

@@ -269,7 +269,16 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
 }
 """Every place that shows text of others, as a function of that text and an empty folder."""
 
-NAMELESS = {"a config file", "run screen: loss", "run screen: memory", "run screen: device alone", "run screen: device", "watch", "runs"}
+NAMELESS = {
+    "a judge",
+    "a config file",
+    "run screen: loss",
+    "run screen: memory",
+    "run screen: device alone",
+    "run screen: device",
+    "watch",
+    "runs",
+}
 """Surfaces that need not show the text at all, or only the first part of a long one."""
 
 

@@ -339,6 +339,10 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
     assert key_from("OTHER", loopback=False) == "sk-other"
     assert key_from("", loopback=True) == "", "a server on this machine needs none, unless it is named"
     assert key_from("OTHER", loopback=True) == "sk-other"
+    for mistaken in ("sk-my-key-by-mistake", "with space", "odd\x1b"):
+        with pytest.raises(ConfigError, match="no name of a variable") as caught:
+            key_from(mistaken, loopback=False)
+        assert mistaken not in str(caught.value)
     for broken in ("a\nb: c", "with space", "kéy"):
         monkeypatch.setenv("OTHER", broken)
         with pytest.raises(ConfigError, match="what OTHER holds is no key") as caught:

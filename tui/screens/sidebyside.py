@@ -49,7 +49,7 @@ class SideBySideScreen(KeyedScreen):
         self._open: set[str] = set()
         self._whole = False
         self._stop = threading.Event()
-        self._doing, self._fault = "looking what is there …", ""
+        self._doing, self._fault, self._unkept = "looking what is there …", "", ""
 
     def compose(self) -> ComposeResult:
         """Lay out the title, the pair and the keys."""
@@ -153,9 +153,10 @@ class SideBySideScreen(KeyedScreen):
         try:
             keep_judgement(self._folder, Judgement(answer.pair, answer.row, ME, said))
         except EngineError as error:
-            self._fault = one_line(error, limit=300)
+            self._unkept = one_line(error, limit=300)
             self._draw()
             return False
+        self._unkept = ""
         self._read()
         return True
 
@@ -210,7 +211,7 @@ class SideBySideScreen(KeyedScreen):
         width = max(20, self.size.width - 2)
         self.refresh_bindings()
         self._put("#row-title", self._title(width))
-        told: list[Content] = [cells.assemble([(f" ✖ {self._fault}", cells.BAD)]), Content(" ")] if self._fault else []
+        told = [cells.assemble([(f" ✖ {fault}", cells.BAD)]) for fault in (self._fault, self._unkept) if fault]
         shown = self._shown
         if shown is None:
             body = summary_lines(self._pairs, width) if self._pairs.answers else [cells.assemble([(f" {line}", "")]) for line in _HOW]
