@@ -107,7 +107,7 @@ def words_of(found: Tally) -> str:
         verdict = "the base's answers are preferred: do not use this adapter for this"
     else:
         verdict = "no clear preference: the interval holds 50 %"
-    few = f"; {found.judged} pairs are few" if found.judged < _SURE_ENOUGH else ""
+    few = f"; {_count(found.judged, 'pair')} {'is' if found.judged == 1 else 'are'} few" if found.judged < _SURE_ENOUGH else ""
     return f"{verdict}, win rate {percents(found)}{few}"
 
 

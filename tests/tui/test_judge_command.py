@@ -103,7 +103,7 @@ def test_without_the_flag_nothing_is_sent_and_what_would_be_is_told(
     assert "row 4" in err
     assert "row 5" not in err
     assert "and 1 more; all are in answers.jsonl" in err
-    assert "1 pairs of equal answers are not sent" in err
+    assert "1 pair of equal answers is not sent" in err
     assert (out, server.asked) == ("", [])
 
 

@@ -163,7 +163,7 @@ def _what_goes(pairs: Pairs, left: list[Todo], endpoint: Endpoint, prices: Price
     if len(rows) > _SHOWN_ROWS:
         lines.append(f"  and {len(rows) - _SHOWN_ROWS} more; all are in {room.ANSWERS} of the run")
     known = sum(answer.same for answer in pairs.answers)
-    lines += [f"  {known} pairs of equal answers are not sent"] if known else []
+    lines += [f"  {'1 pair of equal answers is' if known == 1 else f'{known} pairs of equal answers are'} not sent"] if known else []
     lines.append(f"  at most about ${estimate:.2f} ({prices.words}); it stops before ${cap:.2f} in all, ${spent:.2f} of it spent already")
     return lines
 
