@@ -16,6 +16,7 @@ from qlora_tui.engine.judge.question import Message, messages, read_verdict, siz
 
 _PATIENT_WITH = 4
 """So many replies without a verdict from the start, and the model is no judge."""
+_ROUNDING = 1e-9  # of dollars
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,13 @@ def _through(
     def lost(size: int) -> None:
         nonlocal spent
         spent += prices.most(size)
+        if spent + prices.most(size) > room + _ROUNDING:
+            raise Stopped("a question got no reply and may be billed, and asking again could pass --max-cost")
 
     for step in steps:
         question = step.question
         size = size_of(question)
-        if spent + prices.most(size) > room + 1e-9:
+        if spent + prices.most(size) > room + _ROUNDING:
             return Judged(done, spent, "the next question could pass --max-cost")
         try:
             reply = ask(endpoint, question, wait=wait, lost=lambda size=size: lost(size))  # type: ignore[misc]

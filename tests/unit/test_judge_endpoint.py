@@ -325,6 +325,13 @@ def test_a_question_that_got_no_reply_counts_towards_the_cap(server: FakeJudge, 
     assert (done.replies, done.dollars) == (1, pytest.approx(0.2))
 
 
+def test_asking_again_cannot_pass_the_cap_either(server: FakeJudge, folder: Path) -> None:
+    server.script = [Misbehave(how="drop")] * 3
+    done = judge(folder, endpoint(server), HALF, 0.15, wait=Waits())
+    assert (done.replies, done.dollars, done.error, len(server.asked)) == (0, pytest.approx(0.1), None, 1)
+    assert "may be billed" in done.early
+
+
 def test_replies_without_a_verdict_do_not_count_and_many_of_them_end_it(folder: Path) -> None:
     with FakeJudge(lambda parts: "I would rather not say.") as server:
         done = judge(folder, endpoint(server), HALF, 9.0, wait=Waits())
