@@ -34,7 +34,7 @@ def training(**job):
     print("to stdout", keys, flush=True)
     os.write(2, f"to stderr {keys}\\n".encode())
     subprocess.run([sys.executable, "-c", f"print('of a child', {keys!r})"], check=True)
-    raise ValueError(f"{'x' * 480} {keys} was refused")
+    raise ValueError(f"{'x' * 470} {keys} was refused")
 session.train_for_real = training
 from qlora_tui.tui import cli
 sys.exit(cli.main(sys.argv[2:]))
@@ -105,7 +105,8 @@ def test_no_key_is_left_by_a_run_its_report_and_its_judge(program: Program, opti
 
 def test_no_key_is_left_by_a_run_that_fails_with_all_of_them_in_hand(program: Program, options: list[str], tmp_path: Path) -> None:
     """They are raised, logged, printed, written to the descriptor and printed by a child; a cut through one leaves no half of it."""
-    program(",".join(CANARIES), "--no-ui", *options, code=1, script=("-c", FAILING))
+    names = sorted(CANARIES, key=lambda name: name != "WANDB_API_KEY")  # the first is cut through, and its half looks like nothing
+    program(",".join(names), "--no-ui", *options, code=1, script=("-c", FAILING))
     (info,) = list_runs(tmp_path / "runs")
     log = (info.path / "log.txt").read_text()
     assert log.count("[redacted]") >= 5 * len(CANARIES), log
