@@ -31,7 +31,7 @@ from qlora_tui.engine.fast import pissa
 from qlora_tui.engine.places import discard, published
 from qlora_tui.engine.shelf import ADAPTER_WEIGHTS, CHECKPOINTS, OPTIMIZER, RANDOM, STATE, last_healthy
 
-__all__ = ["dry_save", "folder_bytes", "last_healthy", "read_state", "restore", "save", "write_adapter"]
+__all__ = ["dry_save", "folder_bytes", "last_healthy", "read_adapter", "read_state", "restore", "save", "write_adapter"]
 
 _IN_ADAPTER = "lora_"  # in the name of every trained tensor, of DoRA too
 _MOMENTS = 2  # of every optimizer that can be chosen
@@ -92,9 +92,7 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
     shelf.verify(path)
     weights, tensors, states = (_read_tensors(path / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER, RANDOM))
     state = read_state(path)
-    known = pissa.joined(model, _adapter(model))
-    if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
-        raise CheckpointError("the adapter in the checkpoint has other layers or another rank than this run", where=str(path))
+    _check_adapter(model, weights, "the adapter in the checkpoint", path)
     _check_optimizer(optimizer, tensors, state["optimizer"], str(path))
     if "cpu" not in states:
         raise CheckpointError("the state of the random generator is missing from the checkpoint", where=str(path))
@@ -102,6 +100,23 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
     _restore_optimizer(optimizer, tensors, state["optimizer"])
     _restore_random(states, state["python_random"])
     return state
+
+
+def read_adapter(path: Path, model: PeftModel) -> None:
+    """Put the adapter of a finished run onto its base.
+
+    Raises:
+        CheckpointError: it cannot be read or does not belong to this model.
+    """
+    weights = _read_tensors(path / ADAPTER_WEIGHTS)
+    _check_adapter(model, weights, "the adapter", path)
+    set_peft_model_state_dict(model, pissa.split(model, weights))
+
+
+def _check_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], what: str, path: Path) -> None:
+    known = pissa.joined(model, _adapter(model))
+    if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
+        raise CheckpointError(f"{what} has other layers or another rank than this run", where=str(path))
 
 
 def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer: Tokenizer) -> Path:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
 from types import TracebackType
 
 from qlora_tui.engine.text import redact, safe_text
+
+_MOST_BYTES = 256 * 2**20  # of a log that is looked through; no run of ours comes near
 
 
 class LogFile:
@@ -31,12 +34,26 @@ class LogFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Leave the root logger as it was."""
+        """Leave the root logger as it was, and the file without what libraries printed of secrets past it."""
         root = logging.getLogger()
         if self._handler is not None:
             root.removeHandler(self._handler)
             self._handler.close()
         root.setLevel(self._level)
+        with contextlib.suppress(OSError):
+            _scrub(self._path)
+
+
+def _scrub(path: Path) -> None:
+    """Take secrets out of a log that C code and child processes wrote to as well; in place, since they hold it open."""
+    with path.open("r+b") as file:
+        text = file.read(_MOST_BYTES).decode("utf-8", "surrogateescape")
+        clean = redact(text)
+        if clean != text:
+            rest = file.read()
+            file.seek(0)
+            file.write(clean.encode("utf-8", "surrogateescape") + rest)
+            file.truncate()
 
 
 class _Closing(logging.StreamHandler):  # type: ignore[type-arg]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.engine import judge
 from qlora_tui.engine.events import (
     Device,
     Evaluated,
@@ -138,6 +139,7 @@ def render(seen: Seen, folder: Path) -> str:
     parts = [
         [f"# {md(seen.started.run_id if seen.started else folder.name)}", *_outcome(seen)],
         _score(seen),
+        judge.section(folder, md),
         _training(seen),
         _data(seen),
         _memory(seen),

@@ -31,7 +31,7 @@ from qlora_tui.engine.preflight import Checked
 from qlora_tui.engine.preset import to_toml
 from qlora_tui.engine.runs import LOG, RUN_FILE, claim
 from qlora_tui.engine.spec import RunConfig, values_of
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import one_line, without_secrets
 from qlora_tui.engine.watch.throttling import Throttling
 from qlora_tui.engine.watchdog import Watchdog
 from qlora_tui.engine.wishes import Asked
@@ -212,7 +212,7 @@ class Session:
 
     def _explain(self, error: BaseException) -> Finished:
         """Turn whatever ended the run into the last word; the traceback is in the log, the sentence is for people."""
-        reason = redact(one_line(error)) or type(error).__name__
+        reason = without_secrets(error) or type(error).__name__
         if isinstance(error, Stopped):
             outcome: Outcome = "aborted" if self.wishes.urgent() == "abort" else "stopped"
             return Finished(outcome, int(self._stop_code), reason)

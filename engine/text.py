@@ -17,7 +17,8 @@ _JOINER = "\u200d"  # zero-width joiner: needed inside emoji, harmless on its ow
 _MARKS = {"Mn", "Me"}
 _MOST_MARKS = 8  # on one letter; no writing needs as many, and hundreds paint over the lines above and below
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b")
-_SECRET_NAMES = ("TOKEN", "API_KEY", "SECRET", "PASSWORD", "WEBHOOK")
+_SECRET_NAMES = ("TOKEN", "API_KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "ACCESS_KEY", "WEBHOOK")
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")  # user and password, as proxies have them
 
 
 def safe_text(text: object, *, limit: int = 20_000) -> str:
@@ -38,11 +39,20 @@ def one_line(text: object, *, limit: int = 500) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace what looks like a credential, and the value of every secret-named variable, by `[redacted]`."""
+    """Replace what looks like a credential, the value of every secret-named variable and a password in an address by `[redacted]`."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and any(part in name.upper() for part in _SECRET_NAMES):
+        if len(value) >= 8 and _is_secret(name.upper()):
             text = text.replace(value, "[redacted]")
-    return _SECRET.sub("[redacted]", text)
+    return _IN_ADDRESS.sub("[redacted]", _SECRET.sub("[redacted]", text))
+
+
+def without_secrets(error: object, *, limit: int = 500) -> str:
+    """Return an error of somebody else as one line without a secret; those go first, so that no cut leaves half of one."""
+    return one_line(redact(str(error)), limit=limit)
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith("_KEY") or any(part in name for part in _SECRET_NAMES)
 
 
 def _visible_all(text: str) -> Iterator[str]:

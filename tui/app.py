@@ -24,6 +24,7 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
+from textual.screen import Screen
 
 from qlora_tui.engine.places import place
 from qlora_tui.engine.spec import RunConfig
@@ -42,6 +43,7 @@ from qlora_tui.tui.terminal import TerminalGuard, restore_terminal
 
 Kind = Literal["quit", "detached", "finished", "hangup", "crashed", "no-run"]
 Start = Callable[[RunConfig, Reading], Path]
+Own = Callable[[bool], Screen[None]]
 RUN_LOG = "log.txt"
 
 
@@ -78,6 +80,7 @@ class TunerApp(App[AppExit]):
         demo: bool = False,
         on_abort: Callable[[], object] | None = None,
         on_ready: Callable[[], object] | None = None,
+        screen: Own | None = None,
         desk: Desk | None = None,
         guard: TerminalGuard | None = None,
         preferences: Preferences | None = None,
@@ -93,7 +96,7 @@ class TunerApp(App[AppExit]):
         self.desk = desk or Desk()
         self.failure = ""
         self.left: AppExit | None = None
-        self._on_abort, self._on_ready = on_abort, on_ready
+        self._on_abort, self._on_ready, self._own = on_abort, on_ready, screen
         self._guard = guard
         self._signals: set[int] = set()
         self._titled = ""
@@ -121,7 +124,9 @@ class TunerApp(App[AppExit]):
             self.notify(hint, timeout=12, markup=False)
         self.set_interval(0.25, self._watch_outside)
         self.call_after_refresh(opening.end)
-        if self.follow is not None:
+        if self._own is not None:
+            self.push_screen(self._own(self.ascii_only))
+        elif self.follow is not None:
             self.show_run(self.follow)
         else:
             self.push_screen(WizardScreen(self.desk, self.draft, start=self.start, demo=self.demo, ascii_only=self.ascii_only))
@@ -264,6 +269,7 @@ def run_app(
     demo: bool = False,
     on_abort: Callable[[], object] | None = None,
     on_ready: Callable[[], object] | None = None,
+    screen: Own | None = None,
     preferences: Preferences | None = None,
 ) -> AppExit:
     """Show the screens until they end, and give the terminal back as it was.
@@ -279,6 +285,7 @@ def run_app(
         demo: the draft is complete: Enter alone walks through, and nothing is kept for the next time.
         on_abort: the run lives in this process; called for the second Ctrl+C with the terminal restored.
         on_ready: called once on the page before the start.
+        screen: show this one instead of the run and the wizard; made once it is known whether only ASCII can be drawn.
         preferences: theme and keys; read from the person's file where they are not given.
 
     Raises:
@@ -296,6 +303,7 @@ def run_app(
         demo=demo,
         on_abort=on_abort,
         on_ready=on_ready,
+        screen=screen,
         guard=guard,
         preferences=preferences,
     )
@@ -308,7 +316,11 @@ def run_app(
         lost = guard.gone
         if app.failure:
             sys.stderr.write(f"the screen failed:\n{app.failure}\n")  # the guard sends this to the log
-    if guard.hung_up or lost:
+    return _exit_of(app, hung_up=guard.hung_up or lost)
+
+
+def _exit_of(app: TunerApp, *, hung_up: bool) -> AppExit:
+    if hung_up:
         return AppExit("hangup", app.folder)
     if app.left is not None:  # what breaks on the way out, when the person has left already, is only logged
         return app.left

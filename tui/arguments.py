@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from qlora_tui.tui.commands import CHILD, SCORER
-from qlora_tui.tui.options import Data, Flag, Set, Switch, count
+from qlora_tui.tui.commands import ANSWERER, CHILD, SCORER
+from qlora_tui.tui.options import Data, Flag, Set, Switch, count, dollars
 
 TYPE_CHECKING = False  # see cli.py
 if TYPE_CHECKING:
@@ -138,6 +138,32 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="your shell")
 
 
+def _judge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RUN", nargs="?", default="last", help="an id, a path or `last` (the default)")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    parser.add_argument("--rows", metavar="N", type=count, default=0, help="so many held-out prompts, drawn by seed (default 50)")
+    parser.add_argument("--tokens", metavar="N", type=count, default=0, help="cut an answer off after so many tokens (default 256)")
+    parser.add_argument("--no-ui", action="store_true", help="no screen: make the answers and tell what is judged; never reads stdin")
+    _json(parser)
+    _screen_arguments(parser)
+    far = parser.add_argument_group("judging by an OpenAI-compatible endpoint (off unless named; rows leave this machine)")
+    far.add_argument("--by", choices=("me", "endpoint"), default="", help="who judges (default: me, or the endpoint where one is named)")
+    far.add_argument("--endpoint", metavar="URL", default="", help="such as https://api.openai.com/v1")
+    far.add_argument("--judge-model", metavar="NAME", default="", help="the model that judges there")
+    far.add_argument("--key-env", metavar="NAME", default="", help="the environment variable that holds the key (default OPENAI_API_KEY)")
+    far.add_argument("--max-cost", metavar="USD", type=dollars, help="stop before it could cost more, in all (default: the estimate shown)")
+    far.add_argument("--price-in", metavar="USD", type=dollars, help="price of a million tokens sent; remembered for this model")
+    far.add_argument("--price-out", metavar="USD", type=dollars, help="price of a million tokens received; remembered as well")
+    far.add_argument("--yes-send-data", action="store_true", help="send the prompts and answers shown without asking")
+    far.add_argument("--allow-plain-http", action="store_true", help="http:// to another machine too, where anybody on the way reads along")
+
+
+def _answerer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder")
+    parser.add_argument("rows", type=count)
+    parser.add_argument("tokens", type=count)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -169,8 +195,10 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "serve": _serve_arguments,
     "watch": _watch_arguments,
     "completion": _completion_arguments,
+    "judge": _judge_arguments,
     "doctor": _json,
     CHILD: _child_arguments,
     SCORER: _child_arguments,
+    ANSWERER: _answerer_arguments,
 }
 """What adds a command's options to its parser."""

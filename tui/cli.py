@@ -11,7 +11,7 @@ import os
 import sys
 
 from qlora_tui.tui.arguments import ARGUMENTS
-from qlora_tui.tui.commands import CHILD, SCORER
+from qlora_tui.tui.commands import ANSWERER, CHILD, SCORER
 from qlora_tui.tui.descriptors import hold_descriptors
 
 TYPE_CHECKING = False  # the name that type checkers look for; importing typing itself would cost a fifth of `--help`
@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
     "completion": "the script that lets Tab complete commands, settings and runs in your shell",
+    "judge": "base and tuned answers beside each other: which is better, by you or by an endpoint",
     "doctor": "what works here, and the one command that mends what does not",
 }
 
@@ -71,9 +72,11 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
     "completion": ("completion", "completion"),
+    "judge": ("judge", "judge"),
     "doctor": ("facts", "doctor"),
     CHILD: ("run", "child"),
     SCORER: ("run", "scores"),
+    ANSWERER: ("judge", "answers"),
 }
 """Where each command lives: a file of `commands/` and the function in it."""
 
@@ -150,7 +153,7 @@ def _tell(error: Exception) -> int | None:
 
     if not isinstance(error, EngineError):
         return None
-    _say(f"{PROG}: {redact(safe_text(error))}")
+    _say(f"{PROG}: {safe_text(redact(str(error)))}")
     return int(error.exit_code)
 
 
@@ -163,7 +166,7 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
     name, rest = ("", arguments)
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
-        if name not in (*COMMANDS, CHILD, SCORER):
+        if name not in _HOMES:
             _refuse_command(name)
         if rest and rest[0] in PARTS.get(name, {}):
             name, rest = f"{name} {rest[0]}", rest[1:]

@@ -18,6 +18,19 @@ def count(text: str) -> int:
     return int(text)
 
 
+def dollars(text: str) -> float:
+    """Read an amount of at least 0."""
+    try:
+        found = float(text.strip().removeprefix("$"))
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e9:
+        from qlora_tui.engine.text import one_line
+
+        raise argparse.ArgumentTypeError(f"{one_line(text)!r} is no amount of dollars")
+    return found
+
+
 def _note(namespace: argparse.Namespace, name: str, text: str, where: str) -> None:
     """Read `text` as the key called `name`; a fault is kept, so that all of a command line are told at once."""
     from qlora_tui.engine.errors import ConfigError

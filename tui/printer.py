@@ -261,6 +261,7 @@ class Printer:
             lines.append(f"go on:   qlora-tui --resume {run}")
         elif event.outcome == "done":
             lines.append(f"look:    qlora-tui attach {run}")
+            lines += [f"compare: qlora-tui judge {run}"] if self._base and event.adapter else []
         else:
             lines.append(f"log:     {self._folder / 'log.txt'}")
             lines += [f"go on:   qlora-tui --resume {run}"] if self._steps and event.outcome == "failed" else []

@@ -20,7 +20,7 @@ from qlora_tui.engine.data.raw import Raw
 from qlora_tui.engine.data.tape import Tape
 from qlora_tui.engine.errors import DataError, EngineError, FetchError, SpaceError
 from qlora_tui.engine.places import place
-from qlora_tui.engine.text import one_line
+from qlora_tui.engine.text import one_line, without_secrets
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".parquet", ".tsv", ".arrow", ".gz", ".zst", ".zstd")
@@ -82,13 +82,13 @@ def _loaded(name: str, repo: str, subset: str, split: str) -> Any:
         return load_dataset(repo, subset or None, split=split or "train")
     except (ValueError, KeyError) as error:
         raise DataError(
-            f"the dataset cannot be read ({one_line(error, limit=200)})", hint="name a split: owner/name:split", where=name
+            f"the dataset cannot be read ({without_secrets(error, limit=200)})", hint="name a split: owner/name:split", where=name
         ) from None
     except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers do)
         if _offline():
             told = "there is no such file, HF_HUB_OFFLINE is set, and the cache of datasets does not hold it"
             raise DataError(told, hint="unset it once, or name a file", where=name) from None
-        raise FetchError(f"the dataset could not be fetched ({one_line(error, limit=200)})", where=name) from None
+        raise FetchError(f"the dataset could not be fetched ({without_secrets(error, limit=200)})", where=name) from None
 
 
 def _write(rows: Any, path: str) -> None:
@@ -117,7 +117,7 @@ def _ask(repo: str) -> None:
         raise DataError("there is no such file, and no such dataset on the hub", where=repo) from None
     except (HfHubHTTPError, OSError) as error:
         raise FetchError(
-            f"the hub could not be reached ({one_line(error, limit=160)})", hint="name a local file, or try again", where=repo
+            f"the hub could not be reached ({without_secrets(error, limit=160)})", hint="name a local file, or try again", where=repo
         ) from None
     except Exception as error:  # noqa: BLE001  (httpx errors are no OSError)
         raise FetchError(

@@ -19,11 +19,25 @@ from hypothesis import strategies as st
 from qlora_tui.engine import events as ev
 from qlora_tui.engine import report
 from qlora_tui.engine.data import Piece
-from qlora_tui.engine.errors import ConfigError, ConfigErrors, Problem
+from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, Problem
 from qlora_tui.engine.journal import Journal
+from qlora_tui.engine.judge import (
+    Answered,
+    Endpoint,
+    Judgement,
+    Sheet,
+    begin_answers,
+    keep_answer,
+    keep_judgement,
+    prices_of,
+    read_pairs,
+    todo,
+)
+from qlora_tui.engine.judge.kept import Call
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, safe_text
 from qlora_tui.tui import cli
+from qlora_tui.tui.commands import judge as judging
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.panels.base import View
 from qlora_tui.tui.panels.device import DevicePanel
@@ -37,7 +51,7 @@ from qlora_tui.tui.panels.status import StatusLine
 from qlora_tui.tui.panels.summary import SummaryPanel
 from qlora_tui.tui.printer import Output, Printer, table
 from qlora_tui.tui.scoring import Scored
-from qlora_tui.tui.screens import go, rows, triage, xray
+from qlora_tui.tui.screens import go, pairlines, rows, triage, xray
 from qlora_tui.tui.screens.command import equivalent
 from qlora_tui.tui.state import RunState, fold_all
 from qlora_tui.tui.writtenrows import WrittenRow
@@ -92,6 +106,43 @@ def row_page(text: str, _folder: Path) -> str:
 
 def triage_page(text: str, _folder: Path) -> str:
     return lines(triage.scored_lines(Scored(9, ((1.5, 1), (9.0, 2))), RunConfig(), 3.0, WIDTH, {1: text, 2: text}))
+
+
+def pair_page(text: str, folder: Path) -> str:
+    answer = Answered(1, text, text, text, f"{text}!")
+    shown = lines(pairlines.pair_lines(answer, True, WIDTH, opened=True)) + lines(pairlines.pair_lines(answer, False, 60))
+    judge_run(text, folder)
+    return shown + lines(pairlines.summary_lines(read_pairs(folder), WIDTH))
+
+
+def judge_run(text: str, folder: Path) -> None:
+    """Write a run whose answers were judged by an endpoint with a foreign name."""
+    (folder / "run.toml").write_text("")
+    begin_answers(folder, Sheet(text, 1, 9, 1, text))
+    answer = Answered(1, text, text, text, f"{text}!")
+    keep_answer(folder, answer)
+    for first in ("base", "tuned"):
+        keep_judgement(folder, Judgement(answer.pair, 1, text, "tuned", Call(first, "tuned")))
+
+
+def judged_report(text: str, folder: Path) -> str:
+    judge_run(text, folder)
+    return report.write(folder, records(told("x"))).read_text(encoding="utf-8")
+
+
+def judged_command(text: str, folder: Path) -> str:
+    """What `judge` says of what leaves the machine, and of what was judged."""
+    judge_run(text, folder)
+    pairs, out = read_pairs(folder), io.StringIO()
+    streams = type("Streams", (), {"data": Output(out), "talk": Output(out)})()
+    endpoint = Endpoint(f"https://host/{text}", text)
+    for line in judging._what_goes(pairs, todo(pairs, "another"), endpoint, prices_of(text, None, None), (0.0, 1.0, 1.0)):
+        streams.talk.line(line)
+    judging._tell(folder, streams, as_json=False)
+    for body in (json.dumps({"error": {"message": text}}), text):
+        with contextlib.suppress(EngineError):
+            out.write(f"{endpoint._said(body.encode('utf-8', 'replace'))}\n")
+    return out.getvalue()
 
 
 def no_ui(text: str, folder: Path) -> str:
@@ -183,6 +234,13 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
     "wizard: go": go_page,
     "wizard: a row": row_page,
     "wizard: answers that the base knows": triage_page,
+    "side by side": pair_page,
+    "judge": judged_command,
+    "a run to judge": command("judge", "{}"),
+    "an endpoint": command("judge", "last", "--endpoint", "{}", "--judge-model", "x", put=write_run),
+    "a judge": command("judge", "last", "--endpoint", "https://host/v1", "--key-env", "{}", "--judge-model", "x", put=write_run),
+    "a price": command("judge", "last", "--max-cost", "{}"),
+    "report.md of judged answers": judged_report,
     "lines of --no-ui": no_ui,
     "report.md": report_page,
     "a table": lambda text, _: table(("head",), [(text,)]),
@@ -211,11 +269,20 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
 }
 """Every place that shows text of others, as a function of that text and an empty folder."""
 
-NAMELESS = {"a config file", "run screen: loss", "run screen: memory", "run screen: device alone", "run screen: device", "watch", "runs"}
+NAMELESS = {
+    "a judge",
+    "a config file",
+    "run screen: loss",
+    "run screen: memory",
+    "run screen: device alone",
+    "run screen: device",
+    "watch",
+    "runs",
+}
 """Surfaces that need not show the text at all, or only the first part of a long one."""
 
 
-MANY_LINES = {"wizard: a row", "an error"}
+MANY_LINES = {"wizard: a row", "side by side", "an error"}
 """A row keeps its line breaks, behind a margin; an error may have lines of ours, so whoever raises it makes its foreign parts one line."""
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.engine.text import one_line, redact, safe_text
+from qlora_tui.engine.text import one_line, redact, safe_text, without_secrets
 
 PAYLOADS = [
     "\x1b]52;c;AAAA\x07",  # clipboard
@@ -61,3 +61,27 @@ def test_tokens_and_values_of_secret_variables_are_redacted(monkeypatch: pytest.
 def test_short_values_of_secret_variables_do_not_blank_ordinary_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "on")
     assert redact("going on") == "going on"
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_ACCESS_KEY_ID", "STRIPE_SECRET", "DB_PASSWD", "A_PASSPHRASE", "JUDGE_KEY", "AN_APIKEY", "A_CREDENTIAL"]
+)
+def test_variables_of_all_usual_names_are_secrets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "correct-horse-battery")
+    assert redact("it is correct-horse-battery") == "it is [redacted]"
+
+
+def test_a_password_in_an_address_is_redacted_and_the_address_stays() -> None:
+    assert (
+        redact("through http://me:pass@proxy:3128 and https://:x@host/v1")
+        == "through http://[redacted]@proxy:3128 and https://[redacted]@host/v1"
+    )
+    for harmless in ("https://host:8080/a@b", "https://me@host/", "at 12:30 @ home", "a://b"):
+        assert redact(harmless) == harmless
+
+
+@given(st.integers(0, 60))
+def test_no_cut_leaves_half_of_a_secret(place: int) -> None:
+    key = "hf_" + "c4nary" * 5
+    shown = without_secrets("x" * place + f" {key}", limit=40)
+    assert "c4nary" not in shown

@@ -29,7 +29,7 @@ from qlora_tui.engine.rules import problems
 from qlora_tui.engine.runs import LOG
 from qlora_tui.engine.signals import Signals
 from qlora_tui.engine.spec import BUILTIN, RunConfig, from_values, values_of
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import without_secrets
 from qlora_tui.engine.values import Value
 from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.commands.lines import RunLines
@@ -102,7 +102,7 @@ def scores(options: argparse.Namespace) -> int:
 def _not_begun(run: RunConfig, folder: Path, error: EngineError) -> None:
     """Leave a last word where the run could not begin after all: without one it would count as crashed."""
     outcome: Outcome = "will_not_fit" if error.exit_code is ExitCode.WILL_NOT_FIT else "failed"
-    word = Finished(outcome, int(error.exit_code), redact(one_line(error, limit=2000)))
+    word = Finished(outcome, int(error.exit_code), without_secrets(error, limit=2000))
     _last_word(folder, word)
     notify.tell(run, notify.Facts(folder), word)
 

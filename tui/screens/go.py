@@ -16,7 +16,7 @@ from qlora_tui.engine.errors import ConfigErrors, EngineError, Problem
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.runs import slug
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.text import one_line, redact, safe_text
+from qlora_tui.engine.text import one_line, safe_text, without_secrets
 from qlora_tui.tui import words
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import used_rows
@@ -216,4 +216,4 @@ def begun(start: Callable[[RunConfig, Reading], Path], run: RunConfig, reading: 
     except EngineError as error:
         return None, [error.problem]
     except Exception as error:  # noqa: BLE001  a fault of ours must not take the choices with it
-        return None, [Problem(type(error).__name__, redact(one_line(error)) or "no message", "this is a fault of the program")]
+        return None, [Problem(type(error).__name__, without_secrets(error) or "no message", "this is a fault of the program")]

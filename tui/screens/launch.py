@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qlora_tui.engine.errors import EngineError, Problem, Stopped
 from qlora_tui.engine.rules import problems
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import one_line, without_secrets
 from qlora_tui.tui.probe import probe_lines
 from qlora_tui.tui.reading import Reading
 from qlora_tui.tui.screens.go import begun
@@ -81,7 +81,7 @@ class TestRun:
         except EngineError as error:
             told = one_line(error, limit=600)
         except Exception as error:  # noqa: BLE001  whatever the test run raises is shown; what was chosen stays
-            told = f"{type(error).__name__}: {redact(one_line(error))}"
+            told = f"{type(error).__name__}: {without_secrets(error)}"
         wizard.app.call_from_thread(self._done, told)
 
     def _done(self, told: str) -> None:

@@ -15,7 +15,7 @@ from textual.widgets import Static
 from textual.worker import get_current_worker
 
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.text import one_line, safe_text
+from qlora_tui.engine.text import one_line, safe_text, without_secrets
 from qlora_tui.tui.lengths import TOO_LONG, share
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.cells import Part
@@ -91,7 +91,7 @@ class RowsScreen(KeyedScreen):
             rows = self._desk.written(self._run)
             row = rows.at(0) if isinstance(rows, WrittenRows) else None
         except Exception as error:  # noqa: BLE001  a library's error is the person's to read, not the screen's to die of
-            rows, row = f"{type(error).__name__}: {one_line(error)}", None
+            rows, row = f"{type(error).__name__}: {without_secrets(error)}", None
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._opened, rows, row)
 
@@ -107,7 +107,7 @@ class RowsScreen(KeyedScreen):
         try:
             row = rows.at(place)
         except Exception as error:  # noqa: BLE001  as above
-            row = WrittenRow(place + 1, fault=f"{type(error).__name__}: {one_line(error)}")
+            row = WrittenRow(place + 1, fault=f"{type(error).__name__}: {without_secrets(error)}")
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._have, place, row)
 

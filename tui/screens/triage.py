@@ -23,7 +23,7 @@ from textual.worker import get_current_worker
 from qlora_tui.engine.data.perplexity import EXEMPT_TOKENS, USUAL, histogram, most_of, share_for
 from qlora_tui.engine.errors import EngineError, Stopped
 from qlora_tui.engine.spec import KEYS, RunConfig
-from qlora_tui.engine.text import one_line, redact
+from qlora_tui.engine.text import one_line, without_secrets
 from qlora_tui.engine.units import percent
 from qlora_tui.tui import words
 from qlora_tui.tui.lengths import share
@@ -155,7 +155,7 @@ class TriageScreen(KeyedScreen):
         except EngineError as error:
             fault = one_line(error, limit=600)
         except Exception as error:  # noqa: BLE001  whatever it raises is shown; what was chosen stays
-            fault = f"{type(error).__name__}: {redact(one_line(error))}"
+            fault = f"{type(error).__name__}: {without_secrets(error)}"
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._tell, "", fault, answers)
 
