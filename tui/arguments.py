@@ -102,6 +102,16 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="YAML, JSON, a script (.py), a notebook (.ipynb) or a command line (.sh); never run")
+    tools = ("axolotl", "llamafactory", "trl", "unsloth")
+    parser.add_argument("--from", dest="origin", choices=tools, default="", help="whose config it is, where that is not clear from it")
+    parser.add_argument("--out", metavar="RUN.TOML", default="run.toml", help="where the run goes (default run.toml)")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    parser.add_argument("--dry-run", action="store_true", help="show everything, write nothing")
+    _json(parser)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -122,6 +132,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,
+    "import": _import_arguments,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
     "doctor": _json,

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
+    "import": "a config of Axolotl, LLaMA-Factory, TRL or Unsloth as a run.toml, and what became of every setting",
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
     "doctor": "what works here, and the one command that mends what does not",
@@ -43,6 +44,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "data": ("facts", "data"),
     "presets": ("facts", "presets"),
     "runs": ("facts", "runs"),
+    "import": ("importing", "import_"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
     "doctor": ("facts", "doctor"),
@@ -157,9 +159,13 @@ def build(name: str) -> argparse.ArgumentParser:
         parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
         parser.add_argument("--help-keys", action=_HelpKeys, nargs=0, help="print every key of --set and exit")
     else:
-        parser = Parser(prog=f"{PROG} {name}", description=COMMANDS.get(name, "").capitalize() + ".", allow_abbrev=False)
+        parser = Parser(prog=f"{PROG} {name}", description=_sentence(COMMANDS.get(name, "")), allow_abbrev=False)
     ARGUMENTS[name](parser)
     return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

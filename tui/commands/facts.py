@@ -16,6 +16,7 @@ from qlora_tui.engine.runs import RunInfo, list_runs
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, gib
+from qlora_tui.tui.commands.settings import resolved
 from qlora_tui.tui.printer import Streams, table
 from qlora_tui.tui.reading import on_a_line
 
@@ -31,7 +32,7 @@ def budget(options: argparse.Namespace) -> int:
     from qlora_tui.tui.commands import planning
     from qlora_tui.tui.probe import probe_lines
 
-    run = preflight.bounded(_resolve(options))
+    run = preflight.bounded(resolved(options))
     if not run.model_name_or_path:
         raise ConfigError("no model named", hint="say --model DIR_OR_HUB_ID or --preset NAME", where="model_name_or_path")
     device = machine.find_card(options.card) if options.card else machine.look()
@@ -79,7 +80,7 @@ def data(options: argparse.Namespace) -> int:
 
     if options.path:
         options.flags["data"] = (*options.flags.get("data", ()), options.path)
-    run = preflight.bounded(dataclasses.replace(_resolve(options), skip_bad_rows=True))
+    run = preflight.bounded(dataclasses.replace(resolved(options), skip_bad_rows=True))
     if not run.data or not all(run.data):
         raise ConfigError("no data named", hint="qlora-tui data FILE.jsonl", where="data")
     streams = Streams()
@@ -220,11 +221,6 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
         lines += [f"runs    {one_line(run.runs_dir)} (not made: this is a dry run)", f"command {one_line(command, limit=4000)}"]
         streams.data.write("".join(f"{line}\n" for line in lines))
     return int(ExitCode.DONE if needs.budget.fits else ExitCode.WILL_NOT_FIT)
-
-
-def _resolve(options: argparse.Namespace) -> RunConfig:
-    config = Path(options.config) if options.config else None
-    return preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
 
 
 def _preset_row(found: preset.Preset) -> dict[str, Any]:
