@@ -135,12 +135,17 @@ def origins(*, preset: str | None = None, config: Path | None = None, flags: Map
     return sources
 
 
-def to_toml(run: RunConfig) -> str:
-    """Return `run` as a TOML file: every key in its group with its line of help, readable by `read_file`."""
+def to_toml(run: RunConfig, remarks: Mapping[str, str] | None = None) -> str:
+    """Return `run` as a TOML file: every key in its group with its line of help, readable by `read_file`.
+
+    `remarks` adds a line above the keys that it names, such as where a value came from.
+    """
     values = values_of(run)
+    said = {name: f"# {one_line(remark)}\n" for name, remark in (remarks or {}).items()}
     parts = []
     for group in GROUPS:
-        rows = [f"# {key.help}\n{key.name} = {_bare(key, values[key.name])}" for key in KEYS.values() if key.group == group]
+        keys = [key for key in KEYS.values() if key.group == group]
+        rows = [f"# {key.help}\n{said.get(key.name, '')}{key.name} = {_bare(key, values[key.name])}" for key in keys]
         parts.append(f"[{group}]\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 

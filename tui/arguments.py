@@ -164,6 +164,16 @@ def _answerer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tokens", type=count)
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="YAML, JSON, a script (.py), a notebook (.ipynb) or a command line (.sh); never run")
+    tools = ("axolotl", "llamafactory", "trl", "unsloth")
+    parser.add_argument("--from", dest="origin", choices=tools, default="", help="whose config it is, where that is not clear from it")
+    parser.add_argument("--out", metavar="RUN.TOML", default="run.toml", help="where the run goes (default run.toml)")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    parser.add_argument("--dry-run", action="store_true", help="show everything, write nothing")
+    _json(parser)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -192,6 +202,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "queue remove": _queue_remove_arguments,
     "queue run": _queue_run_arguments,
     "queue stop": lambda parser: None,
+    "import": _import_arguments,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
     "completion": _completion_arguments,

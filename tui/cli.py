@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
     "queue": "several runs, one after another; one that fails does not hold up the next",
+    "import": "a config of Axolotl, LLaMA-Factory, TRL or Unsloth as a run.toml, and what became of every setting",
     "serve": "the same screens in a browser, for this machine alone",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
     "completion": "the script that lets Tab complete commands, settings and runs in your shell",
@@ -69,6 +70,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "queue remove": ("queue", "remove"),
     "queue run": ("queue", "run"),
     "queue stop": ("queue", "stop"),
+    "import": ("importing", "import_"),
     "serve": ("serve", "serve"),
     "watch": ("watch", "watch"),
     "completion": ("completion", "completion"),
@@ -202,8 +204,13 @@ def build(name: str) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter if parts else argparse.HelpFormatter,
             allow_abbrev=False,
         )
+        parser = Parser(prog=f"{PROG} {name}", description=_sentence(COMMANDS.get(name, "")), allow_abbrev=False)
     ARGUMENTS[name](parser)
     return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

@@ -22,19 +22,21 @@ from qlora_tui.engine.errors import DataError, EngineError, FetchError, SpaceErr
 from qlora_tui.engine.places import place
 from qlora_tui.engine.text import one_line, without_secrets
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%-]+)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(:[\w.\[\]:%+-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".parquet", ".tsv", ".arrow", ".gz", ".zst", ".zstd")
 _PATIENCE_SECONDS = 8.0
 _ROWS_AT_ONCE = 1000
 
 
 def is_hub_name(name: str) -> bool:
-    """Say whether `name` reads like `owner/name`, with `:split` after it or not, and not like a file."""
+    """Say whether `name` reads like `owner/name`, with `@subset` and `:split` after it or not, and not like a file."""
     return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
 
 
 def read_hub(name: str, tape: Tape | None = None, *, subset: str = "") -> Iterator[Raw]:
-    """Yield the rows of a hub dataset's split; `train` unless the name ends in `:split`; `subset` is its configuration.
+    """Yield the rows of a hub dataset's split; `train` unless the name ends in `:split`, or in a part of one: `:train[:10%]`.
+
+    `subset` is its configuration, which the name can tell as well: `owner/name@subset`.
 
     The hub is asked once, briefly, before anything else: an unreachable one costs seconds, not minutes. `tape` is asked meanwhile
     whether to stop.
@@ -63,10 +65,11 @@ def read_hub(name: str, tape: Tape | None = None, *, subset: str = "") -> Iterat
 
 def _fetch(name: str, subset: str, path: str) -> int:
     """Fetch a split and write its rows to `path`; the child's side of `read_hub`."""
-    repo, _, split = name.partition(":")
+    whole, _, split = name.partition(":")
+    repo, _, named = whole.partition("@")
     try:
         _ask(repo)
-        _write(_loaded(name, repo, subset, split), path)
+        _write(_loaded(name, repo, subset or named, split), path)
     except EngineError as error:
         return child.say_why(error)
     except OSError as error:

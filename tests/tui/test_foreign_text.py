@@ -206,6 +206,20 @@ def write_config(text: str, folder: Path) -> None:
     (folder / "run.toml").write_text(f"model_name_or_path = {json.dumps(safe_text(text))}\n{json.dumps(text)} = 1\n")
 
 
+def write_foreign(text: str, folder: Path) -> None:
+    """Write another tool's config whose keys and values are foreign."""
+    config = {"dataset_name": text, "use_peft": True, "optim": text, text: True}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def imported_run(text: str, folder: Path) -> str:
+    """The remarks in the run.toml that an import writes; its values are data, as they were given."""
+    write_foreign(text, folder)
+    command("import", "config.json")(text, folder)
+    written = (folder / "run.toml").read_text(encoding="utf-8").split("\n")
+    return "\n".join(line for line in written if not line.startswith(("data = ", "runs_dir")))
+
+
 def error_of(text: str, _folder: Path) -> str:
     err = io.StringIO()
     errors = [ConfigError(text, hint=text, where=text), ConfigErrors([Problem(text, text, text)] * 2)]
@@ -250,6 +264,10 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
     "data": command("data", "rows.jsonl", put=write_rows),
     "data --examples": command("data", "rows.jsonl", "--examples", "2", put=write_rows),
     "data that is not there": command("data", "{}"),
+    "import": command("import", "config.json", "--dry-run", put=write_foreign),
+    "import --json": command("import", "config.json", "--dry-run", "--json", put=write_foreign),
+    "the run.toml of an import": imported_run,
+    "import of what is not there": command("import", "{}"),
     "watch": command("watch", "trainer_state.json", put=write_log),
     "watch of what is not there": command("watch", "{}"),
     "presets NAME": command("presets", "{}"),

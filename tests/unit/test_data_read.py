@@ -273,6 +273,7 @@ def test_foreign_names_are_shown_escaped(tmp_path: Path) -> None:
 def test_hub_names_are_told_from_files() -> None:
     assert is_hub_name("owner/name")
     assert is_hub_name("owner/name:test")
+    assert is_hub_name("owner/name@en.2024:train[:10%]+test")
     assert not any(is_hub_name(name) for name in ("data/rows.jsonl", "./owner/name", "/owner/name", "~/name", "rows", "a/b/c"))
 
 
@@ -293,6 +294,22 @@ def test_rows_of_a_hub_dataset_are_read_in_order(
     with pytest.raises(DataError, match="Unknown split"):
         list(read_hub("owner/name:nowhere"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_subset_and_a_part_of_a_split_of_a_hub_dataset_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    for subset in ("en", "de"):
+        (folder / f"{subset}.jsonl").write_text("".join(json.dumps({"text": f"{subset}{n}"}) + "\n" for n in range(4)))
+    configs = "".join(f"- config_name: {subset}\n  data_files: {subset}.jsonl\n" for subset in ("en", "de"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)
+
+    def texts(name: str) -> list[object]:
+        return [raw.fields["text"] for raw in read_hub(name) if isinstance(raw.fields, dict)]
+
+    assert texts("owner/name@de") == ["de0", "de1", "de2", "de3"]
+    assert texts("owner/name@en:train[:50%]") == ["en0", "en1"]
 
 
 def test_the_builtin_rows_are_many_readable_and_always_the_same() -> None:

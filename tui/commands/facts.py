@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine import preset
@@ -13,6 +12,7 @@ from qlora_tui.engine.errors import ConfigError, EngineError, ExitCode
 from qlora_tui.engine.spec import RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, gib
+from qlora_tui.tui.commands.settings import resolved
 from qlora_tui.tui.printer import Streams, table
 from qlora_tui.tui.reading import on_a_line
 
@@ -28,7 +28,7 @@ def budget(options: argparse.Namespace) -> int:
     from qlora_tui.tui.commands import planning
     from qlora_tui.tui.probe import probe_lines
 
-    run = preflight.bounded(_resolve(options))
+    run = preflight.bounded(resolved(options))
     if not run.model_name_or_path:
         raise ConfigError("no model named", hint="say --model DIR_OR_HUB_ID or --preset NAME", where="model_name_or_path")
     device = machine.find_card(options.card) if options.card else machine.look()
@@ -76,7 +76,7 @@ def data(options: argparse.Namespace) -> int:
 
     if options.path:
         options.flags["data"] = (*options.flags.get("data", ()), options.path)
-    run = preflight.bounded(dataclasses.replace(_resolve(options), skip_bad_rows=True))
+    run = preflight.bounded(dataclasses.replace(resolved(options), skip_bad_rows=True))
     if not run.data or not all(run.data):
         raise ConfigError("no data named", hint="qlora-tui data FILE.jsonl", where="data")
     streams = Streams()
@@ -200,11 +200,6 @@ def dry_run(run: RunConfig, streams: Streams, *, as_json: bool) -> int:
         lines += [f"runs    {one_line(run.runs_dir)} (not made: this is a dry run)", f"command {one_line(command, limit=4000)}"]
         streams.data.write("".join(f"{line}\n" for line in lines))
     return int(ExitCode.DONE if needs.budget.fits else ExitCode.WILL_NOT_FIT)
-
-
-def _resolve(options: argparse.Namespace) -> RunConfig:
-    config = Path(options.config) if options.config else None
-    return preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
 
 
 def _preset_row(found: preset.Preset) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from qlora_tui.engine.text import without_secrets
 from qlora_tui.engine.values import Value
 from qlora_tui.tui.commands import CHILD
 from qlora_tui.tui.commands.lines import RunLines
+from qlora_tui.tui.commands.settings import resolved
 from qlora_tui.tui.printer import Streams
 from qlora_tui.tui.reading import Reading, on_a_line
 
@@ -120,8 +121,7 @@ def _stopped_early(plan: Plan, code: int, why: str) -> None:
 
 
 def _new(options: argparse.Namespace) -> Plan:
-    config = Path(options.config) if options.config else None
-    chosen = preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
+    chosen = resolved(options)
     return Plan(chosen, options.preset or chosen.model_name_or_path.removeprefix(BUILTIN))
 
 

@@ -10,11 +10,10 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_tui.engine import preset
 from qlora_tui.engine.errors import ConfigError, ExitCode
 from qlora_tui.engine.runs import RUNNING, RunInfo, find_run, list_runs
-from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line
+from qlora_tui.tui.commands.settings import resolved
 from qlora_tui.tui.printer import Streams
 
 _HOSTS = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
@@ -36,7 +35,7 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"{one_line(options.host)}: only this machine itself is served", hint=hint, where="--host")
     if options.readonly and not options.attach:
         raise ConfigError("looks at one run only", hint="name it with --attach", where="--readonly")
-    run = _settings(options)
+    run = resolved(options)
     followed = find_run(options.attach, Path(run.runs_dir).expanduser()).resolve() if options.attach else None
     from qlora_tui.tui.web import server
 
@@ -75,11 +74,6 @@ def _theirs(words: Sequence[str]) -> list[str]:
         elif word.partition("=")[0] not in (*_OURS, "--readonly"):
             kept.append(word)
     return kept
-
-
-def _settings(options: argparse.Namespace) -> RunConfig:
-    config = Path(options.config) if options.config else None
-    return preset.resolve(preset=options.preset or None, config=config, flags=options.flags)
 
 
 def _running(runs_dir: Path) -> list[RunInfo]:
