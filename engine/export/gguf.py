@@ -83,7 +83,7 @@ def write(merged: Path, out: Path, kind: str, note: Note) -> int:
     if fault:
         raise ModelError(fault, hint="llama.cpp's own convert_hf_to_gguf.py may know it", where=one_line(merged))
     facts = text_facts(config)
-    with _published(out) as partial:
+    with published(out) as partial:
         write_model(merged, partial, out.stem, FAMILIES[str(facts["model_type"])], facts, kind, note)
     return out.stat().st_size
 
@@ -164,7 +164,7 @@ def _read_config(merged: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """Lend a name beside `out`; what was written there is on disk before it takes the name `out`, and else goes away."""
     partial = out.with_name(f"{out.name}.partial")
     try:
