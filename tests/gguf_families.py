@@ -216,6 +216,39 @@ CASES = {
         chat_families.GEMMA3,
         "default",
     ),
+    "gemma2": Case(
+        {
+            "model_type": "gemma2",
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 32,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+        },
+        lambda: starting(sentence_pieces(_GEMMA_FIRST, (*_GEMMA_FIRST, "<start_of_turn>", "<end_of_turn>"), unknown="<unk>"), "<bos>"),
+        chat_families.GEMMA2,
+        "default",
+    ),
+    "smollm3": Case(
+        {"model_type": "smollm3", "head_dim": 16, "num_hidden_layers": 5, "rope_theta": 10000.0},
+        lambda: bpe(by_pattern(LLAMA3), _IM, whole_words=True),
+        chat_families.CHATML,
+        "llama-bpe",
+    ),
+    "granite": Case(
+        {
+            "model_type": "granite",
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+        lambda: bpe(_smollm(), _IM),
+        chat_families.CHATML,
+        "smollm",
+    ),
 }
 
 

@@ -33,20 +33,26 @@ class Family:
     activation: str = "silu"
     paired: bool = False  # query and key rows lie in pairs that turn together, not in two halves
     norms_from_one: bool = False  # norms are stored as they are used; this type keeps their distance from one
-    windowed: bool = False  # five layers of six see a window
+    period: int = 0  # every so many layers one sees all, the others a window; 0: llama.cpp knows no window here
+    unlike: int = 0  # layers of the one size that scales attention by the hidden size over the heads
+    whole: bool = False  # heads are together as wide as the hidden states
 
 
+_TANH = "gelu_pytorch_tanh"
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", paired=True),
     "mistral": Family("llama", paired=True),
-    "qwen2": Family("qwen2"),
+    "qwen2": Family("qwen2", whole=True),
     "qwen3": Family("qwen3"),
-    "gemma3_text": Family("gemma3", activation="gelu_pytorch_tanh", norms_from_one=True, windowed=True),
+    "gemma2": Family("gemma2", activation=_TANH, norms_from_one=True, period=2, unlike=46),
+    "gemma3_text": Family("gemma3", activation=_TANH, norms_from_one=True, period=6, unlike=62),
+    "smollm3": Family("smollm3", paired=True, whole=True),
+    "granite": Family("granite", paired=True, whole=True),
 }
 """The model types that are written, each held against llama.cpp by a test."""
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
-_WINDOW_PERIOD = 6
+_NO_ROPE_PERIOD = 4
 
 
 def supported(config: Mapping[str, object]) -> str:
@@ -118,42 +124,40 @@ def rope(facts: Mapping[str, Any], layers: str = "full_attention") -> Mapping[st
 
 
 def _fault(facts: Mapping[str, Any], family: Family) -> str:
-    """Return what of a supported type the file could not say."""
+    """Return what of a supported type the file could not say, or an empty text."""
     activation = facts.get("hidden_act") or facts.get("hidden_activation")
     turning = rope(facts)
-    if facts.get("quantization_config"):
-        return "with quantized weights"
-    if activation != family.activation:
-        return f"with the activation {one_line(activation, limit=40)}"
-    if turning.get("rope_type", "default") not in ROPE_KINDS:
-        return f"with positions of the kind {one_line(turning.get('rope_type'), limit=40)}"
-    if turning.get("rope_type") == "llama3" and family.graph != "llama":
-        return "with positions of the kind llama3"
-    if turning.get("partial_rotary_factor", 1.0) != 1.0:
-        return "that turns only a part of each head"
-    if facts["model_type"] == "qwen2" and facts["head_dim"] * facts["num_attention_heads"] != facts["hidden_size"]:
-        return "whose heads are not as wide as its hidden states"
-    if facts["model_type"] == "qwen3" and facts.get("attention_bias"):
-        return "with biases in its attention"
-    return _window_fault(facts) if family.windowed else ""
+    kind = turning.get("rope_type", "default")
+    checks = (
+        (not facts.get("quantization_config"), "with quantized weights"),
+        (activation == family.activation, f"with the activation {one_line(activation, limit=40)}"),
+        (kind in ROPE_KINDS and (kind != "llama3" or family.graph == "llama"), f"with positions of the kind {one_line(kind, limit=40)}"),
+        (turning.get("partial_rotary_factor", 1.0) == 1.0, "that turns only a part of each head"),
+        (not family.whole or facts["head_dim"] * facts["num_attention_heads"] == facts["hidden_size"], "with heads of another width"),
+        (family.graph == "llama" or not (facts.get("attention_bias") or facts.get("mlp_bias")), "with biases"),
+        (facts["model_type"] != "smollm3" or _usual_turns(facts), "that leaves positions out of other layers than every fourth"),
+    )
+    return next((said for holds, said in checks if not holds), "") or (_window_fault(facts, family) if family.period else "")
 
 
-def _window_fault(facts: Mapping[str, Any]) -> str:
-    """Return what of a Gemma 3 differs from the published sizes, which llama.cpp has built in."""
-    layers = facts["num_hidden_layers"]
-    usual = ["full_attention" if (layer + 1) % _WINDOW_PERIOD == 0 else "sliding_attention" for layer in range(layers)]
-    if facts.get("layer_types") != usual:
-        return "whose layers do not see a window in five of six"
-    if facts.get("attn_logit_softcapping") or facts.get("use_bidirectional_attention"):
-        return "with capped or two-way attention"
-    if rope(facts, "sliding_attention").get("rope_type", "default") != "default":
-        return "with scaled positions inside the window"
-    scalar = facts["hidden_size"] // facts["num_attention_heads"] if layers == _GEMMA3_27B else facts["head_dim"]
-    return "" if facts["query_pre_attn_scalar"] == scalar else "with an attention scale of its own"
+def _usual_turns(facts: Mapping[str, Any]) -> bool:
+    return list(facts["no_rope_layers"]) == [int((layer + 1) % _NO_ROPE_PERIOD != 0) for layer in range(facts["num_hidden_layers"])]
 
 
-_GEMMA3_27B = 62
-"""Layers of the one size that scales attention by the hidden size over the heads; llama.cpp knows it by this number."""
+def _window_fault(facts: Mapping[str, Any], family: Family) -> str:
+    """Return what of a Gemma differs from the published sizes, which llama.cpp has built in."""
+    layers = range(facts["num_hidden_layers"])
+    usual = ["sliding_attention" if (layer + 1) % family.period else "full_attention" for layer in layers]
+    scale = facts["hidden_size"] // facts["num_attention_heads"] if len(layers) == family.unlike else facts["head_dim"]
+    checks = (
+        (facts.get("layer_types") == usual, f"whose layers do not see a window in all but every {family.period}th"),
+        (family.graph == "gemma2" or not facts.get("attn_logit_softcapping"), "with capped attention"),
+        (not facts.get("use_bidirectional_attention"), "with two-way attention"),
+        (rope(facts, "sliding_attention").get("rope_type", "default") == "default", "with scaled positions inside the window"),
+        (facts["query_pre_attn_scalar"] == scale, "with an attention scale of its own"),
+        (family.graph != "gemma2" or facts["tie_word_embeddings"], "with an output of its own"),
+    )
+    return next((said for holds, said in checks if not holds), "")
 
 
 def _read_config(merged: Path) -> dict[str, Any]:

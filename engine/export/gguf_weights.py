@@ -96,12 +96,20 @@ def _add_sizes(writer: GGUFWriter, family: Family, facts: Mapping[str, Any]) -> 
     writer.add_layer_norm_rms_eps(facts["rms_norm_eps"])
     turning = rope(facts)
     writer.add_rope_freq_base(turning["rope_theta"])
-    if family.windowed:
+    if family.period:
         writer.add_sliding_window(facts["sliding_window"])
         writer.add_rope_freq_base_swa(rope(facts, "sliding_attention")["rope_theta"])
-        if facts.get("final_logit_softcapping"):
-            writer.add_final_logit_softcapping(facts["final_logit_softcapping"])
     _add_scaling(writer, turning, facts)
+    for key, add in (
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ("embedding_multiplier", writer.add_embedding_scale),
+        ("residual_multiplier", writer.add_residual_scale),
+        ("attention_multiplier", writer.add_attention_scale),
+        ("logits_scaling", writer.add_logit_scale),
+    ):
+        if facts.get(key):
+            add(facts[key])
 
 
 def _context(family: Family, facts: Mapping[str, Any]) -> int:
@@ -109,7 +117,7 @@ def _context(family: Family, facts: Mapping[str, Any]) -> int:
     longest = int(facts["max_position_embeddings"])
     window = facts.get("sliding_window")
     sliding = "sliding_attention" in (facts.get("layer_types") or ()) or facts["model_type"] == "mistral"
-    return min(longest, int(window)) if window and sliding and not family.windowed else longest
+    return min(longest, int(window)) if window and sliding and not family.period else longest
 
 
 def _add_scaling(writer: GGUFWriter, turning: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

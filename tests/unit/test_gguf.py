@@ -62,7 +62,7 @@ def write(folder: Path, out: Path, kind: str = "f16") -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("smollm3", "granite")])  # which this reader does not know
 def test_transformers_reads_the_same_model_from_the_file(name: str, merged: Callable[[str], Path], tmp_path: Path) -> None:
     folder = merged(name)
     out = write(folder, tmp_path / "out" / "m.gguf")
@@ -70,8 +70,10 @@ def test_transformers_reads_the_same_model_from_the_file(name: str, merged: Call
     config: Any = AutoConfig.from_pretrained(folder)  # the file holds no scaling that this reader knows
     if config.model_type == "mistral":  # which this reader has no name for; within the window it is a llama
         config = LlamaConfig.from_dict({**config.to_dict(), "model_type": "llama"})
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    again = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, config=config, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    again = AutoModelForCausalLM.from_pretrained(
+        out.parent, gguf_file=out.name, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
     before, after = families.losses(original, rows), families.losses(again, rows)
     assert after == pytest.approx(before, abs=2e-3)
 
@@ -128,7 +130,7 @@ def test_rows_that_are_no_whole_blocks_stay_at_16_bits(tmp_path: Path) -> None:
 
 def test_tied_embeddings_are_stored_once(merged: Callable[[str], Path], tmp_path: Path) -> None:
     names = {name: {tensor.name for tensor in GGUFReader(str(write(merged(name), tmp_path / name / "m.gguf"))).tensors} for name in CASES}
-    assert {name for name in CASES if "output.weight" not in names[name]} == {"smollm", "qwen3", "gemma3"}
+    assert {name for name in CASES if "output.weight" not in names[name]} == {"smollm", "qwen3", "gemma3", "gemma2", "smollm3", "granite"}
     assert {name for name in CASES if "rope_freqs.weight" in names[name]} == {"llama"}
 
 
@@ -172,7 +174,8 @@ def test_of_a_model_that_also_sees_the_text_part_is_written(kind: str, case: str
     ("config", "word"),
     [
         ({"model_type": "phi3"}, "phi3"),
-        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": "olmo2"}, "olmo2"),
+        ({"model_type": "ministral3"}, "ministral3"),
         ({"model_type": "mixtral"}, "mixtral"),
         ({"model_type": "no_such"}, "no_such"),
         ({}, "no model_type"),
@@ -185,6 +188,10 @@ def test_of_a_model_that_also_sees_the_text_part_is_written(kind: str, case: str
         ({"model_type": "gemma3_text", "num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}, "window"),
         ({"model_type": "gemma3_text", "query_pre_attn_scalar": 168}, "scale"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "capped"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "two-way"),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, "output of its own"),
+        ({"model_type": "granite", "mlp_bias": True}, "biases"),
+        ({"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 1]}, "fourth"),
     ],
 )
 def test_what_the_file_cannot_say_is_refused_by_name(config: dict[str, object], word: str) -> None:
@@ -210,6 +217,9 @@ def test_the_published_shapes_are_supported() -> None:
         {"model_type": "mistral", "head_dim": 128, "hidden_size": 5120, "sliding_window": None},
         {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 131072},
         {"model_type": "qwen3", "head_dim": 128, "hidden_size": 2560},
+        {"model_type": "gemma2", "num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32, "query_pre_attn_scalar": 144},
+        {"model_type": "smollm3", "num_hidden_layers": 36},
+        {"model_type": "granite", "attention_multiplier": 0.015625, "logits_scaling": 8.0},
         {"model_type": "gemma3_text", "num_hidden_layers": 26, "hidden_size": 1152, "query_pre_attn_scalar": 256, "sliding_window": 512},
     )
     assert [gguf.supported(config) for config in published] == [""] * len(published)

@@ -48,7 +48,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Origin
         if name not in known:
             folder = families.build(families.CASES[name], home / name)
             rows = families.rows_of(folder, [*families.NASTY, " ".join(families.NASTY)[:230]])
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
             known[name] = Original(folder, load_tokenizer(folder), rows, families.losses(model, rows))
         return known[name]
 
@@ -94,7 +94,7 @@ def chat(tokenizer: Tokenizer, text: str) -> str:
 
 
 def unpaired(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("llama", "mistral"):
+    for name in ("llama", "smollm3", "granite"):
         monkeypatch.setitem(gguf.FAMILIES, name, dataclasses.replace(gguf.FAMILIES[name], paired=False))
 
 
@@ -120,6 +120,12 @@ FAULTS = (
     ("gemma3", without("add_sliding_window")),
     ("gemma3", without("add_rope_freq_base_swa")),
     ("gemma3", without("add_rope_scaling_factor")),
+    ("gemma2", without("add_attn_logit_softcapping")),
+    ("gemma2", without("add_final_logit_softcapping")),
+    ("smollm3", unpaired),
+    ("granite", without("add_embedding_scale")),
+    ("granite", without("add_residual_scale")),
+    ("granite", without("add_attention_scale")),
 )
 
 
