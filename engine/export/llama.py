@@ -136,8 +136,8 @@ def convert(tools: LlamaTools, merged: Path, out: Path, kind: str, *, stopping: 
     if not tools.convert:
         raise ModelError("llama.cpp's convert_hf_to_gguf.py is not on the PATH", hint="it lies in llama.cpp's source folder")
     with published(out) as partial:
-        # Not with -P: the script finds its parts beside itself. It is the user's own program.
-        command = [sys.executable, tools.convert, str(merged), "--outfile", str(partial), "--outtype", kind]
+        # Not with -P, and not by a link: the script finds its parts beside itself. It is the user's own program.
+        command = [sys.executable, str(Path(tools.convert).resolve()), str(merged), "--outfile", str(partial), "--outtype", kind]
         _run(command, "llama.cpp's converter", merged, partial, stopping)
     return out.stat().st_size
 

@@ -219,13 +219,16 @@ def test_tools_are_found_on_the_path(tools: Path) -> None:
     assert llama.external() == llama.LlamaTools(str(quantize), str(convert))
 
 
-ECHO = "import json, sys\nopen(sys.argv[3], 'w').write(json.dumps(sys.argv[1:]))\n"
+ECHO = "import json, sys, part_beside_it\nopen(sys.argv[3], 'w').write(json.dumps(sys.argv[1:]))\n"
 FAILS = "import sys\nopen(sys.argv[3], 'w').write('half')\nsys.exit('ERROR: no such architecture')\n"
 
 
 def test_the_converter_writes_what_is_not_written_here(tools: Path, tmp_path: Path) -> None:
-    found = llama.LlamaTools(convert=str(program(tools, "convert_hf_to_gguf.py", ECHO)))
-    out = tmp_path / "out" / "m.gguf"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "part_beside_it.py").touch()
+    (tools / "convert_hf_to_gguf.py").symlink_to(program(tmp_path / "source", "convert_hf_to_gguf.py", ECHO))
+    found, out = llama.external(), tmp_path / "out" / "m.gguf"
+    assert found is not None
     assert llama.convert(found, tmp_path / "merged", out, "q8_0") == out.stat().st_size
     assert json.loads(out.read_text()) == [str(tmp_path / "merged"), "--outfile", f"{out}.partial", "--outtype", "q8_0"]
     assert list(out.parent.iterdir()) == [out]
