@@ -1,0 +1,1 @@
+"""What a trained adapter becomes, so that other programs can use it."""
