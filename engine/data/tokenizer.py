@@ -175,6 +175,10 @@ class Tokenizer:
             found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
         return frozenset(found)
 
+    def as_json(self) -> str:
+        """Return vocabulary and rules in the form of tokenizer.json, with the tokens that only its other files name."""
+        return str(self._backend.to_str())
+
     def digest(self) -> str:
         """Return a fingerprint of everything that decides what text and tokens a row becomes: vocabulary, rules, templates, stops."""
         state = blake2b(self._backend.to_str().encode(), digest_size=16)

@@ -23,7 +23,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 FILE_LINES, LOOP_LINES, FUNCTION_LINES = 400, 200, 60
 PRINTERS = {"tui/cli.py", "tui/printer.py"}
-TORCH_ROOMS = ("fast", "checkpoint", "load", "evaluate", "sample", "meter", "rehearse", "train", "batches")
+TORCH_ROOMS = ("fast", "checkpoint", "export", "load", "evaluate", "sample", "meter", "rehearse", "train", "batches")
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
