@@ -34,6 +34,8 @@ ON_RESUME: Mapping[str, str] = {
     "save_total_limit": "older checkpoints beyond it go at the next save; the schedule stays",
     "watch_stop": "obeyed from now on; the schedule stays",
     "watch_rollback": "obeyed from now on; the schedule stays",
+    "export_to": "made at the end; the adapter is the same with them or without",
+    "export_type": "of exports made at the end",
     "revision": "only a name: the weights must be those of the run's first part",
 }
 """The keys that a resume may change, with the effect of each; every other one would make it another run."""

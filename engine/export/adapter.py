@@ -45,7 +45,7 @@ def serve(work: Work) -> Served:
     return Served(
         engine=f"{versions('transformers', 'peft')}, {plain.words}",
         losses=plain.losses,
-        prompt=prompts_of_folder(work.folder),
+        prompts=prompts_of_folder(work.folder),
         stops=stops_of_folder(work.folder) | stops_of_folder(work.source.base),
     )
 
@@ -60,9 +60,9 @@ def _rank(out: Path) -> int:
     return int(json.loads((out / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["r"])
 
 
-def problems(run: RunConfig, spec: ModelSpec, folder: Path) -> list[Problem]:
+def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:
     """Nothing stands in the way of a copy."""
-    del run, spec, folder
+    del run, spec, folder, kind
     return []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_tui.engine.data import Chat, TokenRow, load_tokenizer
 from qlora_tui.engine.errors import ModelError, Problem
 from qlora_tui.engine.export import gguf, llama, merged, records
-from qlora_tui.engine.export.serving import asked, prompt_ids, prompt_text, versions
+from qlora_tui.engine.export.serving import prompt_ids, prompt_text, prompt_texts, versions
 from qlora_tui.engine.export.target import F16, Q8_0, Served, Source, Target, Work
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.runs import slug
@@ -31,12 +31,47 @@ def write_to(work: Work, out: Path) -> None:
         model = work.spare / "merged"
         model.mkdir()
         merged.write_to(work, model)
+    if work.kind not in llama.SMALLER:
+        _written(work, model, out, work.kind)
+        return
+    whole = work.spare / "whole.gguf"
+    _written(work, model, whole, F16)
+    llama.quantize(_tools(), whole, out, work.kind, stopping=stopping(work))
+
+
+def _written(work: Work, model: Path, out: Path, kind: str) -> None:
+    """Write a family that is known here; for another, ask llama.cpp's own converter."""
+    if gguf.supported(_config(model)):
+        llama.convert(_tools(), model, out, kind, stopping=stopping(work))
+        return
 
     def note(done: int, total: int) -> None:
         work.look()
         work.note(done, total, "tensors")
 
-    gguf.write(model, out, work.kind, note)
+    gguf.write(model, out, kind, note)
+
+
+def stopping(work: Work) -> Callable[[], bool]:
+    """Return what child processes poll: it raises where the work is to end."""
+
+    def asked_to_stop() -> bool:
+        work.look()
+        return False
+
+    return asked_to_stop
+
+
+def _tools() -> llama.LlamaTools:
+    return llama.external() or llama.LlamaTools()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the model is looked at elsewhere, and its fault is told there
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def file_name(source: Source, kind: str) -> str:
@@ -51,7 +86,7 @@ def serve(work: Work) -> Served:
     return Served(
         engine=engine_of(work),
         losses=losses_of(work, file),
-        prompt=_prompt(work, file, said),
+        prompts=_prompts(work, file, said),
         stops=stops_of(said),
         notes=notes(),
     )
@@ -94,12 +129,7 @@ def losses_of(work: Work, file: Path) -> Callable[[Sequence[TokenRow]], list[flo
         return Plain(work, file.parent, gguf=file.name).losses
 
     def losses(rows: Sequence[TokenRow]) -> list[float]:
-        found: list[float] = []
-        for row in rows:
-            work.look()
-            found += llama.losses(file, [row])
-            work.note(len(found), len(rows), "rows by the export")
-        return found
+        return llama.losses(file, rows, stopping=stopping(work), note=lambda done, total: work.note(done, total, "rows by the export"))
 
     return losses
 
@@ -119,24 +149,21 @@ def notes() -> tuple[str, ...]:
     return (f"llama.cpp itself was not asked: {missing}",) if missing else ()
 
 
-def ids_of(work: Work, file: Path, text: str) -> list[int]:
-    """Return the tokens that the engine makes of a prompt that begins with its first token, if it has one."""
+def ids_of(work: Work, file: Path, texts: Sequence[str | None]) -> list[list[int] | None]:
+    """Return the tokens that the engine makes of each prompt, which begins with the first token of texts if there is one."""
     if llama.available():
-        return prompt_ids(load_tokenizer(work.source.adapter), text)
-    return llama.tokenize(file, text)
+        tokenizer = load_tokenizer(work.source.adapter)
+        return [None if text is None else prompt_ids(tokenizer, text) for text in texts]
+    given = [text for text in texts if text is not None]
+    answers = iter(llama.ask(file, (), given, stopping=stopping(work)).tokens if given else [])
+    return [None if text is None else next(answers) for text in texts]
 
 
-def _prompt(work: Work, file: Path, said: Mapping[str, Any]) -> Callable[[Chat], list[int] | None]:
-    """Return what renders a chat by the template in the file, as llama.cpp's server does."""
+def _prompts(work: Work, file: Path, said: Mapping[str, Any]) -> Callable[[Sequence[Chat]], list[list[int] | None]]:
+    """Return what renders chats by the template in the file, as llama.cpp's server does."""
     tokenizer = load_tokenizer(work.source.adapter)
     tokenizer.template = str(said.get("chat_template") or "")
-
-    def prompt(chat: Chat) -> list[int] | None:
-        messages = asked(chat)
-        text = None if messages is None else prompt_text(tokenizer, messages)
-        return None if text is None else ids_of(work, file, text)
-
-    return prompt
+    return lambda chats: ids_of(work, file, prompt_texts(chats, lambda messages: prompt_text(tokenizer, messages)))
 
 
 def use(source: Source, out: Path) -> str:
@@ -145,27 +172,31 @@ def use(source: Source, out: Path) -> str:
     return f"llama-server --jinja -m {only(out)}"
 
 
-def problems(run: RunConfig, spec: ModelSpec, folder: Path) -> list[Problem]:
-    """Return what stands in the way: no 16-bit weights, or a family that is not written."""
-    found = merged.problems(run, spec, folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the model is looked at elsewhere, and its fault is told there
-        return found
-    if not found and (sentence := gguf.supported(config)):
-        found.append(Problem("export", sentence, "export merged; llama.cpp's own convert_hf_to_gguf.py may know it"))
+def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:
+    """Return what stands in the way: no 16-bit weights, or a family or type that is not written here and for which no tool is."""
+    found = merged.problems(run, spec, folder, kind)
+    tools = _tools()
+    if kind in llama.SMALLER and not tools.quantize:
+        found.append(
+            Problem("export", f"{kind} is made by llama-quantize, which is not on the PATH", "it comes with llama.cpp; or say q8_0")
+        )
+    config = _config(folder)
+    if not found and config and not tools.convert and (sentence := gguf.supported(config)):
+        hint = "export merged; or put llama.cpp's own convert_hf_to_gguf.py on the PATH, which may know it"
+        found.append(Problem("export", sentence, hint))
     return found
 
 
 def disk(spec: ModelSpec, weights: int, kind: str) -> int:
     """Return the bytes of the file and of the merged model that it is made from."""
-    return merged.disk(spec, weights, kind) + int(spec.params * _BITS[kind] / 8)
+    scratch = spec.params * 2 if kind in llama.SMALLER else 0
+    return merged.disk(spec, weights, kind) + int(spec.params * _BITS.get(kind, _BITS[Q8_0]) / 8) + scratch
 
 
 TARGET = Target(
     name="gguf",
     about="one file for llama.cpp, Ollama and LM Studio",
-    kinds=gguf.KINDS,
+    kinds=(*gguf.KINDS, *llama.SMALLER),
     problems=problems,
     disk=disk,
     write=write,

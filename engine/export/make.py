@@ -77,7 +77,7 @@ def make(bench: Bench, target: Target, out: Path, kind: str, *, checked: bool = 
         EngineError: anything else that ends it; nothing half-written stays.
     """
     source = bench.source
-    refuse(target.problems(source.run, source.spec, source.base), source)
+    refuse(target.problems(source.run, source.spec, source.base, kind), source)
     if not replace:
         refuse_full(out)
     check_disk(out, target.disk(source.spec, weights_bytes(source.base, source.spec), kind))

@@ -44,7 +44,7 @@ def serve(work: Work) -> Served:
     return Served(
         engine=f"{versions('transformers')}, {plain.words}",
         losses=plain.losses,
-        prompt=prompts_of_folder(work.folder),
+        prompts=prompts_of_folder(work.folder),
         stops=stops_of_folder(work.folder),
     )
 
@@ -55,9 +55,9 @@ def use(source: Source, out: Path) -> str:
     return f"vllm serve {out}"
 
 
-def problems(run: RunConfig, spec: ModelSpec, folder: Path) -> list[Problem]:
+def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:
     """A base stored in 4 bits has no 16-bit weights to merge into."""
-    del run, folder
+    del run, folder, kind
     if not spec.quantized:
         return []
     told = f"the checkpoint holds its weights in 4 bits ({spec.quantized}), so there are no 16-bit weights to merge into"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from qlora_tui.engine.data import Chat, Tokenizer, load_tokenizer
 from qlora_tui.engine.errors import EngineError, ModelError, Problem
 from qlora_tui.engine.export import as_gguf, gotemplate, records
 from qlora_tui.engine.export.gorender import render
-from qlora_tui.engine.export.serving import asked, first_token
+from qlora_tui.engine.export.serving import first_token, prompt_texts
 from qlora_tui.engine.export.target import Served, Source, Target, Work
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import replace_file
@@ -71,7 +71,7 @@ def serve(work: Work) -> Served:
     return Served(
         engine=as_gguf.engine_of(work),
         losses=as_gguf.losses_of(work, file),
-        prompt=_prompt(work, file, template, tokenizer, said),
+        prompts=_prompts(work, file, template, tokenizer, said),
         stops=frozenset(stops),
         notes=as_gguf.notes(),
     )
@@ -83,14 +83,11 @@ def _said(match: re.Match[str] | None, word: str) -> str:
     return match[1]
 
 
-def _prompt(work: Work, file: Path, template: str, tokenizer: Tokenizer, said: Mapping[str, Any]) -> Callable[[Chat], list[int] | None]:
+def _prompts(
+    work: Work, file: Path, template: str, tokenizer: Tokenizer, said: Mapping[str, Any]
+) -> Callable[[Sequence[Chat]], list[list[int] | None]]:
     beginning = first_token(tokenizer) if said.get("add_bos_token") else ""
-
-    def prompt(chat: Chat) -> list[int] | None:
-        messages = asked(chat)
-        return None if messages is None else as_gguf.ids_of(work, file, beginning + render(template, messages))
-
-    return prompt
+    return lambda chats: as_gguf.ids_of(work, file, prompt_texts(chats, lambda messages: beginning + render(template, messages)))
 
 
 def use(source: Source, out: Path) -> str:
@@ -99,9 +96,9 @@ def use(source: Source, out: Path) -> str:
     return f"ollama create {name} -f {out / MODELFILE} && ollama run {name}"
 
 
-def problems(run: RunConfig, spec: ModelSpec, folder: Path) -> list[Problem]:
+def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:
     """Return what stands in the way of the GGUF file, and a template that cannot be put into Ollama's language."""
-    found = as_gguf.problems(run, spec, folder)
+    found = as_gguf.problems(run, spec, folder, kind)
     if found or not (folder / "tokenizer.json").is_file():  # the demo's comes with its weights, and can be
         return found
     try:

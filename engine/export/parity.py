@@ -17,13 +17,13 @@ from itertools import zip_longest
 
 from qlora_tui.engine.data import Tokenizer
 from qlora_tui.engine.export.serving import prompts_with
-from qlora_tui.engine.export.target import Q8_0, Rows, Served
+from qlora_tui.engine.export.target import F16, Q8_0, Rows, Served
 from qlora_tui.engine.text import one_line
 
 LIMITS = {"float32": 0.005, "bfloat16": 0.02}
 """Nats a token that the rows may differ by on average, by the type that is computed in; the figures are in the README."""
-Q8_LIMIT = 0.03
-"""The same for weights in 8 bits."""
+Q8_LIMIT, SMALLER_LIMIT = 0.1, 0.3
+"""The same for weights in 8 bits, and in fewer."""
 _TELLING = 0.002
 """Where the adapter moves the rows by less, whether it is in an export cannot be told from losses."""
 
@@ -66,7 +66,8 @@ class Parity:
 
 def limit_of(type_name: str, kind: str) -> float:
     """Return how far rows may be off on average, in nats a token, computed in this type and with weights of this kind."""
-    return max(LIMITS[type_name], Q8_LIMIT if kind == Q8_0 else 0.0)
+    more = {"": 0.0, F16: 0.0, Q8_0: Q8_LIMIT}
+    return max(LIMITS[type_name], more.get(kind, SMALLER_LIMIT))
 
 
 def judge(rows: Rows, means: Means, served: Served, tokenizer: Tokenizer, limit: float) -> Parity:
@@ -114,11 +115,8 @@ def _loss_faults(means: Means, off: Sequence[float], limit: float) -> tuple[list
 
 def _prompt_fault(rows: Rows, served: Served, tokenizer: Tokenizer) -> tuple[int, int, list[str]]:
     """Return how many prompts were compared, how many of their tokens differ, and the sentence about the first that does."""
-    trained = prompts_with(tokenizer)
     compared, differing, first = 0, 0, ""
-    for chat in rows.chats:
-        expected = trained(chat)
-        found = None if expected is None else served.prompt(chat)
+    for expected, found in zip(prompts_with(tokenizer, rows.chats), served.prompts(rows.chats), strict=True):
         if expected is None or found is None:
             continue
         compared += 1

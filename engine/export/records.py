@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_tui.engine.export.files import ADAPTER_FILES
 from qlora_tui.engine.export.target import RECORD, Json, Source
-from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.places import locked, replace_file
 from qlora_tui.engine.shelf import digest_of
 
 HOME, LIST = "export", "exports.json"
@@ -28,8 +28,9 @@ def read_list(folder: Path) -> list[dict[str, Any]]:
 
 def remember(folder: Path, record: Json) -> None:
     """Add a record to the run's list; it takes the place of an older one of the same folder."""
-    kept = [other for other in read_list(folder) if other.get("path") != record["path"]][-_MOST:]
-    replace_file(folder / LIST, json.dumps([*kept, record], indent=2) + "\n")
+    with locked(folder / LIST):
+        kept = [other for other in read_list(folder) if other.get("path") != record["path"]][-_MOST:]
+        replace_file(folder / LIST, json.dumps([*kept, record], indent=2) + "\n")
 
 
 def proved(source: Source, name: str, kind: str = "") -> Path | None:

@@ -62,20 +62,22 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id else ids
 
 
-def prompts_with(tokenizer: Tokenizer) -> Callable[[Chat], list[int] | None]:
-    """Return what gives the tokens before the last answer of a chat, by this tokenizer and its template."""
-
-    def prompt(chat: Chat) -> list[int] | None:
-        messages = asked(chat)
-        text = None if messages is None else prompt_text(tokenizer, messages)
-        return None if text is None else prompt_ids(tokenizer, text)
-
-    return prompt
+def prompt_texts(chats: Sequence[Chat], write: Callable[[Messages], str | None]) -> list[str | None]:
+    """Return what `write` makes of the turns before the last answer of each chat; None where there are none, or more than turns."""
+    found = [asked(chat) for chat in chats]
+    return [None if messages is None else write(messages) for messages in found]
 
 
-def prompts_of_folder(folder: Path) -> Callable[[Chat], list[int] | None]:
+def prompts_with(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[list[int] | None]:
+    """Return the tokens before the last answer of each chat, by this tokenizer and its template."""
+    texts = prompt_texts(chats, lambda messages: prompt_text(tokenizer, messages))
+    return [None if text is None else prompt_ids(tokenizer, text) for text in texts]
+
+
+def prompts_of_folder(folder: Path) -> Callable[[Sequence[Chat]], list[list[int] | None]]:
     """Return the same by the tokenizer that lies in `folder`."""
-    return prompts_with(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    return lambda chats: prompts_with(tokenizer, chats)
 
 
 def stops_of_folder(folder: Path) -> frozenset[int]:

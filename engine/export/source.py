@@ -20,16 +20,25 @@ from qlora_tui.engine.spec import BUILTIN, RunConfig, from_values
 
 
 def open_run(folder: Path, look: Look, progress: Callable[[int, int], object]) -> Source:
-    """Read the run in `folder`; what is missing of its base is fetched, as at the run's start, by the same commit.
+    """Read the run in `folder`, which has to be over.
 
     Raises:
         JournalError: it is running.
+        EngineError: as `read_run`.
+    """
+    if is_running(folder):
+        raise JournalError(f"run {folder.name} is running", hint="export it once it has ended")
+    return read_run(folder, look, progress)
+
+
+def read_run(folder: Path, look: Look, progress: Callable[[int, int], object]) -> Source:
+    """Read the run in `folder`; what is missing of its base is fetched, as at the run's start, by the same commit.
+
+    Raises:
         ConfigError: it has no adapter.
         ModelError: its base is not there any more, or another one is in its place.
         FetchError: the hub could not be reached.
     """
-    if is_running(folder):
-        raise JournalError(f"run {folder.name} is running", hint="export it once it has ended")
     if not all((folder / "adapter" / name).is_file() for name in ADAPTER_FILES):
         raise ConfigError(f"run {folder.name} has no adapter", hint=f"qlora-tui --resume {folder.name} finishes it", where="RUN")
     run = settings(folder)

@@ -17,7 +17,6 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import RunConfig
 
 F16, Q8_0 = "f16", "q8_0"
-WEIGHTS = "weights"
 RECORD = "export.json"
 """In every exported folder: what it is, from what it was made, and how it was proved."""
 
@@ -77,13 +76,13 @@ class Work:
 class Served:
     """An exported folder as somebody would use it.
 
-    `losses` gives nats a supervised token for each row, by the program called `engine`. `prompt` gives the tokens that an
-    answer begins after, or None for a chat that this way of serving knows nothing of. `stops` are the tokens that end an answer.
+    `losses` gives nats a supervised token for each row, by the program called `engine`. `prompts` gives, for each chat, the tokens
+    that an answer begins after, or None where this way of serving knows nothing of such chats. `stops` are the tokens that end an answer.
     """
 
     engine: str
     losses: Callable[[Sequence[TokenRow]], list[float]]
-    prompt: Callable[[Chat], list[int] | None]
+    prompts: Callable[[Sequence[Chat]], list[list[int] | None]]
     stops: frozenset[int]
     notes: tuple[str, ...] = ()
 
@@ -92,7 +91,8 @@ class Served:
 class Target:
     """One form of export.
 
-    `problems` says what stands in its way, from the run and the small files of its model alone, so before a step is trained.
+    `kinds` are the types of weights to choose from, the usual one first. `problems` says what stands in its way, from the run and
+    the small files of its model alone, so before a step is trained.
     `disk` gives the bytes it writes, scratch included, of a model whose weights take so many. `write` fills a folder, `serve`
     opens what lies there for the parity gate, and `use` gives the one command that starts it.
     """
@@ -100,7 +100,7 @@ class Target:
     name: str
     about: str
     kinds: tuple[str, ...] = ()
-    problems: Callable[[RunConfig, ModelSpec, Path], list[Problem]]
+    problems: Callable[[RunConfig, ModelSpec, Path, str], list[Problem]]
     disk: Callable[[ModelSpec, int, str], int]
     write: Callable[[Work], None]
     serve: Callable[[Work], Served]
