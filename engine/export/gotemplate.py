@@ -18,6 +18,7 @@ from qlora_tui.engine.export.gorender import render
 from qlora_tui.engine.export.serving import Messages, first_token, prompt_text
 
 _SYSTEM, _TURNS = "zqSystemqz", ("zqTurn0qz", "zqTurn1qz", "zqTurn2qz", "zqTurn3qz", "zqTurn4qz")
+_LONG = ("A line of `code` with <b>marks</b> & 12 numbers. " * 40).strip()
 _REFUSED = "its chat template does more than Ollama's language is known here to say"
 _HINT = "export gguf and serve it with llama.cpp, which reads the model's own template"
 
@@ -57,9 +58,10 @@ def without_bos(text: str, tokenizer: Tokenizer, *, adds_bos: bool) -> str:
 
 
 def probes() -> list[Messages]:
-    """Return chats of every shape that a prompt can have: one question and several, with a system text and without."""
+    """Return chats of every shape that a prompt can have: one question and several, with a system text and without, short and long."""
     system, turns = {"role": "system", "content": "Be brief."}, _chat("Why?", "Because.", "Sure?", "Yes.", "And?")
-    return [[*lead, *turns[:length]] for length in (1, 3, 5) for lead in ([], [system])]
+    long = [{**turn, "content": f"{turn['content']}\n\n  {_LONG}"} for turn in turns]
+    return [[*lead, *said[:length]] for said in (turns, long) for length in (1, 3, 5) for lead in ([], [system])]
 
 
 def _chat(*texts: str) -> Messages:

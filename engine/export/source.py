@@ -37,12 +37,17 @@ def read_run(folder: Path, look: Look, progress: Callable[[int, int], object]) -
     Raises:
         ConfigError: it has no adapter.
         ModelError: its base is not there any more, or another one is in its place.
+        CheckpointError: its base's weights are not those that it was trained on.
         FetchError: the hub could not be reached.
     """
     if not all((folder / "adapter" / name).is_file() for name in ADAPTER_FILES):
         raise ConfigError(f"run {folder.name} has no adapter", hint=f"qlora-tui --resume {folder.name} finishes it", where="RUN")
     run = settings(folder)
-    base, commit = _base(run, _origin(folder), look, progress)
+    origin = _origin(folder)
+    base, commit = _base(run, origin, look, progress)
+    if origin.get("base") not in (None, resume.base_print(base)):
+        told = "the base's weights are not those that the run was trained on"
+        raise CheckpointError(told, where=str(base), hint="put the old ones back: merged into others, the adapter means something else")
     return Source(folder=folder, run=run, base=base, commit=commit, spec=models.from_folder(base))
 
 

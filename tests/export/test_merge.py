@@ -193,7 +193,7 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path: Path) -> N
     base = write_family("llama", tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "run")
     write_model(tmp_path / "fewer", num_hidden_layers=1)
-    with pytest.raises(ModelError, match="no weights for the adapter's layer model.layers.1"):
+    with pytest.raises(ModelError, match=r"no weights for the adapter's layer model\.layers\.1"):
         merged(adapter, tmp_path / "fewer", tmp_path / "a")
     write_model(tmp_path / "wider", hidden_size=128, intermediate_size=96)
     with pytest.raises(ModelError, match="another shape"):

@@ -34,6 +34,7 @@ def export(options: argparse.Namespace) -> int:
     except Stopped as stopped:
         streams.talk.line(f"{stopped}: nothing half-made stays")
         return int(wish.code)
+    _tell_report(folder)
     if options.json:
         streams.data.document(record)
     else:
@@ -71,6 +72,15 @@ def _made(streams: Streams, wish: _Wish, folder: Path, target: Any, out: Path, k
 
         source = open_run(folder, wish.look, lambda done, total: note(done, total, "fetching the base"))
         return make(Bench(source, wish.look, note), target, out, kind, checked=checked)
+
+
+def _tell_report(folder: Path) -> None:
+    """Add the export to the run's report, where it has one."""
+    from qlora_tui.engine import report
+    from qlora_tui.engine.journal import EVENTS, read_records
+
+    if (folder / EVENTS).is_file():
+        report.write(folder, read_records(folder / EVENTS))
 
 
 def _print(streams: Streams, record: dict[str, Any]) -> None:
