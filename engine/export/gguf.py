@@ -97,15 +97,16 @@ def text_facts(config: Mapping[str, object]) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or not kind:
+        raise ModelError("config.json names no model_type")
+    if kind not in CONFIG_MAPPING:
         raise ModelError(f"transformers knows no models of type {one_line(kind, limit=40)!r}")
     try:
         read = CONFIG_MAPPING[kind].from_dict(dict(config))
         facts: dict[str, Any] = read.get_text_config().to_dict()
     except Exception as error:  # noqa: BLE001  (each type checks its settings in its own way)
         raise ModelError(f"its config.json cannot be read ({one_line(error, limit=200)})") from None
-    if "tie_word_embeddings" in config:
-        facts["tie_word_embeddings"] = config["tie_word_embeddings"]  # a model that also sees says it once for both parts
+    facts["tie_word_embeddings"] = read.to_dict()["tie_word_embeddings"]  # a model that also sees says it once for both parts
     facts["head_dim"] = facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"] if "hidden_size" in facts else 0
     return facts
 
@@ -130,6 +131,8 @@ def _fault(facts: Mapping[str, Any], family: Family) -> str:
         return "with positions of the kind llama3"
     if turning.get("partial_rotary_factor", 1.0) != 1.0:
         return "that turns only a part of each head"
+    if facts["model_type"] == "qwen2" and facts["head_dim"] * facts["num_attention_heads"] != facts["hidden_size"]:
+        return "whose heads are not as wide as its hidden states"
     if facts["model_type"] == "qwen3" and facts.get("attention_bias"):
         return "with biases in its attention"
     return _window_fault(facts) if family.windowed else ""

@@ -86,11 +86,18 @@ def _tokens(vocab: Any, text: bytes) -> list[int]:
 
 
 def main(asked: Path, answered: Path) -> int:
-    """Answer what is asked in one file in the other, a line as soon as it is known."""
-    with answered.open("w", encoding="utf-8") as out:
-        for line in answer(json.loads(asked.read_text(encoding="utf-8"))):
-            out.write(json.dumps(line) + "\n")
-            out.flush()
+    """Answer what is asked in one file in the other, a line as soon as it is known; return the exit code.
+
+    No traceback is printed: llama.cpp has said before what it dislikes, and the parent shows the last line of an error.
+    """
+    try:
+        with answered.open("w", encoding="utf-8") as out:
+            for line in answer(json.loads(asked.read_text(encoding="utf-8"))):
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+    except ValueError as problem:
+        sys.stderr.write(f"{problem}\n")
+        return 1
     return 0
 
 
