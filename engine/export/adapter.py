@@ -42,11 +42,15 @@ def serve(work: Work) -> Served:
     from qlora_tui.engine.export.engines import Plain
 
     plain = Plain(work, work.source.base, adapter=work.folder)
+    stops, trained = stops_of_folder(work.folder) | stops_of_folder(work.source.base), work.rows.stop
+    unnamed = trained is not None and trained not in stops
+    told = "the base's files name another token than answers end with: whoever serves the adapter has to name it as a stop"
     return Served(
         engine=f"{versions('transformers', 'peft')}, {plain.words}",
         losses=plain.losses,
         prompts=prompts_of_folder(work.folder),
-        stops=stops_of_folder(work.folder) | stops_of_folder(work.source.base),
+        stops=stops | ({trained} if trained is not None else set()),
+        notes=(told,) if unnamed else (),
     )
 
 

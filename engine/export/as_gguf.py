@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_tui.engine.data import Chat, TokenRow, load_tokenizer
 from qlora_tui.engine.errors import ModelError, Problem
-from qlora_tui.engine.export import gguf, llama, merged, records
+from qlora_tui.engine.export import gguf, gguf_check, llama, merged, records
 from qlora_tui.engine.export.serving import prompt_ids, prompt_text, prompt_texts, versions
 from qlora_tui.engine.export.target import F16, Q8_0, Served, Source, Target, Work
 from qlora_tui.engine.models import ModelSpec
@@ -89,6 +89,7 @@ def serve(work: Work) -> Served:
         prompts=_prompts(work, file, said),
         stops=stops_of(said),
         notes=notes(),
+        faults=tuple(gguf_check.faults(file, load_tokenizer(work.source.adapter))),
     )
 
 
@@ -106,14 +107,8 @@ def only(folder: Path) -> Path:
 
 def header(file: Path) -> Mapping[str, Any]:
     """Return what a GGUF file says of its tokens: `eos_token_id`, `eot_token_id`, `add_bos_token`, `chat_template` where it has them."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(str(file)).fields
-    names = ("eos_token_id", "eot_token_id", "bos_token_id", "add_bos_token")
-    found = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in names if f"tokenizer.ggml.{name}" in fields}
-    if "tokenizer.chat_template" in fields:
-        found["chat_template"] = fields["tokenizer.chat_template"].contents()
-    return found
+    found = gguf_check.settings(file)
+    return {name.split(".", 2)[-1].removeprefix("tokenizer."): value for name, value in found.items() if name.startswith("tokenizer.")}
 
 
 def stops_of(said: Mapping[str, Any]) -> frozenset[int]:
@@ -137,7 +132,7 @@ def losses_of(work: Work, file: Path) -> Callable[[Sequence[TokenRow]], list[flo
 def engine_of(work: Work) -> str:
     """Return what measures, in words."""
     return (
-        f"{versions('transformers')} reading the file, {work.room.words}"
+        f"{versions('transformers')} on its weights, {work.room.words}"
         if llama.available()
         else f"llama.cpp ({versions('llama-cpp-python')})"
     )
@@ -146,7 +141,7 @@ def engine_of(work: Work) -> str:
 def notes() -> tuple[str, ...]:
     """Say what would prove it better."""
     missing = llama.available()
-    return (f"llama.cpp itself was not asked: {missing}",) if missing else ()
+    return (f"only its weights, template and tokens were looked at, llama.cpp itself was not asked: {missing}",) if missing else ()
 
 
 def ids_of(work: Work, file: Path, texts: Sequence[str | None]) -> list[list[int] | None]:

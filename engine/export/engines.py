@@ -58,7 +58,11 @@ class Plain:
     """transformers' own model of a folder, loaded for one measurement and let go of."""
 
     def __init__(self, work: Work, folder: Path, *, adapter: Path | None = None, gguf: str = "") -> None:
-        """Say what to load: a folder, an adapter on it for PEFT to put there, or the name of a GGUF file in the folder."""
+        """Say what to load: a folder, an adapter on it for PEFT to put there, or the name of a GGUF file in the folder.
+
+        Of a GGUF file only the weights are read, into a model of the base's config: transformers does not read all that such
+        a file says (how positions are stretched, for one), so what it says proves nothing here.
+        """
         self._work, self._folder, self._adapter, self._gguf = work, folder, adapter, gguf
         self.words = work.room.words
 
@@ -83,7 +87,8 @@ class Plain:
         options: dict[str, Any] = {"dtype": self._work.room.dtype, "trust_remote_code": False, "local_files_only": True}
         try:
             if self._gguf:
-                model: Any = AutoModelForCausalLM.from_pretrained(self._folder, gguf_file=self._gguf, **options)
+                config = AutoConfig.from_pretrained(self._work.source.base, trust_remote_code=False, local_files_only=True)
+                model: Any = AutoModelForCausalLM.from_pretrained(self._folder, gguf_file=self._gguf, config=config, **options)
             else:
                 config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False, local_files_only=True)
                 kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText

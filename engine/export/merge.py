@@ -88,20 +88,27 @@ def merge(adapter: Path, base: Path, shards: list[str], out: Path, note: Callabl
     places = _places(deltas, [tensor for _, header in headers.values() for tensor in header], str(base))
     done, total = 0, sum((base / name).stat().st_size for name in shards)
     for name in shards:
-        length, header = headers[name]
         with (base / name).open("rb") as source, (out / name).open("wb") as sink:
-            sink.write(source.read(length))
-            done += length
-            for tensor, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                look()
-                size = about["data_offsets"][1] - about["data_offsets"][0]
-                if tensor in places:
-                    sink.write(_merged(source.read(size), about, places[tensor], tensor))
-                else:
-                    _copy(source, sink, size, look)
+            for size in _written(source, sink, *headers[name], places, look):
                 done += size
                 note(done, total)
     return len(places)
+
+
+def _written(
+    source: IO[bytes], sink: IO[bytes], length: int, header: dict[str, Any], places: Mapping[str, Delta], look: Callable[[], None]
+) -> Iterator[int]:
+    """Write one file, tensor by tensor, and yield the bytes of each part."""
+    sink.write(source.read(length))
+    yield length
+    for tensor, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        look()
+        size = about["data_offsets"][1] - about["data_offsets"][0]
+        if tensor in places:
+            sink.write(_merged(source.read(size), about, places[tensor], tensor))
+        else:
+            _copy(source, sink, size, look)
+        yield size
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:

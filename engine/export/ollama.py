@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_tui.engine.data import Chat, Tokenizer, load_tokenizer
 from qlora_tui.engine.errors import EngineError, ModelError, Problem
-from qlora_tui.engine.export import as_gguf, gotemplate, records
+from qlora_tui.engine.export import as_gguf, gguf_check, gotemplate, records
 from qlora_tui.engine.export.gorender import render
 from qlora_tui.engine.export.serving import first_token, prompt_texts
 from qlora_tui.engine.export.target import Served, Source, Target, Work
@@ -74,6 +74,7 @@ def serve(work: Work) -> Served:
         prompts=_prompts(work, file, template, tokenizer, said),
         stops=frozenset(stops),
         notes=as_gguf.notes(),
+        faults=tuple(gguf_check.faults(file, tokenizer)),
     )
 
 

@@ -77,7 +77,8 @@ class Served:
     """An exported folder as somebody would use it.
 
     `losses` gives nats a supervised token for each row, by the program called `engine`. `prompts` gives, for each chat, the tokens
-    that an answer begins after, or None where this way of serving knows nothing of such chats. `stops` are the tokens that end an answer.
+    that an answer begins after, or None where this way of serving knows nothing of such chats. `stops` are the tokens that end an answer,
+    `faults` what shows without asking the engine.
     """
 
     engine: str
@@ -85,6 +86,7 @@ class Served:
     prompts: Callable[[Sequence[Chat]], list[list[int] | None]]
     stops: frozenset[int]
     notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from loop_driver import Asked, drive
 
 from qlora_tui.engine import models, preflight, report
 from qlora_tui.engine.errors import CheckpointError, ConfigError, JournalError, ModelError, SpaceError, Stopped, WontFit
-from qlora_tui.engine.events import Evaluated, Finding, Phase, Saved
+from qlora_tui.engine.events import Evaluated, Finding, Saved
 from qlora_tui.engine.export import kind_of, llama, merged, planned, records, room
 from qlora_tui.engine.export.make import make
 from qlora_tui.engine.export.source import open_run, trained_losses
@@ -254,11 +255,6 @@ def test_an_export_that_fails_or_is_stopped_never_takes_the_run_along(
     assert (finding.severity, finding.advice) == ("warn", ("qlora-tui export broken --to merged",))
     assert finding.message == "the export to merged failed: ZeroDivisionError; the adapter is whole"
     asked = Asked()
-
-    def urgent_once_exporting(event: object) -> None:
-        if isinstance(event, Phase) and event.name == "export":
-            asked.at_step[0] = "stop"
-
     monkeypatch.setattr(planned, "_Teller", lambda say: _Stopper(asked))
     done = drive(run, tmp_path / "stopped", asked)
     assert done.result is not None
@@ -320,6 +316,18 @@ def test_the_command_ends_with_1_when_the_gate_refuses(
     assert "it is the base, without the adapter" in said
     assert f"{tmp_path / 'out.failed'}" in said
     assert "use " not in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_and_leaves_nothing(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr("qlora_tui.engine.export.merge.merge", lambda *_: os.kill(os.getpid(), number))
+    assert command(source.folder, "--to", "merged", "--out", tmp_path / "to" / "out") == code
+    assert "the export was stopped: nothing half-made stays" in capsys.readouterr().err
+    assert inside(tmp_path / "to") == []
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(
