@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,11 @@ def serve(work: Work) -> Served:
     )
 
 
-def use(source: Source, out: Path) -> str:
-    """Say how vLLM serves the base with it."""
-    return f"vllm serve {base_name(source)} --enable-lora --max-lora-rank {_rank(out)} --lora-modules tuned={out}"
-
-
-def _rank(out: Path) -> int:
-    """Return the rank that a server has to make room for."""
-    return int(json.loads((out / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["r"])
+def use(source: Source, out: Path, kind: str) -> str:
+    """Say how vLLM serves the base with it; a server has to be told for which rank to make room."""
+    del kind
+    rank = int(json.loads((source.adapter / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["r"])
+    return shlex.join(("vllm", "serve", base_name(source), "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"tuned={out}"))
 
 
 def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:

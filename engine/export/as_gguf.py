@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,9 @@ def _prompts(work: Work, file: Path, said: Mapping[str, Any]) -> Callable[[Seque
     return lambda chats: ids_of(work, file, prompt_texts(chats, lambda messages: prompt_text(tokenizer, messages)))
 
 
-def use(source: Source, out: Path) -> str:
-    """Say how llama.cpp chats with it."""
-    del source
-    return f"llama-server --jinja -m {only(out)}"
+def use(source: Source, out: Path, kind: str) -> str:
+    """Say how llama.cpp serves it."""
+    return shlex.join(("llama-server", "--jinja", "-m", str(out / file_name(source, kind))))
 
 
 def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:

@@ -87,7 +87,7 @@ class Plain:
         options: dict[str, Any] = {"dtype": self._work.room.dtype, "trust_remote_code": False, "local_files_only": True}
         try:
             if self._gguf:
-                config = AutoConfig.from_pretrained(self._work.source.base, trust_remote_code=False, local_files_only=True)
+                config = _as_in_gguf(AutoConfig.from_pretrained(self._work.source.base, trust_remote_code=False, local_files_only=True))
                 model: Any = AutoModelForCausalLM.from_pretrained(self._folder, gguf_file=self._gguf, config=config, **options)
             else:
                 config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False, local_files_only=True)
@@ -99,6 +99,15 @@ class Plain:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ModelError(f"transformers cannot load the export: {error}", where=str(self._folder)) from error
         return model.to(self._work.room.device).eval()
+
+
+def _as_in_gguf(config: Any) -> Any:
+    """Return a config under the name that its family has in GGUF files: a Mistral is a Llama there, and computes as one."""
+    if config.model_type != "mistral":
+        return config
+    return AutoConfig.for_model(
+        "llama", **{key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    )
 
 
 @torch.no_grad()

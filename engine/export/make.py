@@ -167,7 +167,7 @@ def _record(work: Work, target: Target, path: Path, parity: Json | None) -> dict
         "adapter_sha256": records.adapter_digest(source),
         "files": files,
         "bytes": sum(files.values()),
-        "use": target.use(source, here).replace(str(here), str(path.absolute())),
+        "use": target.use(source, path.absolute(), work.kind),
         "parity": parity,
     }
 

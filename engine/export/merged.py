@@ -5,6 +5,7 @@ Merged from the original weights, never from the 4-bit ones that training read: 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from qlora_tui.engine.errors import Problem
@@ -49,10 +50,10 @@ def serve(work: Work) -> Served:
     )
 
 
-def use(source: Source, out: Path) -> str:
+def use(source: Source, out: Path, kind: str) -> str:
     """Say how vLLM serves it."""
-    del source
-    return f"vllm serve {out}"
+    del source, kind
+    return shlex.join(("vllm", "serve", str(out)))
 
 
 def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:

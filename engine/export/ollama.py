@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -91,10 +92,11 @@ def _prompts(
     return lambda chats: as_gguf.ids_of(work, file, prompt_texts(chats, lambda messages: beginning + render(template, messages)))
 
 
-def use(source: Source, out: Path) -> str:
+def use(source: Source, out: Path, kind: str) -> str:
     """Say how Ollama takes it in and runs it."""
+    del kind
     name = slug(source.folder.name)
-    return f"ollama create {name} -f {out / MODELFILE} && ollama run {name}"
+    return f"ollama create {name} -f {shlex.quote(str(out / MODELFILE))} && ollama run {name}"
 
 
 def problems(run: RunConfig, spec: ModelSpec, folder: Path, kind: str) -> list[Problem]:

@@ -112,4 +112,5 @@ class _Teller:
         now = time.monotonic()
         if now - self._last >= 0.25 or done >= total:
             self._last = now
-            self._say(Phase("export", "progress", done=done, total=total, unit=what))
+            unit, _, by = what.partition(" ")
+            self._say(Phase("export", "progress", done=done, total=total, unit=unit, note=by))

@@ -96,7 +96,8 @@ class Target:
     `kinds` are the types of weights to choose from, the usual one first. `problems` says what stands in its way, from the run and
     the small files of its model alone, so before a step is trained.
     `disk` gives the bytes it writes, scratch included, of a model whose weights take so many. `write` fills a folder, `serve`
-    opens what lies there for the parity gate, and `use` gives the one command that starts it.
+    opens what lies there for the parity gate, and `use` gives the one command
+    that starts what lies in a folder.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Target:
     disk: Callable[[ModelSpec, int, str], int]
     write: Callable[[Work], None]
     serve: Callable[[Work], Served]
-    use: Callable[[Source, Path], str]
+    use: Callable[[Source, Path, str], str]
 
 
 Json = Mapping[str, Any]
