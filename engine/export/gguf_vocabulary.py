@@ -71,7 +71,8 @@ def _add_specials(writer: GGUFWriter, tokenizer: Tokenizer, facts: Mapping[str, 
     stop = stop_id(tokenizer)
     if stop is not None:
         writer.add_eot_token_id(stop)
-    writer.add_pad_token_id(tokenizer.pad_id)
+    if tokenizer.pad_id != tokenizer.eos_id:
+        writer.add_pad_token_id(tokenizer.pad_id)
     if TokenType.UNKNOWN in vocabulary.kinds:
         writer.add_unk_token_id(vocabulary.kinds.index(TokenType.UNKNOWN))
     writer.add_add_bos_token(bool(tokenizer.bos))

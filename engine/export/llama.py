@@ -138,7 +138,7 @@ def convert(tools: LlamaTools, merged: Path, out: Path, kind: str, *, stopping: 
     with published(out) as partial:
         # Not with -P: the script finds its parts beside itself. It is the user's own program.
         command = [sys.executable, tools.convert, str(merged), "--outfile", str(partial), "--outtype", kind]
-        _run(command, "llama.cpp's converter", merged, stopping)
+        _run(command, "llama.cpp's converter", merged, partial, stopping)
     return out.stat().st_size
 
 
@@ -156,11 +156,13 @@ def quantize(tools: LlamaTools, source: Path, out: Path, kind: str, *, stopping:
     if not tools.quantize:
         raise ModelError("llama-quantize is not on the PATH", hint="it comes with llama.cpp")
     with published(out) as partial:
-        _run([tools.quantize, str(source), str(partial), kind.upper()], "llama-quantize", source, stopping)
+        _run([tools.quantize, str(source), str(partial), kind.upper()], "llama-quantize", source, partial, stopping)
     return out.stat().st_size
 
 
-def _run(command: list[str], name: str, source: Path, stopping: Stopping) -> None:
+def _run(command: list[str], name: str, source: Path, made: Path, stopping: Stopping) -> None:
     ended = child.run(command, doing=f"waiting for {name}", stopping=stopping, env={"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
     if ended.code != 0:
         raise ModelError(f"{name} failed: {ended.last_words}", where=one_line(source))
+    if not made.is_file():
+        raise ModelError(f"{name} reported success but wrote no file", where=one_line(source))
