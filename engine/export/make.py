@@ -48,8 +48,8 @@ class Bench:
     tokenizer: Tokenizer = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read the tokenizer that was trained with."""
-        self.tokenizer = load_tokenizer(self.source.adapter)
+        """Read the tokenizer that was trained with: the base's, as the run asked for it, never one that was exported."""
+        self.tokenizer = load_tokenizer(self.source.base, self.source.run.chat_template)
 
     def rows(self) -> Rows:
         """Return the rows, read once."""

@@ -140,5 +140,5 @@ def _stop_fault(rows: Rows, served: Served, tokenizer: Tokenizer) -> list[str]:
 def _prompt_notes(compared: int, chats: int, tokenizer: Tokenizer) -> list[str]:
     if compared == chats:
         return []
-    why = "tools or texts of another form" if tokenizer.template else "no single question"
+    why = "tools, or are texts of another form than chats" if tokenizer.template else "no single question"
     return [f"{chats - compared} of {chats} prompts have {why} and were not compared"]

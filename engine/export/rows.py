@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qlora_tui.engine import data
 from qlora_tui.engine.data import Chat, Tokenizer, TokenRow, lengths_of, numbers_of
-from qlora_tui.engine.errors import EngineError
+from qlora_tui.engine.errors import EngineError, Stopped
 from qlora_tui.engine.export.target import Look, Rows, Source
 from qlora_tui.engine.spec import DEMO_DATA, RunConfig
 
@@ -24,6 +24,8 @@ def rows_of(source: Source, tokenizer: Tokenizer, look: Look) -> Rows:
     """
     try:
         found = _held_out(source.run, tokenizer, look)
+    except Stopped:
+        raise
     except EngineError:
         found = None
     name = "held-out rows"
@@ -53,7 +55,7 @@ def _held_out(run: RunConfig, tokenizer: Tokenizer, look: Look) -> tuple[list[To
     chosen = sorted({order[place * (len(order) - 1) // max(1, MOST_ROWS - 1)] for place in range(MOST_ROWS)})
     numbers = {numbers_of(rows)[place] for place in chosen}
     chats = {row.number: row.chat for row in (measured or dataset).rows if row.number in numbers}
-    return [rows[place] for place in chosen], [chats[number] for number in sorted(numbers)]
+    return [rows[place] for place in chosen], [chats[number] for number in sorted(numbers) if number in chats]
 
 
 def _documentation(run: RunConfig) -> RunConfig:

@@ -69,9 +69,15 @@ def prompt_texts(chats: Sequence[Chat], write: Callable[[Messages], str | None])
 
 
 def prompts_with(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[list[int] | None]:
-    """Return the tokens before the last answer of each chat, by this tokenizer and its template."""
+    """Return the tokens before the last answer of each chat, by this tokenizer and its template.
+
+    A prompt and its completion are no chat where the template is only assumed: they were trained without it.
+    """
     texts = prompt_texts(chats, lambda messages: prompt_text(tokenizer, messages))
-    return [None if text is None else prompt_ids(tokenizer, text) for text in texts]
+    return [
+        None if text is None or (chat.plain and tokenizer.assumed) else prompt_ids(tokenizer, text)
+        for chat, text in zip(chats, texts, strict=True)
+    ]
 
 
 def prompts_of_folder(folder: Path) -> Callable[[Sequence[Chat]], list[list[int] | None]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_tokenizer
 from export_runs import bench_of, opened, target_of
 from safetensors.torch import load_file, save_file
 
@@ -232,6 +233,34 @@ def test_a_base_in_four_bits_has_nothing_to_merge_into_and_its_adapter_is_export
         make(bench_of(source), target_of("merged"), tmp_path / "out", "")
     record = make(bench_of(source), target_of("adapter"), tmp_path / "adapter", "")
     assert record["parity"]["passed"], record["parity"]["faults"]
+
+
+def test_prompts_and_completions_of_a_base_without_a_template_are_compared_as_they_were_trained(
+    ran: Callable[..., Path], tiny_model: Path, write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    write_tokenizer(model, None)  # it knows the tokens of ChatML, so that is assumed for chats, and only for chats
+    data = write_jsonl([{"prompt": f"{n} and {n} is ", "completion": str(2 * n)} for n in range(40)], "sums.jsonl")
+    parity = make(bench_of(opened(ran(model, data=(str(data),)))), target_of("merged"), tmp_path / "out", "")["parity"]
+    assert parity["passed"], parity["faults"]
+    assert (parity["rows"], parity["prompts"], parity["data"]) == (6, 0, "held-out rows")
+    assert "6 of 6 prompts have tools, or are texts of another form than chats and were not compared" in parity["notes"]
+
+
+def test_a_smaller_type_is_made_by_llama_quantize_from_an_f16_file(
+    source: Source, tmp_path: Path, without_llama: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(tools: llama.LlamaTools, whole: Path, out: Path, kind: str, **_: object) -> int:
+        assert (tools.quantize, kind) == ("/bin/llama-quantize", "q4_k_m")
+        shutil.copyfile(whole, out)
+        return out.stat().st_size
+
+    monkeypatch.setattr(llama, "external", lambda: llama.LlamaTools(quantize="/bin/llama-quantize"))
+    monkeypatch.setattr(llama, "quantize", quantize)
+    record = make(bench_of(source), target_of("gguf"), tmp_path / "out", "q4_k_m")
+    assert record["parity"]["passed"], record["parity"]["faults"]
+    assert record["parity"]["limit"] == 0.3
+    assert only(tmp_path / "out").name.endswith("-tuned-q4_k_m.gguf")
 
 
 # Using what is there
