@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_tui.engine import evaluate, machine
 from qlora_tui.engine.data import TokenRow
-from qlora_tui.engine.errors import ModelError
+from qlora_tui.engine.errors import ModelError, WontFit
 from qlora_tui.engine.evaluate import RowLoss
 from qlora_tui.engine.export.files import ADAPTER_FILES
 from qlora_tui.engine.export.room import Room
 from qlora_tui.engine.export.target import Work
 from qlora_tui.engine.load import load
 from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.meter import out_of_memory
 from qlora_tui.engine.spec import RunConfig
 
 
@@ -97,6 +99,8 @@ class Plain:
             if self._adapter is not None:
                 model = PeftModel.from_pretrained(model, self._adapter)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            if _short(error):
+                raise
             raise ModelError(f"transformers cannot load the export: {error}", where=str(self._folder)) from error
         return model.to(self._work.room.device).eval()
 
@@ -147,6 +151,27 @@ def _drained(measuring: Generator[int, None, list[RowLoss]], work: Work, what: s
     except StopIteration as end:
         losses: list[RowLoss] = end.value
         return losses
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn memory that ran out into one sentence.
+
+    Raises:
+        WontFit: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _short(error):
+            raise
+        hint = "close other programs and export again, or say --unchecked: then nobody has compared it with the adapter"
+        raise WontFit("memory ran out while the export was compared with the adapter", hint=hint) from error.with_traceback(None)
+
+
+def _short(error: Exception) -> bool:
+    """Say whether memory ran out, on a card or in RAM."""
+    return isinstance(error, MemoryError) or out_of_memory(error) or "DefaultCPUAllocator" in str(error)
 
 
 def _free() -> None:

@@ -86,7 +86,7 @@ def make(bench: Bench, target: Target, out: Path, kind: str, *, checked: bool = 
     with _folders(out) as (folder, spare):
         work = Work(source=source, folder=folder, spare=spare, kind=kind, rows=bench.rows(), room=room, look=bench.look, note=bench.note)
         target.write(work)
-        parity = _proof(bench, target, work) if checked else None
+        parity = _proved(bench, target, work) if checked else None
         failed = parity is not None and not parity["passed"]
         path = _failed_name(out) if failed else out
         record = _record(work, target, path, parity)
@@ -132,6 +132,13 @@ def check_disk(out: Path, needed: int) -> None:
         raise SpaceError(
             f"this export takes about {gib(needed)} of disk and {gib(free)} are free", where=str(there), hint="make room, or choose --out"
         )
+
+
+def _proved(bench: Bench, target: Target, work: Work) -> dict[str, Any]:
+    from qlora_tui.engine.export.engines import memory_told
+
+    with memory_told():
+        return _proof(bench, target, work)
 
 
 def _proof(bench: Bench, target: Target, work: Work) -> dict[str, Any]:

@@ -122,6 +122,19 @@ def test_a_disk_without_room_and_memory_without_room_are_told(source: Source, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_while_comparing_is_told(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("qlora_tui.engine.export.engines.load", load)
+    with pytest.raises(WontFit, match="memory ran out while the export was compared with the adapter; close other programs"):
+        make(bench_of(source), target_of("merged"), tmp_path / "to" / "out", "")
+    assert inside(tmp_path / "to") == []
+
+
 def test_the_type_of_computation_follows_the_room() -> None:
     spec = models.find("builtin:smollm2-135m")
     assert spec is not None
