@@ -158,10 +158,10 @@ def _local(folder: Path) -> ModelFiles:
     if "config.json" not in names:
         return ModelFiles(folder)
     pick_weights(names, str(folder))
-    missing = [name for name in _listed(folder) if name not in names]
+    missing = [name for name in listed(folder) if name not in names]
     if missing:
         raise ModelError(f"{len(missing)} weight files are missing, such as {missing[0]}", where=str(folder), hint="copy the model again")
-    torn = [name for name in _listed(folder) if not _is_whole(folder / name)]
+    torn = [name for name in listed(folder) if not _is_whole(folder / name)]
     if torn:
         raise ModelError(f"{torn[0]} is cut off or no safetensors file", where=str(folder), hint="copy the model again")
     return ModelFiles(folder, complete=True)
@@ -179,7 +179,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _listed(folder: Path) -> list[str]:
+def listed(folder: Path) -> list[str]:
     """Return the weight files that a folder must hold, as its index says."""
     index = folder / INDEX
     if not index.is_file():
@@ -214,7 +214,7 @@ def _cached(name: str, revision: str) -> ModelFiles | None:
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    complete = all((folder / part).is_file() for part in _listed(folder))
+    complete = all((folder / part).is_file() for part in listed(folder))
     return ModelFiles(folder, commit=folder.name, complete=complete)
 
 

@@ -21,6 +21,7 @@ from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError
+from qlora_tui.engine.export import planned as exports
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
@@ -218,7 +219,7 @@ def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[P
     if words > spec.vocab_size:
         text = f"its tokenizer knows {words} tokens and the model {spec.vocab_size}: they do not belong together"
         found.append(Problem(one_line(run.model_name_or_path), text, "take the tokenizer files that came with the model"))
-    return found
+    return [*found, *exports.problems(run, spec, files.folder)]
 
 
 def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
@@ -311,7 +312,9 @@ def _least_tokens(run: RunConfig, dataset: Dataset) -> int:
 def _check_disk(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> None:
     """Check the disks again, now that the sizes are known: the checkpoints kept, and the weights to fetch."""
     kept = checkpoint_bytes(run, spec) * (run.save_total_limit + 4)  # the last healthy, the next one, the best, and the one being written
-    check_space(Path(run.runs_dir).expanduser(), kept + _FLOOR_BYTES, "this run with its checkpoints")
+    exported = exports.disk(run, spec, files.folder)
+    what = f"this run with its checkpoints{' and exports' if exported else ''}"
+    check_space(Path(run.runs_dir).expanduser(), kept + exported + _FLOOR_BYTES, what)
     if files.complete:
         return
     if run.model_name_or_path.startswith(BUILTIN):

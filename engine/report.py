@@ -30,6 +30,8 @@ from qlora_tui.engine.events import (
     Started,
     Stepped,
 )
+from qlora_tui.engine.export import records
+from qlora_tui.engine.export import words as export_words
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.rates import Change
 from qlora_tui.engine.resume import rate_changes
@@ -144,6 +146,7 @@ def render(seen: Seen, folder: Path) -> str:
         _data(seen),
         _memory(seen),
         _warnings(seen),
+        _exports(folder),
         _loading(seen, folder),
         _settings(seen),
     ]
@@ -254,6 +257,16 @@ def _warnings(seen: Seen) -> list[str]:
         lines.append(f"- step {item.step}, {md(item.detector)}: {md(item.message)}.{advice}")
     if len(found) > _SHOWN_FINDINGS:
         lines.append(f"- and {len(found) - _SHOWN_FINDINGS} more in events.jsonl")
+    return lines
+
+
+def _exports(folder: Path) -> list[str]:
+    found = records.read_list(folder)
+    if not found:
+        return []
+    lines = ["## Exports"]
+    for record in found:
+        lines += ["", *(f"- {md(word)}: {md(text)}" for word, text in export_words.lines(record))]
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora_tui.engine.spec import KEYS, RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.values import Value, read_value
 
+_ENDS_BYTES = 2**20
 _LONGER = "the run ends there, and the learning rate goes on as in a run of that length"
 ON_RESUME: Mapping[str, str] = {
     "max_steps": _LONGER,
@@ -36,6 +38,8 @@ ON_RESUME: Mapping[str, str] = {
     "watch_rollback": "obeyed from now on; the schedule stays",
     "notify": "told at the end of this attempt",
     "report_to": "followed from now on",
+    "export_to": "made at the end; the adapter is the same with them or without",
+    "export_type": "of exports made at the end",
     "revision": "only a name: the weights must be those of the run's first part",
 }
 """The keys that a resume may change, with the effect of each; every other one would make it another run."""
@@ -88,6 +92,22 @@ def readable(config: Mapping[str, Any]) -> dict[str, Value]:
         with contextlib.suppress(KeyError, ConfigError):
             found[name] = read_value(KEYS[name], value)
     return found
+
+
+def base_print(folder: Path) -> str:
+    """Return a digest of the base's weights: names, sizes, and the first and last MiB of each file.
+
+    Reading all of an 8 B model would cost half a minute of disk; another model, commit or conversion differs here.
+    """
+    digest = blake2b(digest_size=16)
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_ENDS_BYTES))
+            handle.seek(max(0, size - _ENDS_BYTES))
+            digest.update(handle.read(_ENDS_BYTES))
+    return digest.hexdigest()
 
 
 def rate_changes(records: Iterable[Record]) -> list[Change]:

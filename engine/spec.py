@@ -199,6 +199,12 @@ class RunConfig:
         "saving",
         "Detectors that go back to the last healthy checkpoint with half the learning rate, at most twice, and then stop.",
     )
+    export_to: tuple[str, ...] = _key(
+        (), "saving", "Exports to make at the end: adapter, merged, gguf, ollama; what they need is checked before the start."
+    )
+    export_type: str = _key(
+        "", "saving", "Weights of gguf and ollama exports: f16 (also when empty), q8_0, or a smaller one of llama-quantize."
+    )
     runs_dir: str = _key("runs", "saving", "Folder that holds the runs.")
     notify: tuple[str, ...] = _key(
         (),

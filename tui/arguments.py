@@ -97,6 +97,18 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RUN", help="an id, a path or `last`")
+    parser.add_argument("--to", metavar="TARGET", required=True, help="adapter, merged (16 bits), gguf or ollama")
+    parser.add_argument("--out", metavar="DIR", default="", help="where to: a new or empty folder (default: export/TARGET in the run's)")
+    parser.add_argument(
+        "--type", metavar="TYPE", default="", help="weights of gguf and ollama: f16 (default), q8_0; smaller by llama-quantize"
+    )
+    parser.add_argument("--unchecked", action="store_true", help="do not compare it with the adapter, where memory is too short for that")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--runs-dir", "runs_dir", "DIR", "only the runs in this folder (default: runs, and those begun elsewhere)")
     _json(parser)
@@ -203,6 +215,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "queue run": _queue_run_arguments,
     "queue stop": lambda parser: None,
     "import": _import_arguments,
+    "export": _export_arguments,
     "serve": _serve_arguments,
     "watch": _watch_arguments,
     "completion": _completion_arguments,

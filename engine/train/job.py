@@ -20,6 +20,7 @@ from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, lengths_of, load_tokenizer, prepare
 from qlora_tui.engine.errors import ConfigError, DataError, ModelError, Stopped
 from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Saved, Wishes
+from qlora_tui.engine.export import planned as exports
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.journal import EVENTS, read_records
 from qlora_tui.engine.load import Loaded, attend_without_mask, choose_dtype, load, trainable
@@ -96,7 +97,10 @@ def train(job: Job) -> Generator[Event, None, Result]:
         EngineError: anything else that ends a run, in one sentence.
     """
     try:
-        return (yield from _train(job))
+        result = yield from _train(job)
+        if result.outcome == "done" and not job.scores_alone:
+            yield from exports.at_the_end(job.run, job.folder, lambda: poll_for(job.wishes), job.say)
+        return result
     except Stopped:
         outcome: Literal["stopped", "aborted"] = "aborted" if job.wishes.urgent() == "abort" else "stopped"
         return Result(outcome, f"{outcome} before the first step: there is nothing to save")

@@ -16,14 +16,13 @@ from qlora_tui.engine import checkpoint, shelf
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import CheckpointError
 from qlora_tui.engine.events import Event, Finding, Record, Resumed
-from qlora_tui.engine.resume import ON_RESUME, readable, resumable
+from qlora_tui.engine.resume import ON_RESUME, base_print, readable, resumable
 from qlora_tui.engine.spec import RunConfig, from_values, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.loop import Loop
 from qlora_tui.engine.train.schedule import learning_rate
 
-_ENDS_BYTES = 2**20
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -41,22 +40,6 @@ def data_print(rows: Iterable[TokenRow]) -> str:
         digest.update(len(row.input_ids).to_bytes(8, "little"))
         digest.update(row.input_ids.tobytes())
         digest.update(bytes(row.trained))
-    return digest.hexdigest()
-
-
-def base_print(folder: Path) -> str:
-    """Return a digest of the base's weights: names, sizes, and the first and last MiB of each file.
-
-    Reading all of an 8 B model would cost half a minute of disk; another model, commit or conversion differs here.
-    """
-    digest = blake2b(digest_size=16)
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(_ENDS_BYTES))
-            handle.seek(max(0, size - _ENDS_BYTES))
-            digest.update(handle.read(_ENDS_BYTES))
     return digest.hexdigest()
 
 
