@@ -220,9 +220,9 @@ def test_a_family_that_is_no_gguf_a_template_that_is_no_go_and_a_base_of_four_bi
     write_tokenizer(model, "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}")
     assert "export_to: its chat template does more than Ollama's language" in told(run, model)[0]
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "granite"}))
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "olmo2"}))
     (sentence,) = told(run, model)
-    assert "granite" in sentence
+    assert "olmo2" in sentence
     four = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": four}))
     assert told(run, model) == [
