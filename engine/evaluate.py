@@ -27,6 +27,8 @@ Beside = Callable[[], AbstractContextManager[None]]
 
 IMPROVEMENT_NATS = 0.5
 """A drop of this much on held-out answers is called a measurable improvement."""
+WORST = 5
+"""So many rows that got worse are told with their text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,12 @@ def compare(base: Sequence[RowLoss], tuned: Sequence[RowLoss]) -> Scorecard:
     interval = (drop - reach, drop + reach)
     better = sum(value > 0 for value in drops) / len(drops)
     return Scorecard(mean_loss(base), mean_loss(tuned), drop, interval, better, verdict(drop, interval))
+
+
+def regressions(base: Sequence[RowLoss], tuned: Sequence[RowLoss], most: int = WORST) -> list[tuple[RowLoss, RowLoss]]:
+    """Return base and tuned loss of the rows that got worse, the worst first, at most `most` of them."""
+    lost = [(before, after) for before, after in zip(base, tuned, strict=True) if after.mean > before.mean]
+    return sorted(lost, key=lambda pair: (pair[0].mean - pair[1].mean, pair[0].row))[:most]
 
 
 def verdict(drop: float, interval: tuple[float, float]) -> str:

@@ -33,6 +33,7 @@ from qlora_tui.engine.steptime import sees_whole_rows
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.attention import tell_kernel
+from qlora_tui.engine.train.checks import checks_of
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
@@ -294,20 +295,25 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
     loaded.model.train()
     gradient = Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device))
     gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
+    samples = _samples(job, run, loaded, fence, tokenized, meter, folder)
+    holdout = Holdout(
+        job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside, samples.told
+    )
     return Loop(
         run=run,
         loaded=loaded,
         gradient=gradient,
         optimizer=optimizer,
         order=Order(tokenized.train, rows_per_step(run), run.seed),
-        holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside),
+        holdout=holdout,
         meter=meter,
         watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
         fence=fence,
         wishes=job.wishes,
         limits=Limits(run, Deadline(run.until)),
         keeper=Keeper(job.folder, run.save_total_limit, loaded.model, optimizer, meter),
-        samples=_samples(job, run, loaded, fence, tokenized, meter, folder),
+        samples=samples,
+        checks=checks_of(run, tokenized.train, tokenized.holdout),
         rates=Rates(planned(run.learning_rate_changes)),
         origin=origin(job.run, chain(tokenized.train, tokenized.holdout), folder, job.model_files.commit),
         total=total,
@@ -332,6 +338,7 @@ def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event,
         lost = "" if loop.keeper.step == loop.step else f"; without a checkpoint: a resume goes on from step {max(0, loop.keeper.step)}"
         return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}{lost}", path.name)
     yield from verdict.told((yield from loop.measure()))
+    yield from loop.checks.final(loop)
     reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
     return Result("done", reason, path.name)
 
