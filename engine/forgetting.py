@@ -19,9 +19,9 @@ from qlora_tui.engine.data import TokenRow
 
 PASSAGES = 24
 """So many are measured, a third of each kind where all are there."""
-PASSAGE_TOKENS = 192
-"""Longer ones are cut off here: with `PASSAGES` that bounds the work to 4,608 tokens, twice."""
-_CHARACTERS = 900
+PASSAGE_TOKENS = 96
+"""Longer ones are cut off here: with `PASSAGES` that bounds the work to 2,304 tokens, twice."""
+_CHARACTERS = 600
 _LEAST_TOKENS = 16
 _PROSE, _SHORTEST = 0.8, 300
 _TOPICS = ("assignment", "attribute-access", "comparisons", "context-managers", "debugger", "naming", "objects", "typesseq")

@@ -97,6 +97,21 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RUN", nargs="?", default="last", help="an id, a path or `last` (the default)")
+    _flag(
+        parser,
+        "--data",
+        "eval_data",
+        "PATH",
+        "measure these rows instead of those that the run held out; rows that it trained on are left out",
+    )
+    parser.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss instead of the last adapter")
+    parser.add_argument("--checks", action="store_true", help="also general text (forgetting) and rows that it trained on (overfitting)")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--runs-dir", "runs_dir", "DIR", "only the runs in this folder (default: runs, and those begun elsewhere)")
     _json(parser)
@@ -123,6 +138,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "presets": _presets_arguments,
     "runs": _runs_arguments,
     "serve": _serve_arguments,
+    "eval": _eval_arguments,
     "watch": _watch_arguments,
     "doctor": _json,
     CHILD: _child_arguments,

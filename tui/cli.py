@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "presets": "ready-made runs, and how each fits this machine",
     "runs": "past and present runs",
     "serve": "the same screens in a browser, for this machine alone",
+    "eval": "base against tuned on held-out rows, or on other rows, once more",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
     "doctor": "what works here, and the one command that mends what does not",
 }
@@ -44,6 +45,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "presets": ("facts", "presets"),
     "runs": ("facts", "runs"),
     "serve": ("serve", "serve"),
+    "eval": ("eval", "evaluate"),
     "watch": ("watch", "watch"),
     "doctor": ("facts", "doctor"),
     CHILD: ("run", "child"),

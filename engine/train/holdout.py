@@ -19,7 +19,7 @@ from qlora_tui.engine.meter import Meter, out_of_memory, said
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.step import Halving
 
-BASE = "base"
+EVAL, BASE = "eval", "base"
 
 
 def poll_for(wishes: Wishes) -> None:
@@ -57,11 +57,15 @@ class Holdout:
 
     def measure_base(self, loaded: Loaded, fence: Fence) -> Iterator[Event]:
         """Measure the base, adapter off; a resumed run reads what the first attempt measured."""
-        self.best_step = shelf.marks(self.folder).best or 0
-        self.best = self._known(f"step-{self.best_step:06d}") if self.best_step else []
-        self.base = self._known(BASE)
+        self.recall(self.folder)
+        self.base = self._known(self._path(BASE))
         if not self.base:
             yield from self.measure(0, loaded, fence)
+
+    def recall(self, folder: Path) -> None:
+        """Take up the best measurement that the run in `folder` made of these rows."""
+        self.best_step = shelf.marks(folder).best or 0
+        self.best = self._known(folder / EVAL / f"step-{self.best_step:06d}.jsonl") if self.best_step else []
 
     def measure(self, step: int, loaded: Loaded, fence: Fence) -> Iterator[Event]:
         """Measure the hold-out after `step` (0: the base) and say what came out.
@@ -172,11 +176,10 @@ class Holdout:
             found.append({"row": after.row, "base_loss": before.mean, "loss": after.mean, "prompt": prompt, "answer": answer})
         return tuple(found)
 
-    def _known(self, name: str) -> list[RowLoss]:
+    def _known(self, path: Path) -> list[RowLoss]:
         """Return what an earlier attempt measured, if it was of these rows."""
-        path = self._path(name)
         known = evaluate.read_rows(path) if path.exists() else []
         return known if [loss.row for loss in known] == [row.row for row in self.rows] else []
 
     def _path(self, name: str) -> Path:
-        return self.folder / "eval" / f"{name}.jsonl"
+        return self.folder / EVAL / f"{name}.jsonl"

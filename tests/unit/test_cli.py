@@ -20,7 +20,7 @@ from qlora_tui.engine.spec import KEYS
 from qlora_tui.tui.cli import COMMANDS, build, main, parse
 
 CPU = Machine("a test", "cpu", 64 * 2**30, cores=2)
-LATER = ("eval", "export", "import")
+LATER = ("export", "import")
 Writer = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
 
