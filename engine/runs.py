@@ -24,7 +24,7 @@ from qlora_tui.engine.spec import RunConfig, nearest
 RUN_FILE = "run.toml"
 LOG = "log.txt"
 RUNNING, CRASHED = "running", "crashed"
-_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, LOG, "report.md", "checkpoints", "eval", "adapter")
+_WRITTEN = (EVENTS, COMMANDS, LOCK, RUN_FILE, LOG, "report.md", "report.html", "checkpoints", "eval", "adapter")
 _KNOWN_LIMIT = 200
 _BLOCK = 1 << 16
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 from qlora_tui.engine import evaluate, forgetting
 from qlora_tui.engine.data import TokenRow, TokenRows, lengths_of
 from qlora_tui.engine.errors import Stopped
-from qlora_tui.engine.evaluate import IMPROVEMENT_NATS, Scorecard
+from qlora_tui.engine.evaluate import Scorecard
 from qlora_tui.engine.events import Event, Finding, Probed
+from qlora_tui.engine.score import IMPROVEMENT_NATS
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.watch.advice import BEST
 from qlora_tui.engine.watch.overfitting import ERRORS, NATS
