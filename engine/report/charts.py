@@ -16,11 +16,12 @@ _WIDE, _HALF, _HIGH = 720, 350, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 26
 _MOST_POINTS = 700
 _TICKS = 5
+_LARGEST, _APART = 1e9, 1e-12
 
 
 def curves(block: Curves) -> Markup:
     """Return curves over steps; points that are no numbers are left out, and an outlier does not flatten the rest."""
-    lines = [(line, _thinned([point for point in line.points if all(map(math.isfinite, point))])) for line in block.lines]
+    lines = [(line, _thinned([point for point in line.points if all(map(_drawable, point))])) for line in block.lines]
     points = [point for _, found in lines for point in found]
     width, height = (_WIDE, _HIGH) if block.wide else (_HALF, _HIGH * 2 // 3)
     if not points:
@@ -39,7 +40,7 @@ def curves(block: Curves) -> Markup:
 
 def bars(block: Bars) -> Markup:
     """Return signed bars from a line of zero."""
-    values = [value for value in block.values if math.isfinite(value)]
+    values = [value for value in block.values if _drawable(value)]
     if not values:
         return Markup("")
     height = _HIGH * 3 // 4
@@ -60,8 +61,8 @@ class _Scale:
     """From figures to places in a drawing."""
 
     def __init__(self, x0: float, x1: float, y0: float, y1: float, width: int, height: int) -> None:
-        self.x0, self.x1 = x0, x1 if x1 > x0 else x0 + 1
-        self.y0, self.y1 = y0, y1 if y1 > y0 else y0 + 1
+        self.x0, self.x1 = x0, x1 if x1 > x0 + _APART else x0 + 1
+        self.y0, self.y1 = y0, y1 if y1 > y0 + _APART else y0 + 1
         self.width, self.height = width, height
 
     def x(self, value: float) -> float:
@@ -74,6 +75,10 @@ class _Scale:
         return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
 
 
+def _drawable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) < _LARGEST
+
+
 def _span(values: Sequence[float]) -> tuple[float, float]:
     """Return the lowest and highest of what should be seen: a few outliers far above the rest run into the upper edge."""
     ordered = sorted(values)
@@ -81,6 +86,8 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = ordered[0], ordered[-1]
     if high - low > 4 * (usual - low) > 0:
         high = low + 1.5 * (usual - low)
+    if high - low <= _APART * max(1.0, abs(low)):  # a level: seen in the middle
+        return (0.0, 2 * low) if low > 0 else (2 * low, 0.0) if low < 0 else (0.0, 1.0)
     room = 0.05 * (high - low)
     return (low - room if low < 0 or low > room else 0.0), high + room
 
@@ -122,7 +129,7 @@ def _round_values(low: float, high: float) -> list[float]:
     """Return about `_TICKS` round figures from `low` to `high`.
 
     >>> _round_values(1.9, 4.3), _round_values(0, 30)
-    ([2.0, 2.5, 3.0, 3.5, 4.0], [0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0])
+    ([2.0, 2.5, 3.0, 3.5, 4.0], [0.0, 10.0, 20.0, 30.0])
     """
     rough = (high - low) / _TICKS
     unit = 10.0 ** math.floor(math.log10(rough))
