@@ -74,6 +74,28 @@ def test_a_wish_to_stop_ends_the_checks_and_keeps_what_is_known(run_of: Make, tm
     assert ran.of(Evaluated)[-1].base_loss is not None
 
 
+def test_rows_that_got_worse_are_told_with_their_words(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if training had done harm, and the more the higher a row's number."""
+    honest, calls = evaluate.measure, [0]
+
+    def measure(*args: Any, **more: Any) -> Any:
+        calls[0] += 1
+        found = yield from honest(*args, **more)
+        harm = 0.0 if calls[0] == 1 else 0.01
+        return [dataclasses.replace(loss, nll=loss.nll + loss.tokens * (1 + loss.row * harm if harm else 0)) for loss in found]
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    ran = drive(run_of(final_checks=False, val_set_size=8.0, eval_steps=100, watch_stop=()), tmp_path / "run")
+    first, last = ran.of(Evaluated)
+    assert first.worst == ()
+    assert len(last.worst) == evaluate.WORST
+    lost = [row["loss"] - row["base_loss"] for row in last.worst]
+    assert lost == sorted(lost, reverse=True)
+    assert min(lost) > 0
+    assert all(row["prompt"] == f"say {row['row'] - 1}" and row["answer"].startswith("abc ") for row in last.worst)
+    assert json.loads(json.dumps(last.worst)) == [*last.worst]
+
+
 def test_learning_by_heart_is_called_overfitted(run_of: Make, write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     data = nonsense(write_jsonl, 32)
     steps = {"num_train_epochs": 100.0, "max_steps": 0, "eval_steps": 20, "save_steps": 100, "learning_rate": 1e-2, "max_grad_norm": 0.0}
@@ -145,21 +167,10 @@ def test_eval_finds_the_runs_own_scorecard_again(finished: Path, capsys, tmp_pat
     assert "the best by held-out loss, of step" in said
     assert "mean row" in said
 
-    other = write_jsonl([{"prompt": f"tell {n}", "completion": "\x01\x02 " * (n % 5 + 1)} for n in range(12)], "other.jsonl")
+    other = write_jsonl([{"prompt": f"tell {n}", "completion": "xyz " * (n % 5 + 1)} for n in range(12)], "other.jsonl")
     assert cli.main(["eval", str(finished), "--data", str(other), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["data"]) == (12, str(other))
-    assert len(found["worst"]) == evaluate.WORST  # what it was not trained on became less likely
-    lost = [row["loss"] - row["base_loss"] for row in found["worst"]]
-    assert lost == sorted(lost, reverse=True)
-    assert min(lost) > 0
-    for row in found["worst"]:
-        assert row["prompt"] == f"tell {row['row'] - 1}"
-        assert row["answer"].startswith("\x01\x02 ")
-    assert cli.main(["eval", str(finished), "--data", str(other)]) == 0
-    said = capsys.readouterr().out
-    assert said.count("worse: row") == evaluate.WORST
-    assert "\x01" not in said
 
 
 def test_eval_of_a_run_without_an_adapter_is_one_sentence(finished: Path, capsys) -> None:
