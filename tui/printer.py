@@ -7,6 +7,7 @@ the journal on disk goes on, and so does the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -199,9 +200,11 @@ class Printer:
                 return _plain_lines(event, self._folder)
 
     def _phase(self, event: Phase, t: float) -> Sequence[str]:
-        name = _PHASES.get(event.name, event.name)
         if event.name == "train":
             return ()
+        name = _PHASES.get(event.name, event.name)
+        if event.name == "eval" and event.note:  # other rows than those held out
+            name, event = f"measuring {one_line(event.note)}", dataclasses.replace(event, note="")
         if event.state == "begin":
             self._phase_at = t
             return (f"{name}{f': {one_line(event.note)}' if event.note else ''} ...",) if event.name != "save" else ()

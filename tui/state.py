@@ -117,9 +117,11 @@ def phase_words(name: str, note: str = "") -> str:
 
     Loading comes twice, the libraries first and then the model, so its short note is a part of its name.
 
-    >>> phase_words("eval", "24 rows"), phase_words("load", "the libraries for training"), phase_words("load")
+    >>> phase_words("eval"), phase_words("load", "the libraries for training"), phase_words("load")
     ('measure held-out rows', 'load the libraries for training', 'load the model')
     """
+    if name == "eval" and note:  # other rows than those held out
+        return f"measure {one_line(note, limit=60)}"
     if name == "load" and note.startswith("the "):
         return f"load {one_line(note, limit=40)}"
     return _PHASE_WORDS.get(name, one_line(name, limit=40))

@@ -109,21 +109,21 @@ class Holdout:
 
         yield Phase("eval", "begin", done=0, total=len(rows), unit="rows", note=note)
         with self.meter.phase("eval", fresh=step == 0):
-            losses, words = yield from self._attempt(rows, loaded, fence, poll, adapter_off=adapter_off)
+            losses, words = yield from self._attempt(rows, loaded, fence, poll, note, adapter_off=adapter_off)
             while words:
                 yield self.halving.halve(step, words)
-                losses, words = yield from self._attempt(rows, loaded, fence, poll, adapter_off=adapter_off)
+                losses, words = yield from self._attempt(rows, loaded, fence, poll, note, adapter_off=adapter_off)
         seconds, told = time.monotonic() - began, self.meter.told("eval")
         yield Phase("eval", "end", done=len(losses), total=len(rows), unit="rows", seconds=seconds, note=note, **told)
         return losses
 
     def _attempt(
-        self, rows: Sequence[TokenRow], loaded: Loaded, fence: Fence, poll: Callable[[], None], *, adapter_off: bool
+        self, rows: Sequence[TokenRow], loaded: Loaded, fence: Fence, poll: Callable[[], None], note: str, *, adapter_off: bool
     ) -> Generator[Event, None, tuple[list[RowLoss], str]]:
         """Return the losses, none if somebody asked to stop; and the error's words where memory ran out."""
         try:
             with fence.excursion(adapter_off=adapter_off):
-                return (yield from self._progress(rows, loaded, poll)), ""
+                return (yield from self._progress(rows, loaded, poll, note)), ""
         except Stopped:
             return [], ""
         except RuntimeError as error:
@@ -131,12 +131,14 @@ class Holdout:
                 raise
             return [], said(error)
 
-    def _progress(self, rows: Sequence[TokenRow], loaded: Loaded, poll: Callable[[], None]) -> Generator[Event, None, list[RowLoss]]:
+    def _progress(
+        self, rows: Sequence[TokenRow], loaded: Loaded, poll: Callable[[], None], note: str
+    ) -> Generator[Event, None, list[RowLoss]]:
         work = evaluate.measure(loaded, rows, self.halving.rows, poll, chunk=self.chunk, beside=self.beside)
         try:
             while True:
                 done = next(work)
-                yield Phase("eval", "progress", done=done, total=len(rows), unit="rows")
+                yield Phase("eval", "progress", done=done, total=len(rows), unit="rows", note=note)
         except StopIteration as end:
             losses: list[RowLoss] = end.value
             return losses
