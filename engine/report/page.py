@@ -16,7 +16,7 @@ from qlora_tui.engine.report import charts
 from qlora_tui.engine.report.blocks import Section, Text
 from qlora_tui.engine.text import one_line, safe_text
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+TEMPLATE = Path(__file__).with_name("page.html")
 _LONGEST = 2_000
 
 
