@@ -3,9 +3,9 @@
     python tests/bench/bare_peft.py RUN_FOLDER [ROWS.jsonl]
 
 Nothing of this project is imported: rows are rendered by the tokenizer's own chat template, the model is loaded as PEFT's documentation
-says, the logits are the model's own and the loss is torch's. It compares row by row with what the run wrote under `eval/`, and ends
-with 1 where a row differs by more than 1e-3 nats a token. The rows are the lines of the run's data, or of ROWS.jsonl where the run
-was trained on `builtin:` rows: `python -c "from qlora_tui.engine.data.builtin_docs import read_docs; import json; ..."` writes those.
+says, the logits are the model's own and the loss is torch's. It compares row by row with what the run wrote under `eval/`,
+and ends with 1 where a row differs by more than 1e-3 nats a token. The rows are the lines of the run's data, or of ROWS.jsonl
+where the run was trained on `builtin:` rows: `labels.py` writes those as `docs.jsonl`.
 """
 
 from __future__ import annotations
