@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +182,27 @@ def test_eval_of_a_run_without_an_adapter_is_one_sentence(finished: Path, capsys
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "has no adapter" in said
+
+
+def test_ctrl_c_ends_an_evaluation(finished: Path, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The signal comes when the owner says that it measures, and the main thread hears of it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    pressed: list[bool] = []
+
+    def measure(*args: Any, **more: Any) -> Any:
+        pressed or os.kill(os.getpid(), signal.SIGINT)
+        pressed.append(True)
+        while True:  # a long one: only the wish ends it
+            args[3]()
+            yield 0
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    assert cli.main(["eval", str(finished)]) == 130
+    said = capsys.readouterr()
+    assert "stopped: nothing was measured" in said.err
+    assert said.out == ""
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_eval_refuses_an_adapter_of_another_model(finished: Path, capsys) -> None:

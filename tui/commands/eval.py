@@ -67,7 +67,7 @@ def _measure(run: RunConfig, chosen: Chosen, place: Path, streams: Streams) -> t
 
     folder = place / chosen.folder.name
     folder.mkdir(mode=0o700)
-    with Signals(too_early=lambda code, why: shutil.rmtree(place, ignore_errors=True)) as signals:
+    with Signals(restore=lambda: shutil.rmtree(place, ignore_errors=True)) as signals:
         with on_a_line(streams.talk) as reading:
             checked = preflight.check(run, stopping=reading.stopping, progress=reading.progress)
         session = signals.mind(Session(run, checked, folder=folder, train=functools.partial(train_for_real, measured=chosen)))
@@ -77,7 +77,7 @@ def _measure(run: RunConfig, chosen: Chosen, place: Path, streams: Streams) -> t
             _follow(session, streams)
     word = session.last_word
     if session.exit_code and word is not None:
-        streams.talk.line(one_line(word.reason))
+        streams.talk.line("stopped: nothing was measured" if word.outcome in ("stopped", "aborted") else one_line(word.reason))
         _keep_log(folder / LOG, word.reason, streams)
     return session.exit_code, [record.event for record in read_records(folder / EVENTS)]
 
