@@ -131,7 +131,8 @@ def _checks(seen: Seen) -> Iterator[Block]:
         yield Points([f"{_CHECKED.get(name, name)}: {probed.about}, {count(probed.tokens)} tokens" for name, probed in seen.probes.items()])
     for found in seen.findings:
         if found.detector in _NAMED and found.severity != "info":
-            yield Text(f"{found.detector}: {found.message}", strong=True, tone="warn")
+            named = "" if found.message.startswith(found.detector) else f"{found.detector}: "
+            yield Text(f"{named}{found.message}", strong=True, tone="warn")
 
 
 def _checked(probed: Probed) -> list[str]:
