@@ -92,7 +92,7 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
     shelf.verify(path)
     weights, tensors, states = (_read_tensors(path / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER, RANDOM))
     state = read_state(path)
-    _check_adapter(model, weights, "the adapter in the checkpoint", path)
+    _check_adapter(path, model, weights)
     _check_optimizer(optimizer, tensors, state["optimizer"], str(path))
     if "cpu" not in states:
         raise CheckpointError("the state of the random generator is missing from the checkpoint", where=str(path))
@@ -103,20 +103,14 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
 
 
 def read_adapter(path: Path, model: PeftModel) -> None:
-    """Put the adapter of a finished run onto its base.
+    """Put the adapter that lies in `path`, a checkpoint or what a run left, on `model`.
 
     Raises:
-        CheckpointError: it cannot be read or does not belong to this model.
+        CheckpointError: it cannot be read, or is none of this model's.
     """
     weights = _read_tensors(path / ADAPTER_WEIGHTS)
-    _check_adapter(model, weights, "the adapter", path)
+    _check_adapter(path, model, weights)
     set_peft_model_state_dict(model, pissa.split(model, weights))
-
-
-def _check_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], what: str, path: Path) -> None:
-    known = pissa.joined(model, _adapter(model))
-    if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
-        raise CheckpointError(f"{what} has other layers or another rank than this run", where=str(path))
 
 
 def write_adapter(folder: Path, model: PeftModel, base_name: str, tokenizer: Tokenizer) -> Path:
@@ -249,6 +243,12 @@ def read_state(path: Path) -> dict[str, Any]:
     if lost:
         raise CheckpointError(f"{STATE} does not hold {lost[0]}", where=str(path))
     return state
+
+
+def _check_adapter(path: Path, model: PeftModel, weights: Mapping[str, torch.Tensor]) -> None:
+    known = pissa.joined(model, _adapter(model))
+    if {name: part.shape for name, part in weights.items()} != {name: part.shape for name, part in known.items()}:
+        raise CheckpointError("the adapter in the checkpoint has other layers or another rank than this run", where=str(path))
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], where: str) -> None:

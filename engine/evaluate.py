@@ -21,12 +21,13 @@ from qlora_tui.engine.data import TokenRow, lengths_of
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.places import replace_file
+from qlora_tui.engine.score import student_t, verdict
 
 Beside = Callable[[], AbstractContextManager[None]]
 """Makes the context in which a batch is measured, such as one that lends it memory."""
 
-IMPROVEMENT_NATS = 0.5
-"""A drop of this much on held-out answers is called a measurable improvement."""
+WORST = 5
+"""So many rows that got worse are told with their text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,27 +113,10 @@ def compare(base: Sequence[RowLoss], tuned: Sequence[RowLoss]) -> Scorecard:
     return Scorecard(mean_loss(base), mean_loss(tuned), drop, interval, better, verdict(drop, interval))
 
 
-def verdict(drop: float, interval: tuple[float, float]) -> str:
-    """Say in one sentence what the comparison shows; both the size and the interval count."""
-    low, high = interval
-    if low > 0 and drop >= IMPROVEMENT_NATS:
-        return f"a measurable improvement: the average held-out row is {drop:.2f} nats a token more likely"
-    if low > 0:
-        return f"better, but by less than {IMPROVEMENT_NATS} nats: {drop:.2f}"
-    if high < 0:
-        return f"worse than the base by {-drop:.2f} nats: do not use this adapter"
-    return f"no clear change: {drop:+.2f} nats, and the interval holds zero"
-
-
-def student_t(freedom: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t.
-
-    Source: the expansion in 1/freedom (Abramowitz and Stegun 26.7.5); within 1 % from 4 degrees on, and
-    too narrow below, where no interval should be trusted anyway.
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return float(sum(term / freedom**power for power, term in enumerate(terms)))
+def regressions(base: Sequence[RowLoss], tuned: Sequence[RowLoss], most: int = WORST) -> list[tuple[RowLoss, RowLoss]]:
+    """Return base and tuned loss of the rows that got worse, the worst first, at most `most` of them."""
+    lost = [(before, after) for before, after in zip(base, tuned, strict=True) if after.mean > before.mean]
+    return sorted(lost, key=lambda pair: (pair[0].mean - pair[1].mean, pair[0].row))[:most]
 
 
 def write_rows(path: Path, losses: Sequence[RowLoss]) -> None:

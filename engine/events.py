@@ -124,7 +124,8 @@ class Stepped:
 class Evaluated:
     """The hold-out was measured. The scorecard's fields are set once base and tuned can be compared.
 
-    `loss` and `base_loss` weigh tokens; `drop` (base minus tuned) and `interval` (95 %) rest on row means.
+    `loss` and `base_loss` weigh tokens; `drop` (base minus tuned) and `interval` (95 %) rest on row means. `worst` are the
+    rows that lost most, worst first: `row`, `base_loss`, `loss`, and in `prompt` and `answer` foreign words to read.
     """
 
     type: ClassVar[str] = "evaluated"
@@ -138,6 +139,27 @@ class Evaluated:
     interval: tuple[float, float] | None = None
     better_share: float | None = None
     verdict: str = ""
+    worst: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Other rows than the hold-out were measured by its definition, base against tuned: general text, or rows trained on.
+
+    `about` says in words which rows they are; `tokens` counts supervised ones.
+    """
+
+    type: ClassVar[str] = "probed"
+    step: int
+    name: Literal["general", "train"]
+    about: str
+    rows: int
+    tokens: int
+    base_loss: float
+    loss: float
+    drop: float
+    interval: tuple[float, float]
+    better_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +285,7 @@ Event = (
     | Planned
     | Stepped
     | Evaluated
+    | Probed
     | Sampled
     | Saved
     | MarkedHealthy

@@ -33,6 +33,7 @@ ON_RESUME: Mapping[str, str] = {
     "eval_steps": "measured at those steps from now on; the schedule stays",
     "save_steps": "saved at those steps from now on; the schedule stays",
     "sample_prompts": "shown from now on; the adapter is the same with them or without",
+    "final_checks": "measured at the end or not; the adapter is the same",
     "save_total_limit": "older checkpoints beyond it go at the next save; the schedule stays",
     "watch_stop": "obeyed from now on; the schedule stays",
     "watch_rollback": "obeyed from now on; the schedule stays",

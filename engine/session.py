@@ -249,7 +249,7 @@ class Session:
         try:
             return report.write(self.folder, read_records(self._journal.path), word).name
         except Exception:  # noqa: BLE001  a report that fails must not change how the run ended
-            _log.exception("report.md could not be written")
+            _log.exception("the report could not be written")
             return ""
 
     def _write(self, event: Event) -> None:

@@ -104,5 +104,7 @@ def told(text: str) -> list[ev.Event]:
     events += [ev.Planned(budget, {text: text}, text), ev.Device(1, 1, 2, throttle=text), ev.Command(text, text, False, text)]
     events += [ev.Finding(text, "warn", 9, text, (text, text), {text: text}), ev.RolledBack(9, 0.5, 1, text)]
     events += [ev.Sampled(9, text, text)]
-    events += [ev.Evaluated(40, 1.0, 9, 0.1, text, base_loss=2.0, drop=1.0, verdict=text), ev.Saved(40, text, 1, "adapter")]
+    worst = ({"row": 3, "base_loss": 1.0, "loss": 2.0, "prompt": text, "answer": text}, {"row": text, "loss": text})
+    events += [ev.Evaluated(40, 1.0, 9, 0.1, text, base_loss=2.0, drop=1.0, verdict=text, worst=worst), ev.Saved(40, text, 1, "adapter")]
+    events += [ev.Probed(40, name, text, 9, 90, 1.0, 2.0, -1.0, (-2.0, 0.0), 0.1) for name in ("general", text)]  # type: ignore[arg-type]
     return events

@@ -109,6 +109,21 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RUN", nargs="?", default="last", help="an id, a path or `last` (the default)")
+    _flag(
+        parser,
+        "--data",
+        "eval_data",
+        "PATH",
+        "measure these rows instead of those that the run held out; rows that it trained on are left out",
+    )
+    parser.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss instead of the last adapter")
+    parser.add_argument("--checks", action="store_true", help="also general text (forgetting) and rows that it trained on (overfitting)")
+    _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
+    _json(parser)
+
+
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--runs-dir", "runs_dir", "DIR", "only the runs in this folder (default: runs, and those begun elsewhere)")
     _json(parser)
@@ -217,6 +232,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "import": _import_arguments,
     "export": _export_arguments,
     "serve": _serve_arguments,
+    "eval": _eval_arguments,
     "watch": _watch_arguments,
     "completion": _completion_arguments,
     "judge": _judge_arguments,

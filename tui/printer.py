@@ -7,6 +7,7 @@ the journal on disk goes on, and so does the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from qlora_tui.engine.events import (
     Phase,
     Planned,
     Prepared,
+    Probed,
     Record,
     Resumed,
     RolledBack,
@@ -37,6 +39,7 @@ from qlora_tui.engine.events import (
 from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.engine.units import count, gib, words
 from qlora_tui.tui.descriptors import hold_descriptors
+from qlora_tui.tui.scoretext import card_lines, probe_line
 
 _BREAK = "\n"  # inside a line it is foreign: what follows would look like a line of ours
 _STEP_LINES = 100
@@ -189,15 +192,19 @@ class Printer:
             case Evaluated():
                 self._base = event if event.base_loss is not None else self._base
                 return (_evaluated(event),)
+            case Probed():
+                return (probe_line(event),)
             case Finished():
                 return self._finished(event)
             case _:
                 return _plain_lines(event, self._folder)
 
     def _phase(self, event: Phase, t: float) -> Sequence[str]:
-        name = _PHASES.get(event.name, event.name)
         if event.name == "train":
             return ()
+        name = _PHASES.get(event.name, event.name)
+        if event.name == "eval" and event.note:  # other rows than those held out
+            name, event = f"measuring {one_line(event.note)}", dataclasses.replace(event, note="")
         if event.state == "begin":
             self._phase_at = t
             return (f"{name}{f': {one_line(event.note)}' if event.note else ''} ...",) if event.name != "save" else ()
@@ -248,8 +255,7 @@ class Printer:
         reason = one_line(event.reason)
         lines = ["", reason if reason.startswith(event.outcome) else f"{event.outcome}: {reason}"]
         if self._base and self._base.base_loss is not None:
-            losses = f"base {self._base.base_loss:.4f} -> tuned {self._base.loss:.4f} at step {self._base.step}"
-            lines.append(f"held-out loss: {losses}. {one_line(self._base.verdict)}")
+            lines += card_lines(self._base)
         elif self._steps:
             lines.append(f"loss of a step: {self._steps[0].loss:.4f} -> {self._steps[1].loss:.4f}")
         if event.adapter:

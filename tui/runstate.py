@@ -105,6 +105,7 @@ class RunState:
     evals: tuple[tuple[int, float], ...] = ()
     base_loss: float | None = None
     scorecard: ev.Evaluated | None = None
+    probes: Mapping[str, ev.Probed] = field(default_factory=dict)
     marks: tuple[Mark, ...] = ()
     saved: ev.Saved | None = None
     saved_at: float = 0.0

@@ -32,6 +32,7 @@ from qlora_tui.tui.runstate import (
     Reading,
     RunState,
 )
+from qlora_tui.tui.scoretext import probe_line
 
 __all__ = ["LOG_LINES", "Doing", "Line", "Mark", "Moment", "Reading", "RunState", "fold", "fold_all", "phase_words"]
 
@@ -116,9 +117,11 @@ def phase_words(name: str, note: str = "") -> str:
 
     Loading comes twice, the libraries first and then the model, so its short note is a part of its name.
 
-    >>> phase_words("eval", "24 rows"), phase_words("load", "the libraries for training"), phase_words("load")
+    >>> phase_words("eval"), phase_words("load", "the libraries for training"), phase_words("load")
     ('measure held-out rows', 'load the libraries for training', 'load the model')
     """
+    if name == "eval" and note:  # other rows than those held out
+        return f"measure {one_line(note, limit=60)}"
     if name == "load" and note.startswith("the "):
         return f"load {one_line(note, limit=40)}"
     return _PHASE_WORDS.get(name, one_line(name, limit=40))
@@ -229,6 +232,10 @@ def _evaluated(state: RunState, event: ev.Evaluated, t: float) -> Changes:
     return {"evals": evals, "base_loss": base, "scorecard": event if final else state.scorecard, "log": log}
 
 
+def _probed(state: RunState, event: ev.Probed, t: float) -> Changes:
+    return {"probes": {**state.probes, event.name: event}, "log": _say(state, t, probe_line(event))}
+
+
 def _sampled(state: RunState, event: ev.Sampled, t: float) -> Changes:
     kept = ev.Sampled(event.step, event.prompt[:_TEXT_LIMIT], event.text[:_TEXT_LIMIT])
     text = f"{one_line(event.prompt, limit=60)} → {one_line(event.text, limit=300) or '(nothing)'}"
@@ -272,6 +279,7 @@ def _resumed(state: RunState, event: ev.Resumed, t: float) -> Changes:
         "evals": tuple(point for point in state.evals if point[0] <= at),
         "findings": tuple(finding for finding in state.findings if finding.step <= at),
         "scorecard": None,
+        "probes": {},
         "forecast": None,
         "marks": marks,
         "resumes": (*state.resumes[-(MARKS - 1) :], at),
@@ -332,6 +340,7 @@ _FOLDS: Mapping[str, Callable[[RunState, Any, float], Changes]] = {
     ev.Planned.type: _planned,
     ev.Stepped.type: _stepped,
     ev.Evaluated.type: _evaluated,
+    ev.Probed.type: _probed,
     ev.Sampled.type: _sampled,
     ev.Saved.type: _saved,
     ev.MarkedHealthy.type: _marked_healthy,

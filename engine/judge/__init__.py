@@ -29,7 +29,7 @@ from qlora_tui.engine.judge.kept import (
 )
 from qlora_tui.engine.judge.prices import Prices, keep_prices, prices_of, reply_tokens
 from qlora_tui.engine.judge.question import size_of
-from qlora_tui.engine.judge.tally import Tally, document, percents, section, tallies, tally, words_of
+from qlora_tui.engine.judge.tally import Tally, document, percents, tallies, tally, words_of
 
 __all__ = [
     "ANSWERS",
@@ -64,7 +64,6 @@ __all__ = [
     "prices_of",
     "read_pairs",
     "reply_tokens",
-    "section",
     "size_of",
     "tallies",
     "tally",

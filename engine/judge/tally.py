@@ -10,13 +10,12 @@ Source: Wilson, "Probable inference, the law of succession, and statistical infe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from qlora_tui.engine.judge.kept import ME, Pairs, Said, read_pairs
+from qlora_tui.engine.judge.kept import Pairs, Said, read_pairs
 
 _Z = NormalDist().inv_cdf(0.975)
 _SURE_ENOUGH = 20
@@ -133,32 +132,6 @@ def document(folder: Path) -> dict[str, Any]:
     ]
     wanted = pairs.sheet.rows if pairs.sheet else 0
     return {"run": folder.name, "wanted": wanted, "answered": len(pairs.answers), "judges": judges}
-
-
-def section(folder: Path, md: Callable[[object], str]) -> list[str]:
-    """Return the lines of the report about answers that were judged, none where nobody has; `md` makes foreign text safe there."""
-    pairs = read_pairs(folder)
-    found = [one for one in tallies(pairs) if one.judged]
-    if not found:
-        return []
-    lines = ["## Which answers are better?", "", f"Base and tuned answered {_count(len(pairs.answers), 'held-out prompt')}, greedily."]
-    lines += ["", "| judge | pairs | tuned | tie | base | win rate |", "|---|---|---|---|---|---|"]
-    for one in found:
-        name = "you, blind" if one.by == ME else md(one.by)
-        cells = (name, one.judged, one.wins, one.ties + one.same, one.losses, percents(one))
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", *(_sentence(one, md) for one in found)]
-    lines += ["", "A tie counts half; the interval is Wilson's. An endpoint is asked twice, with the places swapped, and disagreement"]
-    lines.append("with itself is a tie. Equal answers are ties that nobody is asked about.")
-    return lines
-
-
-def _sentence(found: Tally, md: Callable[[object], str]) -> str:
-    name = "By you" if found.by == ME else f"By {md(found.by)}"
-    left = {"skipped": found.skipped, "without a verdict": found.unclear}
-    told = ", ".join(f"{_count(number, 'pair')} {what}" for what, number in left.items() if number)
-    cost = f" It cost ${found.dollars:.2f}." if found.dollars else ""
-    return f"- {name}: {words_of(found)}{f' ({told})' if told else ''}.{cost}"
 
 
 def _count(number: int, what: str) -> str:

@@ -22,7 +22,7 @@ def safe_point(loop: Loop, trained_seconds: Callable[[], float]) -> Generator[Ev
 
     However short the time, every attempt takes one step, so that it ends with something saved.
     """
-    measuring = loop.holdout.seconds + loop.samples.seconds
+    measuring = loop.holdout.seconds + loop.samples.seconds + loop.checks.seconds(loop.holdout.seconds)
 
     def up() -> bool:
         return loop.limits.up(trained_seconds(), loop.timed, measuring)

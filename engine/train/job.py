@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from qlora_tui.engine import builtin, checkpoint, fixes, hub
+from qlora_tui.engine.adapters import Chosen
 from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, lengths_of, load_tokenizer, prepare
 from qlora_tui.engine.errors import ConfigError, DataError, ModelError, Stopped
@@ -34,6 +35,7 @@ from qlora_tui.engine.steptime import sees_whole_rows
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.train import verdict
 from qlora_tui.engine.train.attention import tell_kernel
+from qlora_tui.engine.train.checks import checks_of
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
@@ -63,6 +65,7 @@ class Job:
 
     `say` journals what a callback deep inside a download or the tokenizer has to tell, where a generator cannot yield.
     `scores_alone` ends it before the first step, once the base has scored the answers: a person wants to see them first.
+    `measured` is the adapter of another run that is measured instead: nothing is trained, and what is left open is chosen as there.
     `rehearse_on_cpu` is for tests: a processor has no hard limit to find out about, and a rehearsal costs it a whole step.
     """
 
@@ -77,6 +80,7 @@ class Job:
     say: Callable[[Event], object]
     resume: bool = False
     scores_alone: bool = False
+    measured: Chosen | None = None
     rehearse_on_cpu: bool = False
 
 
@@ -132,6 +136,8 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     if job.scores_alone:
         return Result("done", "the base has scored the answers")
     loop = _loop(job, choices, loaded, fence, tokenized, meter, folder)
+    if job.measured is not None:
+        return (yield from _measure(loop, job.measured))
     planned = partial(_planned, job, choices, loop.total)
     rehearsed = yield from worst_first(choices, loop, tokenized, planned, on_cpu=job.rehearse_on_cpu)
     yield from tell_kernel(choices.run, loaded, loop.fence, tokenized.facts.max_row_tokens, job.model_spec.head_dim)
@@ -209,7 +215,8 @@ def _plan(job: Job, tokenized: Tokenized) -> Generator[Event, None, Choices]:
     began = time.monotonic()
     yield Phase("plan", "begin")
     lengths = tokenized.lengths
-    past = read_records(job.folder / EVENTS) if job.resume else []
+    known = job.measured.folder if job.measured else job.folder if job.resume else None
+    past = read_records(known / EVENTS) if known else []
     choices = choose(job.model_spec, job.run, job.machine, lengths, past)
     yield Phase("plan", "end", seconds=time.monotonic() - began)
     yield _prepared(job, choices.run, tokenized)
@@ -298,20 +305,25 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
     loaded.model.train()
     gradient = Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device))
     gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
+    samples = _samples(job, run, loaded, fence, tokenized, meter, folder)
+    holdout = Holdout(
+        job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside, samples.told
+    )
     return Loop(
         run=run,
         loaded=loaded,
         gradient=gradient,
         optimizer=optimizer,
         order=Order(tokenized.train, rows_per_step(run), run.seed),
-        holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside),
+        holdout=holdout,
         meter=meter,
         watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
         fence=fence,
         wishes=job.wishes,
         limits=Limits(run, Deadline(run.until)),
         keeper=Keeper(job.folder, run.save_total_limit, loaded.model, optimizer, meter),
-        samples=_samples(job, run, loaded, fence, tokenized, meter, folder),
+        samples=samples,
+        checks=checks_of(run, tokenized.train, tokenized.holdout),
         rates=Rates(planned(run.learning_rate_changes)),
         origin=origin(job.run, chain(tokenized.train, tokenized.holdout), folder, job.model_files.commit),
         total=total,
@@ -336,8 +348,22 @@ def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event,
         lost = "" if loop.keeper.step == loop.step else f"; without a checkpoint: a resume goes on from step {max(0, loop.keeper.step)}"
         return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}{lost}", path.name)
     yield from verdict.told((yield from loop.measure()))
+    yield from loop.checks.final(loop)
     reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
     return Result("done", reason, path.name)
+
+
+def _measure(loop: Loop, chosen: Chosen) -> Generator[Event, None, Result]:
+    """Measure the base and an adapter of another run as that run did, and its last checks if `final_checks` asks for them."""
+    checkpoint.read_adapter(chosen.path, loop.loaded.model)
+    loop.step = chosen.step
+    loop.holdout.recall(chosen.folder)
+    yield from loop.holdout.measure(0, loop.loaded, loop.fence)
+    poll_for(loop.wishes)
+    yield from loop.holdout.measure(loop.step, loop.loaded, loop.fence)
+    poll_for(loop.wishes)
+    yield from loop.checks.final(loop)
+    return Result("done", f"measured {chosen.which}")
 
 
 def _base_name(job: Job, folder: Path) -> str:

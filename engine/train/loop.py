@@ -25,6 +25,7 @@ from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.rates import Rates
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import control, verdict
+from qlora_tui.engine.train.checks import Checks
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout
 from qlora_tui.engine.train.keeper import Keeper
@@ -57,6 +58,7 @@ class Loop:
     limits: Limits
     keeper: Keeper
     samples: Samples
+    checks: Checks
     rates: Rates
     origin: Mapping[str, Any]  # what a resume must find again: settings, data, base
     total: int

@@ -27,6 +27,7 @@ from qlora_tui.engine.train.holdout import poll_for
 HELD_OUT = 3
 """So many held-out rows are asked when nobody names a prompt."""
 
+_SHOWN = 400
 _MOST_CHARACTERS = 20_000  # far more than the tokens that a sample takes, and few enough to be counted at once
 
 
@@ -95,7 +96,7 @@ class Samples:
 
     def _sample(self, prompt: Prompt) -> tuple[str | None, str]:
         """Return the answer; or None where somebody asked to stop or memory ran out, with the error's words."""
-        tokenizer = self._own()
+        tokenizer = self.tokenizer()
         try:
             with self.fence.excursion():
                 ids = greedy(self.loaded, prompt.ids, ANSWER_TOKENS, tokenizer.stop_ids(), lambda: poll_for(self.wishes))
@@ -107,7 +108,7 @@ class Samples:
             return None, said(error)
         return tokenizer.decode(ids), ""
 
-    def _own(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Return this run's tokenizer for samples; whoever made it would own it, so nobody else may."""
         self.fence.check("a sample", BETWEEN)
         if self._tokenizer is None:
@@ -132,7 +133,7 @@ class Samples:
         if len(text) > _MOST_CHARACTERS:
             return [], f"the prompt has {len(text):,} characters, and a sample takes {_MOST_CHARACTERS:,} at most"
         try:
-            ids = tuple(self._own().encode(self._as_rows_are(text))[0])
+            ids = tuple(self.tokenizer().encode(self._as_rows_are(text))[0])
         except (TemplateError, ModelError, ValueError) as error:
             return [], f"the model's chat template takes no such prompt ({one_line(error, limit=120)})"
         if not 0 < len(ids) <= MOST_TOKENS - ANSWER_TOKENS:
@@ -140,17 +141,23 @@ class Samples:
         return [Prompt(text, ids)], ""
 
     def _as_rows_are(self, text: str) -> str:
-        tokenizer, chat = self._own(), self.dataset.rows[0].chat
+        tokenizer, chat = self.tokenizer(), self.dataset.rows[0].chat
         continues = bool(chat.verbatim) or chat.ids is not None or (chat.plain and tokenizer.assumed)
         if continues or not tokenizer.template:
             return tokenizer.bos + text
         return tokenizer.render([{"role": "user", "content": text}], answer_next=True)
 
+    def told(self, row: TokenRow) -> tuple[str, str]:
+        """Return what a row asks and what it answers, as people read it and no longer than they want to."""
+        asked = self._from_row(row)
+        answer = [token for token, target in zip(row.input_ids, row.trained, strict=True) if target]
+        return asked.text[:_SHOWN] if asked else "", self.tokenizer().decode(answer[:_SHOWN])[:_SHOWN]
+
     def _from_row(self, row: TokenRow) -> Prompt | None:
         """Return what a held-out row asks: up to its first answer, or the first half of a text that is all answer."""
         first = row.trained.index(1)
         ids = list(row.input_ids[: first if first > 1 else len(row.input_ids) // 2][-(MOST_TOKENS - ANSWER_TOKENS) :])
-        return Prompt(self._question(row.row) or self._own().decode(ids), tuple(ids)) if ids else None
+        return Prompt(self._question(row.row) or self.tokenizer().decode(ids), tuple(ids)) if ids else None
 
     def _question(self, number: int) -> str:
         """Return the question of row `number` that its first trained answer answers, where it is a chat."""

@@ -86,6 +86,7 @@ def act(loop: Loop, found: Sequence[Finding]) -> Iterator[Event]:
         loop.rates.restore(rates)  # what people changed on the way still counts
         loop.rates.halve()
         loop.rolled_back = times
+        loop.holdout.forget(loop.step)
         yield RolledBack(loop.step, loop.rates.factor, times, grave.message)
         return
     raise Diverged(grave.message, hint=_offer(loop, grave), where=f"step {grave.step}")

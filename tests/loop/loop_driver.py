@@ -61,6 +61,7 @@ def drive(
     resume: bool = False,
     rehearse: bool = False,
     on_step: Callable[[Stepped], None] = lambda _: None,
+    on_event: Callable[[Event], None] = lambda _: None,
     machine: Machine = CPU,
 ) -> Ran:
     """Run to the end and collect what happened."""
@@ -85,6 +86,7 @@ def drive(
         while True:
             event = next(work)
             events.append(event)
+            on_event(event)
             if isinstance(event, Stepped):
                 asked.steps = event.step
                 on_step(event)

@@ -82,7 +82,9 @@ def test_two_runs_on_one_folder(run_of: Make, tmp_path: Path, capsys: pytest.Cap
     assert through(run_of(max_steps=3), folder, resume=True).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "adapter", "eval", "log.txt", "report.md", RUN_FILE, EVENTS, "commands.jsonl", "lock"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "adapter", "eval", "log.txt", "report.md", "report.html", RUN_FILE, EVENTS, "commands.jsonl", "lock"]
+)
 def test_a_planted_link_is_refused_before_anything_is_written(run_of: Make, tmp_path: Path, name: str) -> None:
     folder, target = tmp_path / "run", tmp_path / "target"
     folder.mkdir(mode=0o700)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 import traceback
@@ -160,6 +161,11 @@ def report_page(text: str, folder: Path) -> str:
     return report.write(folder, records([*told(text), ev.Finished("failed", 1, text, adapter=text)])).read_text(encoding="utf-8")
 
 
+def report_file(text: str, folder: Path) -> str:
+    report_page(text, folder)
+    return html.unescape((folder / report.PAGE).read_text(encoding="utf-8"))
+
+
 def command(*words: str, put: Callable[[str, Path], object] | None = None) -> Callable[[str, Path], str]:
     """Return a surface that types a command with the text in the place of `{}` and returns all that it says."""
 
@@ -257,6 +263,7 @@ SURFACES: dict[str, Callable[[str, Path], str]] = {
     "report.md of judged answers": judged_report,
     "lines of --no-ui": no_ui,
     "report.md": report_page,
+    "report.html": report_file,
     "a table": lambda text, _: table(("head",), [(text,)]),
     "an error": error_of,
     "attach --no-ui": command("attach", "last", "--no-ui", put=write_run),

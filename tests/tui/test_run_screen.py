@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -263,6 +264,26 @@ async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_conf
         await pilot.press("q")
         await until(pilot, lambda: app.left is not None)
     assert app.left.kind == "finished"
+
+
+async def test_a_finished_run_shows_what_got_worse_and_what_was_checked(write_run, until, run_config):
+    saved, score, finished = ending()
+    worst = tuple({"row": row, "base_loss": 1.0, "loss": 1.5, "prompt": f"what is {row}", "answer": "less"} for row in (7, 8))
+    probes = [
+        ev.Probed(40, name, "", 24, 900, 3.0, loss, 3.0 - loss, (-1.0, 2.0), 0.5) for name, loss in (("general", 3.3), ("train", 1.0))
+    ]
+    warned = ev.Finding("forgetting", "warn", 40, "general text is less likely", ("fewer epochs",))
+    told = [saved, dataclasses.replace(score, worst=worst), *probes, warned, finished]
+    folder, _, lock = write_run([*opening(run_config), *middle(40), *told])
+    lock.release()
+    app = follow(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "row 7 1.00 → 1.50" in words(app))
+        text = words(app)
+        assert "and 1 more in report.md" in text
+        assert "general text 3.00 → 3.30 forgetting" in text
+        assert "training rows 3.00 → 1.00" in text
+        assert "overfitted" not in text
 
 
 async def test_a_finished_run_is_drawn_once_and_looked_at_seldom(write_run, until, run_config, monkeypatch):

@@ -20,6 +20,8 @@ SAMPLES: list[ev.Event] = [
     ev.Planned({"total_bytes": 5, "items": [{"name": "weights", "bytes": 5}]}, {"optim": "adamw_torch"}),
     ev.Stepped(1, 30, 0.03, math.nan, math.inf, True, True, 2e-4, 900, 500, 1.5, 0.1, (3, 4), 1, 2, 3),
     ev.Evaluated(30, 2.8, 24, 0.1, "eval/x.jsonl", 4.5, 1.7, (1.2, 2.1), 0.9, "a measurable improvement"),
+    ev.Evaluated(30, 2.8, 24, 0.3, "", 4.6, 1.7, (1.4, 2.0), 0.96, "v", ({"row": 3, "base_loss": 1.0, "loss": 2.0, "prompt": "a\x1b"},)),
+    ev.Probed(30, "general", "passages", 23, 2900, 3.0, 3.1, -0.1, (-0.2, 0.01), 0.2),
     ev.Sampled(30, "say 3", "abc \x1b]0;x\x07"),
     ev.Saved(10, "checkpoints/step-000010", 99),
     ev.MarkedHealthy(10),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_tui.engine import report
 from qlora_tui.engine.errors import ConfigError, JournalError
 from qlora_tui.engine.judge import (
     ANSWERS,
@@ -35,7 +36,6 @@ from qlora_tui.engine.judge import (
     key_from,
     prices_of,
     read_pairs,
-    section,
     tally,
     wanted_pairs,
     words_of,
@@ -226,7 +226,7 @@ def test_wilson_agrees_with_a_published_value() -> None:
 
 def test_the_document_and_the_report_tell_the_same(tmp_path: Path) -> None:
     made = filled(tmp_path)
-    assert section(tmp_path, str) == []
+    assert "Which answers" not in report.render(report.see([]), tmp_path)
     said_by_me(tmp_path, (made[0], "tuned"), (made[1], "tuned"), (made[2], "base"), (made[3], "skip"))
     for first in ("base", "tuned"):
         keep_judgement(tmp_path, Judgement(made[0].pair, 0, "a|b", "tuned", Call(first, "tuned", dollars=0.1)))
@@ -236,7 +236,7 @@ def test_the_document_and_the_report_tell_the_same(tmp_path: Path) -> None:
         (ME, 2, 1, 3, 0),
         ("a|b", 1, 0, 1, 0.2),
     ]
-    lines = section(tmp_path, lambda text: str(text).replace("|", "\\|"))
+    lines = report.render(report.see([]), tmp_path).splitlines()
     assert "| you, blind | 3 | 2 | 0 | 1 | 67 % (95 % interval 21-94) |" in lines
     assert any(line.startswith("| a\\|b | 1 | 1 |") for line in lines)
     assert any("It cost $0.20." in line for line in lines)

@@ -64,8 +64,8 @@ def test_a_run_leaves_its_config_log_and_report_private_and_its_lock_free(folder
     ended(run(folder, three_steps))
     assert from_values(preset.read_file(folder / "run.toml")) == RUN
     assert not is_running(folder)
-    assert {path.name for path in folder.iterdir()} == {"run.toml", EVENTS, LOG, "report.md", "lock"}
-    for name in ("run.toml", EVENTS, LOG, "report.md"):
+    assert {path.name for path in folder.iterdir()} == {"run.toml", EVENTS, LOG, "report.md", "report.html", "lock"}
+    for name in ("run.toml", EVENTS, LOG, "report.md", "report.html"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
 
 
@@ -77,7 +77,7 @@ def test_a_crash_inside_is_told_in_a_sentence_and_logged_without_secrets(folder:
     log = (folder / LOG).read_text()
     assert "Traceback" in log
     assert "crashing" in log
-    for text in (word.reason, log, (folder / EVENTS).read_text(), (folder / "report.md").read_text()):
+    for text in (word.reason, log, (folder / EVENTS).read_text(), (folder / "report.md").read_text(), (folder / "report.html").read_text()):
         assert "broken" in text
         assert "hf_aaaa" not in text
         assert "\x1b" not in text

@@ -6,7 +6,7 @@ from textual.content import Content
 
 from qlora_tui.engine.events import Evaluated
 from qlora_tui.engine.text import one_line
-from qlora_tui.tui import words
+from qlora_tui.tui import scoretext, words
 from qlora_tui.tui.panels import cells
 from qlora_tui.tui.panels.base import Panel, View
 from qlora_tui.tui.panels.cells import Part
@@ -46,8 +46,11 @@ def result_lines(state: RunState, view: View, width: int = 120) -> list[list[Par
         lines.append(_labelled("held-out", cells.fit(_losses(state, score), room, "   ")))
         if score.verdict:
             lines.append(_labelled("verdict", cells.fit(_verdict(state, score), room, "")))
+        lines += _worse(score, room)
     elif state.evals:
         lines.append(_labelled("held-out", [(f"loss {words.number(state.evals[-1][1])} at step {state.evals[-1][0]}", "")]))
+    if state.probes:
+        lines.append(_labelled("checked", cells.fit(_checked(state), room, "   ")))
     if end:
         colour = cells.GOOD if end.outcome == "done" else cells.WARN if end.outcome in ("stopped", "aborted") else cells.BAD
         lines.append(_labelled("ended", [(one_line(end.reason, limit=300) or end.outcome, colour)]))
@@ -97,6 +100,36 @@ def _verdict(state: RunState, score: Evaluated) -> list[list[Part]]:
         if score.interval:
             found.append([(f" ({words.number(score.interval[0], 2)} to {words.number(score.interval[1], 2)})", cells.DIM)])
     return found
+
+
+def _worse(score: Evaluated, room: int) -> list[list[Part]]:
+    """Return one line with the row that lost most; all of them are in the report."""
+    told = [row for row in score.worst if isinstance(row.get("base_loss"), (int, float)) and isinstance(row.get("loss"), (int, float))]
+    if not told:
+        return []
+    first = told[0]
+    parts: list[list[Part]] = [[(f"row {one_line(first.get('row', ''), limit=12)} ", ""), _arrow(first["base_loss"], first["loss"])]]
+    parts += [[(f"and {len(told) - 1} more in report.md", cells.DIM)]] if len(told) > 1 else []
+    parts.append([(scoretext.about(first), cells.DIM)])
+    return [_labelled("worse", cells.fit(parts, room, "   "))]
+
+
+def _checked(state: RunState) -> list[list[Part]]:
+    """Return what the last checks measured; where one of them found something, it is a warning of its own as well."""
+    spoken = {"general": "forgetting", "train": "overfitted"}
+    warned = {finding.detector for finding in state.warnings}
+    return [
+        [
+            (f"{scoretext.PROBES.get(name, one_line(name, limit=20))} ", cells.DIM),
+            _arrow(probed.base_loss, probed.loss),
+            *([(f" {spoken[name]}", cells.WARN)] if spoken.get(name) in warned else []),
+        ]
+        for name, probed in state.probes.items()
+    ]
+
+
+def _arrow(before: float, after: float) -> Part:
+    return f"{words.number(before, 2)} → {words.number(after, 2)}", ""
 
 
 def _verdict_colour(state: RunState) -> str:

@@ -1,0 +1,147 @@
+"""What is measured once more when training is over: general text, for what was forgotten, and rows that were trained on.
+
+Both by the hold-out's definition and with its guards, base against tuned. The work is bounded: `forgetting.PASSAGES` passages
+of general text, and as many training rows as are held out, at most `MOST_ROWS`. A wish to stop ends it without a result, and
+so does the end of the time that `until` gives; the adapter is on disk by then.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from qlora_tui.engine import evaluate, forgetting
+from qlora_tui.engine.data import TokenRow, TokenRows, lengths_of
+from qlora_tui.engine.errors import Stopped
+from qlora_tui.engine.evaluate import Scorecard
+from qlora_tui.engine.events import Event, Finding, Probed
+from qlora_tui.engine.score import IMPROVEMENT_NATS
+from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.watch.advice import BEST
+from qlora_tui.engine.watch.overfitting import ERRORS, NATS
+from qlora_tui.engine.watch.rule import paired
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora_tui.engine.train.loop import Loop
+
+MOST_ROWS, LEAST_ROWS = 64, 24
+"""Training rows that are measured: as many as are held out, within these."""
+FORGOT_NATS = 0.1
+"""General text that lost more than this a token is a warning; less, where it is more than noise, is said."""
+
+_RULE_FAR = f"training rows gained {IMPROVEMENT_NATS} nats more than held-out ones, by more than {ERRORS} standard errors"
+_GENTLER = (
+    "fewer epochs, or half the learning rate",
+    "a lower rank, or attention layers alone: lora_target_modules=q_proj,v_proj",
+    "mix some general rows into the data (data_weights)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """The training rows that are measured at the end, and how long all checks take in measurements of the hold-out."""
+
+    run: RunConfig
+    rows: Sequence[TokenRow] = ()
+    holdouts: float = 0.0
+
+    def seconds(self, holdout_seconds: float) -> float:
+        """Return about what the checks take, where measuring the hold-out takes `holdout_seconds`; 0 where they are off."""
+        return self.holdouts * holdout_seconds
+
+    def final(self, loop: Loop) -> Iterator[Event]:
+        """Measure and say what came out; findings where something was forgotten, or only memorised."""
+        if not self.run.final_checks or loop.pause.unfit:
+            return
+        general = yield from _probe(loop, "general", *_general(loop))
+        if general is not None and (found := forgotten(loop.step, general)) is not None:
+            yield found
+        if not loop.holdout.newest or not loop.holdout.base:
+            return
+        trained = yield from _probe(loop, "train", self.rows, f"{len(self.rows)} of the training rows, drawn by seed")
+        if trained is not None and (found := overfitted(loop, trained)) is not None:
+            yield found
+
+
+def checks_of(run: RunConfig, train: TokenRows, held: TokenRows) -> Checks:
+    """Return the checks of a run: which training rows, and what they will cost."""
+    number = min(len(train), MOST_ROWS, max(LEAST_ROWS, len(held)))
+    rows = train.at(sorted(random.Random(f"{run.seed}/checks").sample(range(len(train)), number)))
+    if not run.final_checks or not len(held):
+        return Checks(run, rows)
+    tokens = sum(lengths_of(rows)) + forgetting.PASSAGES * min(run.max_length, forgetting.PASSAGE_TOKENS)
+    return Checks(run, rows, 2 * tokens / sum(lengths_of(held)))
+
+
+def _general(loop: Loop) -> tuple[list[TokenRow], str]:
+    tokenizer, found = loop.samples.tokenizer(), forgetting.passages()
+    rows = forgetting.rows_of(found, lambda text: tokenizer.encode(text)[0], tokenizer.bos, loop.run.max_length)
+    kinds = ", ".join(dict.fromkeys(passage.kind for passage in found))
+    return rows, f"{len(rows)} passages of text that comes with installed packages: {kinds}"
+
+
+def _probe(loop: Loop, name: Literal["general", "train"], rows: Sequence[TokenRow], about: str) -> Generator[Event, None, Scorecard | None]:
+    """Measure `rows` with the adapter off and on; None if there are none, or somebody asked to stop."""
+
+    def look() -> None:
+        if loop.limits.deadline.left() <= 0:
+            raise Stopped("the time is up")
+
+    if not rows:
+        return None
+    what, losses = {"general": "general text", "train": "training rows"}[name], []
+    for off in (True, False):
+        note = f"{what}, {'base' if off else 'tuned'}"
+        part = yield from loop.holdout.losses(rows, loop.loaded, loop.fence, step=loop.step, adapter_off=off, note=note, look=look)
+        if not part:
+            return None
+        losses.append(part)
+    card, tokens = evaluate.compare(*losses), sum(loss.tokens for loss in losses[0])
+    yield Probed(loop.step, name, about, len(rows), tokens, card.base_loss, card.loss, card.drop, card.interval, card.better_share)
+    return card
+
+
+def forgotten(step: int, card: Scorecard) -> Finding | None:
+    """Return the finding that general text got less likely by more than noise, or None."""
+    low, high = card.interval
+    if high >= 0:
+        return None
+    message = f"general text is {-card.drop:.2f} nats a token less likely than to the base ({-high:.2f} to {-low:.2f}): some was forgotten"
+    severity: Literal["warn", "info"] = "warn" if -card.drop >= FORGOT_NATS else "info"
+    numbers = {"drop": card.drop, "interval": card.interval, "base_loss": card.base_loss, "loss": card.loss}
+    return Finding("forgetting", severity, step, message, _GENTLER if severity == "warn" else (), numbers)
+
+
+def overfitted(loop: Loop, trained: Scorecard) -> Finding | None:
+    """Return the finding that the run learned its rows by heart, or None.
+
+    Two things have to come together: training rows gained far more than held-out ones, and these gained nothing that is sure,
+    or lost again since their best measurement, by the rule of the detector that watches the run.
+    """
+    holdout = loop.holdout
+    held = evaluate.compare(holdout.base, holdout.newest)
+    gap, error = trained.drop - held.drop, math.hypot(_error(trained), _error(held))
+    rise, spread = paired([loss.mean for loss in holdout.best], [loss.mean for loss in holdout.newest]) if holdout.best else (0.0, 0.0)
+    rose = holdout.best_step < loop.step and rise > max(ERRORS * spread, NATS)
+    if gap < max(IMPROVEMENT_NATS, ERRORS * error) or not (rose or held.interval[0] <= 0):
+        return None
+    since = f"and are {rise:.2f} nats worse than at step {holdout.best_step}" if rose else "which may be chance"
+    told = f"training rows gained {trained.drop:.2f} nats, held-out rows {held.drop:.2f} {since}"
+    numbers = {
+        "train_drop": trained.drop,
+        "drop": held.drop,
+        "rise": rise if rose else 0.0,
+        "best_step": holdout.best_step,
+        "rule": _RULE_FAR,
+    }
+    return Finding("overfitted", "warn", loop.step, f"overfitted: {told}", BEST, numbers)
+
+
+def _error(card: Scorecard) -> float:
+    """Return about the standard error behind a 95 % interval."""
+    return (card.interval[1] - card.interval[0]) / 4
