@@ -24,7 +24,7 @@ from qlora_tui.engine.units import count, gib, words
 
 WARM_STEPS = 2
 """Steps left out of the figure: kernels are chosen and memory is claimed in them."""
-_HELD_OUT = 2
+_MOST_HELD_OUT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +64,10 @@ def probe(
         WontFit: the longest batch does not fit.
         EngineError: the run itself said why it could not be.
     """
-    from qlora_tui.engine.data import train_alone
-
-    small = dataclasses.replace(
-        run,
-        gradient_accumulation_steps=1,
-        per_device_train_batch_size=rows_at_once(run),
-        max_steps=max(WARM_STEPS + 2, math.ceil(rows / rows_at_once(run))),
-        max_time=0.0,
-        until="",
-        max_samples=0,
-        val_set_size=_HELD_OUT,
-        data=tuple(map(train_alone, run.data)),
-        eval_data="",
-        eval_steps=1 << 30,
-        save_steps=1 << 30,
-    )
     with tempfile.TemporaryDirectory(prefix="qlora-tui-probe-") as folder:
         runs = Path(folder) / "runs"
         config = Path(folder) / "run.toml"
-        config.write_text(preset.to_toml(dataclasses.replace(small, runs_dir=str(runs))), encoding="utf-8")
+        config.write_text(preset.to_toml(dataclasses.replace(small(run, rows), runs_dir=str(runs))), encoding="utf-8")
         heard = _Heard(runs, say)
         command = [sys.executable, "-m", "qlora_tui.tui", "--no-ui", "--json", "--config", str(config)]
         ended = child.run(command, doing="measuring the speed", stopping=stopping, watch=heard.look)
@@ -91,6 +75,28 @@ def probe(
         if heard.finished is None or heard.finished.exit_code:
             raise refusal(heard.finished, ended, "the test run", "--probe")
         return heard.measured()
+
+
+def small(run: RunConfig, rows: int) -> RunConfig:
+    """Return `run` cut down to `rows` rows: a micro-batch a step, no checkpoint on the way, and few rows to measure at both ends."""
+    from qlora_tui.engine.data import train_alone
+
+    at_once = rows_at_once(run)
+    return dataclasses.replace(
+        run,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=at_once,
+        max_steps=max(WARM_STEPS + 2, math.ceil(rows / at_once)),
+        max_time=0.0,
+        until="",
+        max_samples=0,
+        val_set_size=float(min(_MOST_HELD_OUT, max(2, 2 * at_once))),
+        data=tuple(map(train_alone, run.data)),
+        eval_data="",
+        eval_steps=1 << 30,
+        save_steps=1 << 30,
+        sample_prompts=(),
+    )
 
 
 def probe_lines(probed: Probed) -> list[str]:

@@ -31,19 +31,21 @@ from qlora_tui.engine.rates import Rates, planned
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import sees_whole_rows
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.timetable import EVALS, SAVES, cadence
 from qlora_tui.engine.train import verdict
+from qlora_tui.engine.train.ahead import Ahead
 from qlora_tui.engine.train.attention import tell_kernel
 from qlora_tui.engine.train.choices import Choices, choose
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.keeper import Keeper
 from qlora_tui.engine.train.limits import Limits
-from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
+from qlora_tui.engine.train.loop import Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
 from qlora_tui.engine.train.parking import FOLDER
 from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.samples import Samples
-from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
+from qlora_tui.engine.train.schedule import total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash, recorded
 from qlora_tui.engine.train.triage import Triage
 from qlora_tui.engine.train.worst import worst_first
@@ -133,13 +135,19 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     yield from tell_kernel(choices.run, loaded, loop.fence, tokenized.facts.max_row_tokens, job.model_spec.head_dim)
     if job.resume:
         yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
+    ahead, taken = Ahead(choices, loop, rehearsed), time.monotonic() - began
+    result = yield from ahead.follow(_through(job, loop, folder, meter))
+    choices.remember(meter, loop.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
+    return result
+
+
+def _through(job: Job, loop: Loop, folder: Path, meter: Meter) -> Generator[Event, None, Result]:
+    """Prove the disk, measure the base, train and finish: what a forecast counts."""
     yield from loop.keeper.prove(loop.state())
     yield from verdict.measure_base(loop)
     with meter.phase("train", fresh=True):
         ending = yield from loop.train()
-    result = yield from _finish(job, loop, folder, ending)
-    choices.remember(meter, loop.timed, rehearsed, halved=loop.gradient.halving.times > 0)
-    return result
+    return (yield from _finish(job, loop, folder, ending))
 
 
 def _limit_memory(device: torch.device, choices: Choices) -> None:
