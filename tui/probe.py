@@ -25,6 +25,7 @@ from qlora_tui.engine.units import count, gib, words
 WARM_STEPS = 2
 """Steps left out of the figure: kernels are chosen and memory is claimed in them."""
 _MOST_HELD_OUT = 16
+_LEAST_STEPS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def probe(
 
     Args:
         run: what would be trained, with the planner's choices made, so that the same batches are measured.
-        rows: how many rows go through, a micro-batch a step.
+        rows: how many rows go through.
         say: hears the phase, and how far it is, several times a second.
         stopping: asked several times a second; true ends it.
 
@@ -78,15 +79,19 @@ def probe(
 
 
 def small(run: RunConfig, rows: int) -> RunConfig:
-    """Return `run` cut down to `rows` rows: a micro-batch a step, no checkpoint on the way, and few rows to measure at both ends."""
+    """Return `run` cut down to `rows` rows: few micro-batches a step, no checkpoint on the way, and few rows to measure at both ends.
+
+    Rows that meet in a step are alike in length, so a step of one micro-batch would pad more than those of the run do.
+    """
     from qlora_tui.engine.data import train_alone
 
     at_once = rows_at_once(run)
+    parts = max(1, min(run.gradient_accumulation_steps, rows // (at_once * _LEAST_STEPS)))
     return dataclasses.replace(
         run,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=parts,
         per_device_train_batch_size=at_once,
-        max_steps=max(WARM_STEPS + 2, math.ceil(rows / at_once)),
+        max_steps=max(WARM_STEPS + 2, math.ceil(rows / (at_once * parts))),
         max_time=0.0,
         until="",
         max_samples=0,
