@@ -16,15 +16,14 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qlora_tui.engine import measured
-from qlora_tui.engine.machine import Machine, limited
+from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.pace import Triple
 from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, element_bytes, weight_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.steptime import attention_share, micro_batch, micro_batches, optimizer_seconds, table_speed
+from qlora_tui.engine.steptime import micro_batch, micro_batches, optimizer_seconds, table_speed
 from qlora_tui.engine.timetable import EVALS, SAVES, cadence, measurements, saves
-from qlora_tui.engine.units import billions, count, gib, percent, words
 
 _CPU_RANGE = (0.5, 2.0)
 _CARD_RANGE = (0.5, 1.5)  # a fast desktop launches kernels in less than half of the time that is assumed
@@ -33,14 +32,9 @@ _KIN_RANGE = (0.88, 1.15)  # steps measured with another number of recomputed la
 _STEPS_RANGE = (0.92, 1.09)
 _NEAR = 1.5  # a step of so many times as many tokens, or as few, is near enough to be judged by
 _LENGTHS_USED = 16
-_LONG_RUN, _LONG_EPOCH = 12 * 3600.0, 6 * 3600.0  # this and the next three: what people are usually warned of
-_LONG_ROW, _LONG_CHAT = 8000, 4096  # tokens
-_BIG_MODEL = 13_500_000_000  # weights; models called 13 B have 13.0
-_CARD_24 = 25 << 30
 _AROUND_RANGE = (0.5, 2.0)  # of loading and saving where no run has measured them
 _START_SECONDS, _LOADED_BYTES = 12.0, 1e9  # of libraries and the device until weights come, and of weights a second from a warm disk
 _SAVE_SECONDS, _SAVED_BYTES, _STATE_BYTES = 0.3, 2e8, 12  # of a checkpoint's files, bytes a second, and bytes of an adapter weight in it
-_LEAST_LEFT = 3 << 30  # context, one row's activations and the allocator's slack
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +57,35 @@ class Before:
         if self.epoch_seconds is not None:
             found["epoch_seconds"] = list(self.epoch_seconds)
         return found | {"load_seconds": list(self.load_seconds), "beside_seconds": list(self.beside_seconds), "basis": self.basis}
+
+
+class Work(NamedTuple):
+    """What a run has to go through: real tokens of its rows in an epoch, optimizer steps, tokens measured each time, and rows.
+
+    `lengths` are tokens of the rows looked at, where they are known: long rows cost more a token than short ones.
+    """
+
+    tokens_per_epoch: int
+    steps: int
+    steps_per_epoch: int = 0
+    holdout_tokens: int = 0
+    lengths: Sequence[int] = ()
+    rows: int = 0
+    held: int = 0
+
+
+def before_work(model: ModelSpec, run: RunConfig, machine: Machine, work: Work) -> Before | None:
+    """Return `before` for `work`."""
+    return before(
+        model,
+        run,
+        machine,
+        tokens_per_epoch=work.tokens_per_epoch,
+        steps=work.steps,
+        steps_per_epoch=work.steps_per_epoch,
+        holdout_tokens=work.holdout_tokens,
+        lengths=work.lengths,
+    )
 
 
 def before(
@@ -163,84 +186,6 @@ def step_key(model: ModelSpec, run: RunConfig) -> str:
     extra = " dora" if run.use_dora else ""
     kind = f"{model.name}, {_method(run)} {run.dtype} {run.attn_implementation}{extra}"
     return f"{kind}, {checkpointed_layers(model, run)} recomputed"
-
-
-def remarks(
-    model: ModelSpec,
-    run: RunConfig,
-    machine: Machine,
-    before: Before | None,
-    *,
-    longest: int | None = None,
-    longest_chat: int = 0,
-) -> list[str]:
-    """Return one sentence for each threshold that people are warned of and that this run crosses, with what to change.
-
-    Where a usual warning is about a usual stack and not about this one, it is said what is true here.
-
-    Args:
-        model: the base's shape.
-        run: the settings.
-        machine: the device.
-        before: the time expected, where it is known.
-        longest: tokens of the longest row, where the data are known.
-        longest_chat: tokens of the longest row with several answers; 0: not known, or there is none.
-    """
-    length = min(run.max_length, longest or run.max_length)
-    found = _about_time(before) if before else []
-    if length > _LONG_ROW:
-        found.append(_about_length(model, run, machine, length))
-    device = limited(machine, run)
-    if device.kind == "cuda" and device.total_bytes < _CARD_24 and model.params > _BIG_MODEL:
-        found.append(_about_size(model, run, device))
-    if min(longest_chat, run.max_length) > _LONG_CHAT:
-        found.append(
-            f"Chats with several answers reach {count(min(longest_chat, run.max_length))} tokens: 4,096 is the usual limit where rows are "
-            "packed, and nothing is packed here, so they cost their own length alone; split them if memory or time is short."
-        )
-    return found
-
-
-def _about_time(before: Before) -> list[str]:
-    found = []
-    total, epoch = before.total_seconds[1], before.epoch_seconds[1] if before.epoch_seconds else 0.0
-    if total > _LONG_RUN:
-        found.append(
-            f"About {words(total)} is over 12 h: fewer epochs or max_samples shorten it, and max_time=12h ends it saved, to be resumed."
-        )
-    if epoch > _LONG_EPOCH:
-        share = _LONG_EPOCH / epoch
-        found.append(
-            f"An epoch of about {words(epoch)} is over 6 h, so a bad setting shows late: "
-            f"try it with max_samples at {percent(share)} of the rows first."
-        )
-    return found
-
-
-def _about_length(model: ModelSpec, run: RunConfig, machine: Machine, length: int) -> str:
-    if run.attn_implementation == "eager" or not model.sdpa:
-        scores = model.num_attention_heads * length**2 * element_bytes(run, machine)
-        cure = "attn_implementation=sdpa does not" if model.sdpa else "this family has no other kind, so lower max_length"
-        return f"Rows of {count(length)} tokens: attention holds all scores, {gib(scores)} a layer and copy; {cure}."
-    speed = speed_of(machine)
-    share = f"{percent(attention_share(model, run, machine, speed, length))} of such a row's time goes" if speed else "time goes"
-    return (
-        f"Rows of {count(length)} tokens: 8,000 on 24 GB is a limit of the usual stack, which holds all scores and logits, "
-        f"not of the card; here memory grows evenly, but {share} to attention, so a lower max_length pays if few rows need it."
-    )
-
-
-def _about_size(model: ModelSpec, run: RunConfig, device: Machine) -> str:
-    said = f"{billions(model.params)} weights on {gib(device.total_bytes)}: the usual advice stops at 13 B on 24 GB"
-    small = weight_bytes(model, dataclasses.replace(run, method="qlora"), device)
-    left = device.free_bytes - small
-    if left < _LEAST_LEFT:
-        return f"{said}, and rightly: even in 4 bits they take {gib(small)} of {gib(device.free_bytes)}; take a smaller model."
-    how = "" if _method(run) == "qlora" else "set method=qlora: "
-    return (
-        f"{said}; {how}in 4 bits they take {gib(small)} and leave {gib(left)}, so short rows fit "
-        "with gradient_checkpointing=true and per_device_train_batch_size=1."
-    )
 
 
 def speed_of(machine: Machine) -> Speed | None:

@@ -121,7 +121,9 @@ def _own() -> Mapping[str, Any]:
 
 def _known(name: str, where: str) -> None:
     if name not in keys():
-        raise ConfigError(f"no price called {one_line(name)!r}", hint=nearest(name, [*keys()]) or f"there are {', '.join(keys())}", where=where)
+        raise ConfigError(
+            f"no price called {one_line(name)!r}", hint=nearest(name, [*keys()]) or f"there are {', '.join(keys())}", where=where
+        )
 
 
 def _typed(name: str, text: str) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.engine import spent
 from qlora_tui.engine.events import (
     Device,
     Evaluated,
@@ -141,6 +142,7 @@ def render(seen: Seen, folder: Path) -> str:
         _training(seen),
         _data(seen),
         _memory(seen),
+        _titled("Cost", spent.section(folder)),
         _warnings(seen),
         _loading(seen, folder),
         _settings(seen),
@@ -233,6 +235,11 @@ def _memory(seen: Seen) -> list[str]:
         lines += ["", "| phase | predicted | measured | difference |", "|---|---|---|---|", *rows]
         lines += ["", "Measured is the most that the device held for this process in the phase, libraries included."]
     return lines
+
+
+def _titled(title: str, lines: Sequence[str]) -> list[str]:
+    """Return plain lines as a section; none without lines."""
+    return [f"## {title}", "", *(f"- {md(line)}" for line in lines)] if lines else []
 
 
 def _measured(phase: Phase) -> str:
