@@ -23,12 +23,13 @@ LEAST = 3
 _WINDOW = 64
 _FEW = 8  # steps with fewer points are judged by their rate alone: a line through them would turn with every new one
 _BLOCK = 4  # steps that are alike because they follow each other: how much a machine's speed wanders shows between blocks
-_NEWEST = 8
-_SHIFT, _SURE = 0.04, 3.0  # a change of speed is believed from this share on, and from so many standard errors
+_NEWEST, _LASTING = 8, 16  # steps from which a change of speed is seen, and from which those before it no longer count
+_SHIFT, _SURE = 0.04, 4.0  # a change of speed is believed from this share on, and from so many standard errors
 _ALLOWED = 0.03  # of what nobody can know from steps so far
 _FAR = 4.0  # deviations from where a step is no noise but an event, such as a recording or a stall
 _LEAST_EVENT = 0.25  # of an ordinary step, as the excess of such an event
 _HUBER = 1.5
+_STILL_WARMING = 1.12  # times what is usual that a run's first steps take while kernels are chosen and caches fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +80,23 @@ class Pace:
 
     def left(self, steps: int, work: float) -> Triple | None:
         """Return the seconds (low, mid, high) of `steps` more steps of together `work`; None before three steps are measured."""
-        points = [*self._points]
-        if len(points) < LEAST:
+        if len(self._points) < LEAST:
             return None
         if steps <= 0:
             return 0.0, 0.0, 0.0
-        line = fit(points)
-        middle = line.each * steps + line.a_work * work
-        ratios = [seconds / line.at(load) for load, seconds in points if line.at(load) > 0]
-        faster, slower, now = _shift(ratios, line.spread * steps / middle)
-        more, most = _events(points, line, steps)
+        points, line = _warmed([*self._points])
+        newest = changed(_ratios(points, line))
+        if newest >= _LASTING:
+            points, newest = points[-newest:], 0
+            line = fit(points)
+        ratios, middle = _ratios(points, line), line.each * steps + line.a_work * work
+        faster, now, slower = _since(ratios, newest)
+        if newest:  # what is left beside the two speeds; slow steps in a row are a change, and no events
+            points = points[:-newest]
+            ratios = _apart(ratios, newest)
+        least, more, most = _events(points, line, steps)
         off = min(0.9, _ALLOWED + 2 * _error(ratios, line.spread * steps / middle, steps))
-        low, high = middle * min(faster, now) * (1 - off), middle * max(slower, now) * (1 + off)
-        return low + more, middle * now + more, high + most
+        return middle * faster * (1 - off) + least, middle * now + more, middle * slower * (1 + off) + most
 
 
 def fit(points: Sequence[Point]) -> Line:
@@ -102,6 +107,19 @@ def fit(points: Sequence[Point]) -> Line:
         weights = [_weight(seconds - line.at(load), line.spread) for load, seconds in points]
         line = _weighted(points, weights)
     return line
+
+
+def _warmed(points: list[Point]) -> tuple[list[Point], Line]:
+    """Return the points without slow ones at their beginning, at most half of them, and the line through the rest."""
+    line, most = fit(points), len(points) // 2
+    for _ in range(3):  # a line that slow steps have lifted hides the last of them
+        slow = next((at for at, (load, seconds) in enumerate(points) if seconds <= _STILL_WARMING * line.at(load)), 0)
+        slow = min(slow, most)
+        if not slow:
+            break
+        points, most = points[slow:], most - slow
+        line = fit(points)
+    return points, line
 
 
 def _weighted(points: Sequence[Point], weights: Sequence[float]) -> Line:
@@ -117,36 +135,62 @@ def _weighted(points: Sequence[Point], weights: Sequence[float]) -> Line:
 
 
 def _spread(points: Sequence[Point], line: Line) -> float:
-    """Return a standard deviation of what is left beside the line, by the median: 1.48 makes it that of a bell curve."""
-    left = statistics.median(abs(seconds - line.at(load)) for load, seconds in points)
-    return max(1.48 * left, 1e-4 * statistics.median(seconds for _, seconds in points))
+    """Return a standard deviation of what is left beside the line that no event can move.
+
+    By the median, and by the mean of the smaller three quarters, since a median of few is often too small; 1.48 and 2.1 make them
+    those of a bell curve.
+    """
+    left = sorted(abs(seconds - line.at(load)) for load, seconds in points)
+    most = max(1.48 * statistics.median(left), 2.1 * statistics.fmean(left[: -(-3 * len(left) // 4)]))
+    return max(most, 1e-4 * statistics.median(seconds for _, seconds in points))
 
 
 def _weight(off: float, spread: float) -> float:
     return min(1.0, _HUBER * spread / abs(off)) if off else 1.0
 
 
-def _shift(ratios: Sequence[float], spread: float) -> Triple:
-    """Return how the newest steps compare with all: the least and the most to count with, and what to expect.
+def changed(ratios: Sequence[float]) -> int:
+    """Return how many of the newest steps are of another speed than those before; 0 where nothing speaks for a change.
 
-    A card that became hot or a machine that somebody else uses stays so for a while. What eight steps say is believed by
-    half, since it may be over soon; what sixteen say, wholly.
+    Of all places where it may have been the likeliest is taken: where both sides lie closest around their medians.
     """
-    if len(ratios) < 2 * _NEWEST:
+    places = range(_NEWEST, len(ratios) - _BLOCK + 1, _BLOCK)
+    if not places:
+        return 0
+    newest = min(places, key=lambda place: sum(abs(ratio - 1) for ratio in _apart(ratios, place)))
+    old, new = statistics.median(ratios[:-newest]), statistics.median(ratios[-newest:])
+    left = 1.48 * statistics.median(abs(ratio - 1) for ratio in _apart(ratios, newest))
+    error = max(left, 0.01) * math.sqrt(1 / newest + 1 / (len(ratios) - newest))
+    return newest if abs(new / old - 1) > max(_SHIFT, _SURE * error) else 0
+
+
+def _since(ratios: Sequence[float], newest: int) -> Triple:
+    """Return the speed from now on against that of all steps: the least, the expected and the most.
+
+    A card that became hot, or a machine that somebody else uses, stays so for a while, and may soon be itself again: so few steps
+    are believed in part. Many are the only ones that count, and do not come here.
+    """
+    if not newest:
         return 1.0, 1.0, 1.0
-    newest = statistics.median(ratios[-_NEWEST:])
-    before = statistics.median(ratios[-2 * _NEWEST : -_NEWEST])
-    sure = max(_SHIFT, _SURE * spread / math.sqrt(_NEWEST))
-    if abs(newest - 1) <= sure:
-        return 1.0, 1.0, 1.0
-    lasting = abs(before - 1) > sure and (before > 1) == (newest > 1)
-    return min(1.0, newest), max(1.0, newest), newest if lasting else (1 + newest) / 2
+    old, new = statistics.median(ratios[:-newest]), statistics.median(ratios[-newest:])
+    now = old + newest / _LASTING * (new - old)
+    return min(old, new), now, max(old, new)
 
 
-def _events(points: Sequence[Point], line: Line, steps: int) -> tuple[float, float]:
-    """Return the seconds that events such as recordings and stalls will add in `steps` steps: expected, and at most.
+def _ratios(points: Sequence[Point], line: Line) -> list[float]:
+    return [seconds / line.at(load) for load, seconds in points]
 
-    One alone may never come again, so it only widens the range.
+
+def _apart(ratios: Sequence[float], newest: int) -> list[float]:
+    """Return the ratios of both sides of a change, each against its own median."""
+    old, new = statistics.median(ratios[:-newest]), statistics.median(ratios[-newest:])
+    return [*(ratio / old for ratio in ratios[:-newest]), *(ratio / new for ratio in ratios[-newest:])]
+
+
+def _events(points: Sequence[Point], line: Line, steps: int) -> Triple:
+    """Return the seconds that events such as recordings and stalls will add in `steps` steps: at least, expected, and at most.
+
+    One alone may never come again, so it only widens the range. How often they come is as sure as a count is.
     """
     found = []
     for load, seconds in points:
@@ -154,11 +198,12 @@ def _events(points: Sequence[Point], line: Line, steps: int) -> tuple[float, flo
         if excess > max(_FAR * line.spread, _LEAST_EVENT * line.at(load)):
             found.append(excess)
     if not found:
-        return 0.0, 0.0
-    usual, times = statistics.median(found), steps / len(points)
-    if len(found) == 1:
-        return 0.0, times * min(usual, 2 * statistics.median(seconds for _, seconds in points))
-    return times * len(found) * usual, times * (len(found) + 2 * math.sqrt(len(found))) * usual
+        return 0.0, 0.0, 0.0
+    usual, times, often = statistics.fmean(found), steps / len(points), len(found)
+    if often == 1:
+        return 0.0, 0.0, times * min(usual, 2 * statistics.median(seconds for _, seconds in points))
+    unsure = 2 * math.sqrt(often)
+    return times * max(0.0, often - unsure) * usual, times * often * usual, times * (often + unsure) * usual
 
 
 def _error(ratios: Sequence[float], spread: float, steps: int) -> float:
