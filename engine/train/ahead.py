@@ -113,12 +113,12 @@ class Ahead:
             match event:
                 case Phase(name="train", state="begin"):
                     self._begin(now)
-                    yield from self._tell(self.loop.step)
+                    yield from self._tell(self.loop.step, self.loop.step)
                 case Phase(name=name) if name in _ASIDE:
                     self._phase(event, now)
                 case Stepped():
                     self._step(event, now)
-                    yield from self._tell(event.step)
+                    yield from self._tell(event.step, event.step - 1)
 
     def _begin(self, now: float) -> None:
         """Take what was timed before the first step for what is known; a measurement of the base is its own kind."""
@@ -143,13 +143,16 @@ class Ahead:
             self.spent.setdefault(kind, []).append(seconds)
         self._beside, self._mark = {}, now
 
-    def _tell(self, step: int) -> Generator[Event, None, None]:
-        found = self.left(step)
+    def _tell(self, step: int, behind: int) -> Generator[Event, None, None]:
+        found = self.left(step, behind)
         if found is not None:
             yield found
 
-    def left(self, step: int) -> Forecast | None:
-        """Return the time from after `step` to the end, what comes after the last step included; None where nothing is known yet."""
+    def left(self, step: int, behind: int) -> Forecast | None:
+        """Return the time from after `step` to the end, what comes after the last step included; None where nothing is known yet.
+
+        What belongs beside the steps after `behind` is still to come: a step is told before it is measured and saved.
+        """
         steps, work = self._to_come(step)
         training, basis = self.pace.left(steps, work), ""
         if training is not None:
@@ -159,7 +162,7 @@ class Ahead:
             training = (work * low, work * middle, work * high)
         if training is None:
             return None
-        beside = self._beside_training(step)
+        beside = self._beside_training(behind)
         capped = [min(seconds, self._most()) for seconds in training]
         low, middle, high = (one + other for one, other in zip(capped, beside, strict=True))
         return Forecast((low, middle, high), basis)
