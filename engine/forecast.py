@@ -32,6 +32,7 @@ _KIN_RANGE = (0.88, 1.15)  # steps measured with another number of recomputed la
 _STEPS_RANGE = (0.92, 1.09)
 _NEAR = 1.5  # a step of so many times as many tokens, or as few, is near enough to be judged by
 _LENGTHS_USED = 16
+_RECORDED = 18  # shapes of batches in a run that records them: twelve lengths, some with few rows or few trained tokens
 _AROUND_RANGE = (0.5, 2.0)  # of loading and saving where no run has measured them
 _START_SECONDS, _LOADED_BYTES = 12.0, 1e9  # of libraries and the device until weights come, and of weights a second from a warm disk
 _SAVE_SECONDS, _SAVED_BYTES, _STATE_BYTES = 0.3, 2e8, 12  # of a checkpoint's files, bytes a second, and bytes of an adapter weight in it
@@ -120,6 +121,9 @@ def before(
     step = pace.seconds_per_token * tokens
     low, high = pace.range
     load, beside = _around(model, run, machine, pace, (steps, holdout_tokens))
+    rows = min(tokens / rows_per_step(run), run.max_length)
+    recording = min(_RECORDED, steps * micro_batches(run, rows_at_once(run))) * recording_seconds(model, run, machine, rows)
+    beside = _sum(beside, (0.5 * recording, recording, 2 * recording))
     cap = run.max_time or math.inf
     training = (min(step * steps * low, cap), min(step * steps, cap), min(step * steps * high, cap))
     epoch = tokens_per_epoch * pace.seconds_per_token
@@ -131,6 +135,15 @@ def before(
         load,
         beside,
     )
+
+
+def recording_seconds(model: ModelSpec, run: RunConfig, machine: Machine, tokens: float) -> float:
+    """Return the seconds of recording one micro-batch of rows of `tokens` tokens: about those of starting its kernels one by one."""
+    speed = speed_of(machine)
+    if speed is None or machine.kind != "cuda" or run.cuda_graphs != "on":
+        return 0.0
+    plain = dataclasses.replace(run, cuda_graphs="off")
+    return micro_batch(model, plain, machine, speed, rows_at_once(run), tokens).seconds(checkpointed_layers(model, run))
 
 
 def _around(model: ModelSpec, run: RunConfig, machine: Machine, pace: _Pace, counts: tuple[int, int]) -> tuple[Triple, Triple]:

@@ -78,6 +78,10 @@ class Pace:
         """Return what an ordinary step takes; None before three are measured."""
         return statistics.median(seconds for _, seconds in self._points) if len(self._points) >= LEAST else None
 
+    def ordinary(self, work: float) -> float | None:
+        """Return what an ordinary step of `work` takes; None before three are measured."""
+        return fit([*self._points]).at(work) if len(self._points) >= LEAST else None
+
     def left(self, steps: int, work: float) -> Triple | None:
         """Return the seconds (low, mid, high) of `steps` more steps of together `work`; None before three steps are measured."""
         if len(self._points) < LEAST:

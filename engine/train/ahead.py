@@ -62,11 +62,28 @@ class Load:
         batches = sum(self._batch(len(ordered[start : start + at_once]), ordered[start]) for start in range(0, len(ordered), at_once))
         return batches + (self._update() if update else 0.0)
 
+    def shapes(self, lengths: Sequence[int], at_once: int) -> set[tuple[int, int]]:
+        """Return rows and length of the batches of a step, where batches are recorded: each shape costs a recording at its first sight."""
+        if not self.rounded:
+            return set()
+        ordered = sorted(lengths, reverse=True)
+        parts = (ordered[start : start + at_once] for start in range(0, len(ordered), at_once))
+        return {(len(part), self._round(part[0])) for part in parts}
+
+    def recording(self) -> float:
+        """Return the seconds of recording a batch of the mean row: about those of starting its kernels one by one."""
+        return forecast.recording_seconds(
+            self.choices.model, self.choices.run, self.choices.machine, statistics.fmean(self.choices.lengths)
+        )
+
     def _batch(self, rows: int, longest: int) -> float:
         key = (rows, longest)
         if key not in self._known:
-            self._known[key] = self._expected(rows, next((size for size in self.rounded if size >= longest), longest))
+            self._known[key] = self._expected(rows, self._round(longest))
         return self._known[key]
+
+    def _round(self, longest: int) -> int:
+        return next((size for size in self.rounded if size >= longest), longest)
 
     def _expected(self, rows: int, length: int) -> float:
         model, run, machine = self.choices.model, self.choices.run, self.choices.machine
@@ -98,7 +115,12 @@ class Ahead:
     _mark: float = 0.0
     _open: dict[str, float] = field(default_factory=dict)
     _beside: dict[str, float] = field(default_factory=dict)
+    timed: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, rows and seconds of each step that recorded nothing
     _works: tuple[tuple[int, int], list[float]] = ((-1, 0), [])
+    _recorded: int = 0
+    _recordings: list[tuple[float, float, int]] = field(default_factory=list)  # work, seconds and recordings of steps that made some
+    _shapes: set[tuple[int, int]] = field(default_factory=set)  # of batches in this epoch
+    _seen: set[tuple[int, int]] = field(default_factory=set)  # of batches so far
 
     def follow(self, work: Generator[Event, None, T]) -> Generator[Event, None, T]:
         """Pass on what `work` says, and add how long the rest takes."""
@@ -124,7 +146,7 @@ class Ahead:
         """Take what was timed before the first step for what is known; a measurement of the base is its own kind."""
         self.base, self._began, self._mark = self._beside.pop("eval", 0.0), now, now
         self.spent = {kind: [seconds] for kind, seconds in self._beside.items() if kind == "save"}
-        self._beside = {}
+        self._beside, self._recorded = {}, self.loop.gradient.recordings
 
     def _phase(self, event: Phase, now: float) -> None:
         """Time what lies beside training; a pause for heat will come again, one that was asked for will not."""
@@ -138,7 +160,14 @@ class Ahead:
     def _step(self, event: Stepped, now: float) -> None:
         """Take in a step: all that passed since the one before, but for what lies beside it."""
         lengths = self.loop.order.lengths(event.step)
-        self.pace.feed(now - self._mark - sum(self._beside.values()), event.tokens, self._of(lengths))
+        work, seconds = self._of(lengths), now - self._mark - sum(self._beside.values())
+        self._seen |= self._loaded().shapes(lengths, self.loop.gradient.halving.rows)
+        new, self._recorded = self.loop.gradient.recordings - self._recorded, self.loop.gradient.recordings
+        if new > 0:
+            self._recordings.append((work, seconds, new))
+        else:
+            self.pace.feed(seconds, event.tokens, work)
+            self.timed.append((event.tokens, len(event.rows), event.seconds))
         for kind, seconds in self._beside.items():
             self.spent.setdefault(kind, []).append(seconds)
         self._beside, self._mark = {}, now
@@ -208,11 +237,24 @@ class Ahead:
         saved, sampled = self._usual("save"), self._usual("sample") * times
         heat = self._usual(_HOT) * len(self.spent.get(_HOT, ())) * (total - step) / max(1, step)
         low, middle, high = (times * seconds for seconds in self._measuring())
+        recording = self._recording_to_come()
+        low, middle, high = low + 0.5 * recording, middle + recording, high + 2 * recording
         return (
             low + least * saved * 0.8 + sampled * 0.8 + _LAST_WORDS[0] + saved * 0.5,
             middle + most * saved + sampled + heat + _LAST_WORDS[1] + saved,
             high + most * saved * 1.3 + sampled * 1.3 + heat * 1.5 + _LAST_WORDS[2] + saved * 2,
         )
+
+    def _recording_to_come(self) -> float:
+        """Return the seconds of recording batches of shapes that this epoch holds and that were not met yet."""
+        coming = len(self._shapes - self._seen)
+        if not coming:
+            return 0.0
+        made = sum(new for *_, new in self._recordings)
+        if not made or self.pace.ordinary(1.0) is None:
+            return coming * self._loaded().recording()
+        took = sum(max(0.0, seconds - (self.pace.ordinary(work) or 0.0)) for work, seconds, _ in self._recordings)
+        return coming * took / max(1, min(made, len(self._seen)))  # one shape may take several recordings, by what is trained of it
 
     def _measuring(self) -> Triple:
         """Return the seconds of one measurement of the hold-out."""
@@ -240,8 +282,9 @@ class Ahead:
             return 0, 0.0
         key = (step // order.per_epoch, self.loop.gradient.halving.rows)
         if self._works[0] != key:
-            each = [self._of(lengths) for lengths in order.epoch(step + 1)]
-            self._works = key, [0.0, *accumulate(each)]
+            rows = order.epoch(step + 1)
+            self._works = key, [0.0, *accumulate(map(self._of, rows))]
+            self._shapes = set().union(*(self._loaded().shapes(lengths, key[1]) for lengths in rows))
         sums, at = self._works[1], step % order.per_epoch
         here = min(steps, order.per_epoch - at)
         return steps, sums[at + here] - sums[at] + sums[-1] * (steps - here) / order.per_epoch

@@ -137,7 +137,7 @@ def _train(job: Job) -> Generator[Event, None, Result]:
         yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
     ahead, taken = Ahead(choices, loop, rehearsed), time.monotonic() - began
     result = yield from ahead.follow(_through(job, loop, folder, meter))
-    choices.remember(meter, loop.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
+    choices.remember(meter, ahead.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
     return result
 
 

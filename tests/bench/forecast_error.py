@@ -1,13 +1,14 @@
 """How far the forecast is off: before the start after the test run, and at step 20, against what the run then took.
 
-usage: forecast_error.py run OUT.jsonl [--gpu] [--seconds N] [--only TEXT]    one JSON line a run, appended; runs in OUT are passed over
-       forecast_error.py table OUT.jsonl                                      the lines as a Markdown table, and the marks
+usage: forecast_error.py run OUT.jsonl [--gpu [--tiny]] [--seconds N] [--only TEXT]   one JSON line a run; those in OUT are passed over
+       forecast_error.py table OUT.jsonl                                              the lines as a Markdown table, and the marks
 
 Without --gpu: tiny models on the processor, about 15 s a run (run with OMP_NUM_THREADS as it shall be used). With it: random
-weights in the shapes of the catalogue. Each run has a home of its own, so that it knows nothing but what its own test run of 50
-rows measured. Everything happens in one process through the trainer itself; a run that would begin after N seconds is named and
-left out, and runs when the command is given again. Time counts from after loading and rehearsal, with the first measurement, to
-the written adapter; what the estimate before the start says of loading is left out on both sides.
+weights in the shapes of the catalogue; with --tiny as well, their families alone on the processor, which proves the script. Each
+run has a home of its own, so that it knows nothing but what its own test run of 50 rows measured. Everything happens in one
+process through the trainer itself; a run that would begin after N seconds is named and left out, and runs when the command is
+given again. Time counts from after loading and rehearsal, with the first measurement, to the written adapter; what the estimate
+before the start says of loading is left out on both sides.
 """
 
 from __future__ import annotations
@@ -149,11 +150,11 @@ def clocked(run: RunConfig, folder: Path, machine: Machine) -> Clocked:
     return Clocked(found, time.monotonic())
 
 
-def measure(case: Case, folder: Path, machine: Machine) -> dict[str, Any]:
+def measure(case: Case, folder: Path, machine: Machine, *, tiny: bool) -> dict[str, Any]:
     """Make the test run and the run, and return both forecasts beside the truth."""
     shapes.use_home(folder)
     write_rows(folder / "rows.jsonl", case)
-    spec = shapes.spec_of(case.shape, tiny=False) if case.shape else None
+    spec = shapes.spec_of(case.shape, tiny=tiny) if case.shape else None
     if spec is None:
         write_model(folder / "model", **case.tiny)
         write_tokenizer(folder / "model")
@@ -203,11 +204,11 @@ def told(low: float, middle: float, high: float, truth: float) -> dict[str, Any]
     }
 
 
-def run_all(out: Path, *, gpu: bool, seconds: float, only: str) -> int:
+def run_all(out: Path, *, gpu: bool, tiny: bool, seconds: float, only: str) -> int:
     """Measure the runs that `out` does not hold yet; returns how many were left out for lack of time."""
     done = {line["case"] for line in read(out)} if out.exists() else set()
     began, left = time.monotonic(), 0
-    machine = shapes.device_of(not gpu)
+    machine = shapes.device_of(tiny or not gpu)
     for case in GPU_CASES if gpu else CPU_CASES:
         if case.name in done or only.lower() not in case.name.lower():
             continue
@@ -217,7 +218,7 @@ def run_all(out: Path, *, gpu: bool, seconds: float, only: str) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                line = measure(case, Path(folder), machine)
+                line = measure(case, Path(folder), machine, tiny=tiny)
             except Exception as error:  # noqa: BLE001  the others are still worth their time
                 line = {"case": case.name, "failed": f"{type(error).__name__}: {error}"[:400]}
         if "failed" not in line:
@@ -258,6 +259,7 @@ def main() -> int:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
@@ -265,7 +267,7 @@ def main() -> int:
         print(table(read(options.out)))
         return 0
     torch.manual_seed(0)
-    return min(1, run_all(options.out, gpu=options.gpu, seconds=options.seconds, only=options.only))
+    return min(1, run_all(options.out, gpu=options.gpu, tiny=options.tiny, seconds=options.seconds, only=options.only))
 
 
 if __name__ == "__main__":
