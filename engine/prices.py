@@ -35,7 +35,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """The prices to reckon with, each a range (low, high); `own` are the keys that a person has set. Keys as in `keys()`."""
+    """The prices to reckon with, each a range (low, high); `own` are the keys that a person has set. Keys as in `table()`."""
 
     currency: str
     electricity: Range
@@ -50,7 +50,7 @@ class Prices:
     own: tuple[str, ...] = ()
 
 
-def keys() -> Mapping[str, Mapping[str, Any]]:
+def table() -> Mapping[str, Mapping[str, Any]]:
     """Return every key with its `default`, `help` and `source`."""
     found: Mapping[str, Mapping[str, Any]] = _shipped()["keys"]
     return found
@@ -74,7 +74,7 @@ def read() -> Prices:
         ConfigError: the file is not TOML, names no key of ours, or a price that is none.
     """
     own = _own()
-    values = {name: _read(name, own.get(name, row["default"]), str(path())) for name, row in keys().items()}
+    values = {name: _read(name, own.get(name, row["default"]), str(path())) for name, row in table().items()}
     return Prices(**values, own=tuple(own))
 
 
@@ -83,7 +83,7 @@ def usable() -> tuple[Prices, str]:
     try:
         return read(), ""
     except ConfigError as error:
-        values = {name: _read(name, row["default"], "") for name, row in keys().items()}
+        values = {name: _read(name, row["default"], "") for name, row in table().items()}
         return Prices(**values), str(error)
 
 
@@ -109,20 +109,20 @@ def save(changes: Mapping[str, str]) -> Prices:
 def _own() -> Mapping[str, Any]:
     where = str(path())
     try:
-        table = tomllib.loads(path().read_text(encoding="utf-8"))
+        found: dict[str, Any] = tomllib.loads(path().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read: {one_line(error)}", where=where) from None
-    for name in table:
+    for name in found:
         _known(name, where)
-    return table
+    return found
 
 
 def _known(name: str, where: str) -> None:
-    if name not in keys():
+    if name not in table():
         raise ConfigError(
-            f"no price called {one_line(name)!r}", hint=nearest(name, [*keys()]) or f"there are {', '.join(keys())}", where=where
+            f"no price called {one_line(name)!r}", hint=nearest(name, [*table()]) or f"there are {', '.join(table())}", where=where
         )
 
 

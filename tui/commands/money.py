@@ -38,7 +38,7 @@ def money(options: argparse.Namespace) -> int:
     if options.json:
         streams.data.document(_document(found))
         return int(ExitCode.DONE)
-    rows = [(name, _shown(found, name), "yours" if name in found.own else "", _why(found, name)) for name in prices.keys()]  # noqa: SIM118  a function of that name, no mapping
+    rows = [(name, _shown(found, name), "yours" if name in found.own else "", _why(found, name)) for name in prices.table()]
     streams.data.write(table(("price", "is", "", "what for"), rows))
     streams.talk.line(
         "qlora-tui money electricity=0.31 rent=2-3 keeps yours; electricity= goes back; budget and report.md reckon with them"
@@ -63,7 +63,7 @@ def _shown(found: prices.Prices, name: str) -> str:
 
 
 def _why(found: prices.Prices, name: str) -> str:
-    row = prices.keys()[name]
+    row = prices.table()[name]
     source = "" if name in found.own or not row["source"] else f" Source: {row['source']}."
     return f"{row['help']}{source}"
 
@@ -73,7 +73,7 @@ def _value(found: prices.Prices, name: str) -> Any:
 
 
 def _document(found: prices.Prices) -> dict[str, Any]:
-    keys = prices.keys()
+    keys = prices.table()
     rows = {
         name: {"value": _value(found, name), "yours": name in found.own, "help": row["help"], "source": row["source"]}
         for name, row in keys.items()
