@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_tui.engine import money, prices
+from qlora_tui.engine import money, prices, until
 from qlora_tui.engine.forecast import Before, Work, before_work, speed_of
 from qlora_tui.engine.machine import Machine, limited
 from qlora_tui.engine.models import ModelSpec
@@ -47,15 +48,15 @@ class Shorter:
         return {"set": list(self.set), "saves_seconds": self.saves_seconds, "text": self.text}
 
 
-def shorter(model: ModelSpec, run: RunConfig, machine: Machine, time: Before | None, work: Work | None) -> list[Shorter]:
+def shorter(model: ModelSpec, run: RunConfig, machine: Machine, before: Before | None, work: Work | None) -> list[Shorter]:
     """Return what makes a run of more than 12 h shorter: fewer rows, fewer epochs or steps, a lower rank; the most hours first."""
-    if time is None or work is None or not work.rows or time.total_seconds[1] <= LONG_RUN:
+    if before is None or work is None or not work.rows or before.total_seconds[1] <= LONG_RUN:
         return []
-    share = max(0.05, _BELOW * (LONG_RUN - time.load_seconds[1]) / (time.total_seconds[1] - time.load_seconds[1]))
+    share = max(0.05, _BELOW * (LONG_RUN - before.load_seconds[1]) / (before.total_seconds[1] - before.load_seconds[1]))
     found = []
     for changed, less, names in (_rows(run, work, share), _passes(run, work, share), _rank(run, work)):
         then = before_work(model, changed, machine, less) if names else None
-        saved = time.total_seconds[1] - then.total_seconds[1] if then else 0.0
+        saved = before.total_seconds[1] - then.total_seconds[1] if then else 0.0
         if then is not None and saved > 0:
             told = f"{words(saved)} less, {words(then.total_seconds[1])} in all"
             found.append(Shorter(names, saved, told))
@@ -93,7 +94,7 @@ def remarks(
         work: the rows, where the data are known.
     """
     length = min(run.max_length, longest or run.max_length)
-    found = _about_time(before) if before else []
+    found = [*_about_time(before), *_about_until(run, before, work)] if before else []
     rent = bool(before and before.epoch_seconds and before.epoch_seconds[1] > LONG_EPOCH)
     if length > _LONG_ROW:
         rent = True
@@ -108,6 +109,20 @@ def remarks(
             "packed, and nothing is packed here, so they cost their own length alone; split them if memory or time is short."
         )
     return [*found, *(_renting(model, asked, work) if rent and asked is not None and work is not None else [])]
+
+
+def _about_until(run: RunConfig, before: Before, work: Work | None) -> list[str]:
+    """Say how many steps fit before the time of day by which the run has to be done, where not all do."""
+    steps = work.steps if work else 0
+    try:
+        left = until.moment(run.until, time.time()) - time.time()
+    except ValueError:  # nothing was said, or is being typed
+        return []
+    fit = int((left - before.load_seconds[1] - before.beside_seconds[1]) / before.step_seconds[1])
+    if fit >= steps:
+        return []
+    told = f"Until {run.until} there is {words(max(0.0, left))}: about {count(max(0, fit))} of {count(steps)} steps fit"
+    return [f"{told}, and the run takes as many, so that its learning rate comes to its end by then."]
 
 
 def _renting(model: ModelSpec, asked: RunConfig, work: Work) -> list[str]:

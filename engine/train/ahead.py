@@ -8,6 +8,8 @@ first measurement of the held-out rows, in this order.
 
 from __future__ import annotations
 
+import bisect
+import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -17,7 +19,7 @@ from typing import TypeVar
 
 from qlora_tui.engine import forecast
 from qlora_tui.engine.data import lengths_of
-from qlora_tui.engine.events import Event, Forecast, Phase, Stepped
+from qlora_tui.engine.events import Event, Finding, Forecast, Phase, Stepped
 from qlora_tui.engine.fast.graphs import sizes
 from qlora_tui.engine.measured import Around
 from qlora_tui.engine.pace import Pace, Triple
@@ -26,7 +28,9 @@ from qlora_tui.engine.sizes import checkpointed_layers
 from qlora_tui.engine.steptime import micro_batch, optimizer_seconds
 from qlora_tui.engine.timetable import EVALS, SAVES, cadence, measurements, saves
 from qlora_tui.engine.train.choices import Choices
+from qlora_tui.engine.train.limits import SAVING_SECONDS
 from qlora_tui.engine.train.loop import Loop
+from qlora_tui.engine.units import count, words
 
 T = TypeVar("T")
 
@@ -35,6 +39,7 @@ _HOT = "heat"
 _RECENT = 3
 _ADAPTER_ON = (1.0, 1.1, 1.4)  # times the base's measurement that one with the adapter takes
 _REHEARSED, _MEASURED_ONCE = (0.88, 1.15), (0.7, 1.4)  # ranges of what one batch, and one measurement of the hold-out, say of all steps
+_PICKED_AT, _LEAST_PICKED = 20, 40  # a step at which enough is measured to pick steps anew; before it never fewer than these
 _LAST_WORDS = (
     0.2,
     0.6,
@@ -110,6 +115,7 @@ class Ahead:
     pace: Pace = field(default_factory=Pace)
     spent: dict[str, list[float]] = field(default_factory=dict)  # seconds of each measurement, checkpoint, sample, and pause for heat
     base: float = 0.0  # seconds of what was measured before the first step
+    wanted: int = 0  # steps that the config asks for, where `until` leaves room for fewer
     _load: Load | None = None
     _began: float = 0.0
     _mark: float = 0.0
@@ -141,12 +147,17 @@ class Ahead:
                 case Stepped():
                     self._step(event, now)
                     yield from self._tell(event.step, event.step - 1)
+                    yield from self._fit_again(event.step)
 
     def _begin(self, now: float) -> None:
         """Take what was timed before the first step for what is known; a measurement of the base is its own kind."""
-        self.base, self._began, self._mark = self._beside.pop("eval", 0.0), now, now
-        self.spent = {kind: [seconds] for kind, seconds in self._beside.items() if kind == "save"}
+        self._know_base()
+        self._began = self._mark = now
         self._beside, self._recorded = {}, self.loop.gradient.recordings
+
+    def _know_base(self) -> None:
+        self.base = self._beside.pop("eval", self.base)
+        self.spent |= {kind: [seconds] for kind, seconds in self._beside.items() if kind == "save"}
 
     def _phase(self, event: Phase, now: float) -> None:
         """Time what lies beside training; a pause for heat will come again, one that was asked for will not."""
@@ -177,7 +188,7 @@ class Ahead:
         if found is not None:
             yield found
 
-    def left(self, step: int, behind: int) -> Forecast | None:
+    def left(self, step: int, behind: int, *, capped: bool = True) -> Forecast | None:
         """Return the time from after `step` to the end, what comes after the last step included; None where nothing is known yet.
 
         What belongs beside the steps after `behind` is still to come: a step is told before it is measured and saved.
@@ -192,9 +203,46 @@ class Ahead:
         if training is None:
             return None
         beside = self._beside_training(behind)
-        capped = [min(seconds, self._most()) for seconds in training]
-        low, middle, high = (one + other for one, other in zip(capped, beside, strict=True))
+        most = self._most() if capped else math.inf
+        low, middle, high = (min(one, most) + other for one, other in zip(training, beside, strict=True))
         return Forecast((low, middle, high), basis)
+
+    def fit(self) -> Generator[Event, None, None]:
+        """Before the first step: give the run as many steps as fit before `until`, so that its learning rate has come to its end by then.
+
+        Picked by what is expected, since little is known yet; `_fit_again` picks by what was measured. A run that was begun
+        earlier keeps its steps: its schedule stays.
+        """
+        self._know_base()
+        if self.loop.run.until and not self.loop.step:
+            yield from self._pick(0, 0, 1)
+
+    def _fit_again(self, step: int) -> Generator[Event, None, None]:
+        if step == _PICKED_AT and self.wanted and step < self.loop.total:
+            yield from self._pick(step, step - 1, 2)
+
+    def _pick(self, step: int, behind: int, place: int) -> Generator[Event, None, None]:
+        """Take the most steps whose time ends by `until`: that at `place` of (low, mid, high)."""
+        loop, before = self.loop, self.loop.total
+        self.wanted, available = self.wanted or before, loop.limits.deadline.left() - SAVING_SECONDS
+
+        def fits(total: int) -> bool:
+            loop.total = total
+            found = self.left(step, behind, capped=False)
+            return found is None or found.seconds_left[place] <= available
+
+        least, most = step or _LEAST_PICKED, self.wanted
+        loop.total = before
+        if most <= least or fits(most):
+            loop.total = most if most > least else before
+        else:
+            loop.total = max(least, bisect.bisect_left(range(least + 1, most), True, key=lambda total: not fits(total)) + least)
+        if loop.total == before:
+            return
+        there = words(max(0.0, available + SAVING_SECONDS))
+        told = f"until {loop.run.until} there is {there}: {count(loop.total)} of {count(self.wanted)} steps fit"
+        numbers = {"total": loop.total, "wanted": self.wanted, "left_seconds": available}
+        yield Finding("until", "info", step, f"{told}, and the learning rate comes to its end by then", (), numbers)
 
     def around(self, load_seconds: float) -> Around | None:
         """Return what lay around the steps, to be remembered; None where the hold-out was never measured, or nothing saved."""
@@ -272,7 +320,7 @@ class Ahead:
     def _most(self) -> float:
         """Return the seconds of training that `max_time` and `until` leave."""
         limits = self.loop.limits
-        after = self.loop.run.max_time - (self.clock() - self._began) if self.loop.run.max_time else float("inf")
+        after = self.loop.run.max_time - (self.clock() - self._began) if self.loop.run.max_time else math.inf
         return max(0.0, min(after, limits.deadline.left()))
 
     def _to_come(self, step: int) -> tuple[int, float]:

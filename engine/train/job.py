@@ -130,24 +130,33 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     if job.scores_alone:
         return Result("done", "the base has scored the answers")
     loop = _loop(job, choices, loaded, fence, tokenized, meter, folder)
-    planned = partial(_planned, job, choices, loop.total)
-    rehearsed = yield from worst_first(choices, loop, tokenized, planned, on_cpu=job.rehearse_on_cpu)
+    planned = partial(_planned, job, choices)
+    rehearsed = yield from worst_first(choices, loop, tokenized, partial(planned, loop.total), on_cpu=job.rehearse_on_cpu)
     yield from tell_kernel(choices.run, loaded, loop.fence, tokenized.facts.max_row_tokens, job.model_spec.head_dim)
     if job.resume:
         yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
     ahead, taken = Ahead(choices, loop, rehearsed), time.monotonic() - began
-    result = yield from ahead.follow(_through(job, loop, folder, meter))
+    result = yield from ahead.follow(_through(job, ahead, folder, planned))
     choices.remember(meter, ahead.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
     return result
 
 
-def _through(job: Job, loop: Loop, folder: Path, meter: Meter) -> Generator[Event, None, Result]:
-    """Prove the disk, measure the base, train and finish: what a forecast counts."""
+def _through(job: Job, ahead: Ahead, folder: Path, planned: Callable[[int], Planned]) -> Generator[Event, None, Result]:
+    """Prove the disk, measure the base, pick the steps that `until` leaves, train and finish: what a forecast counts."""
+    loop, total = ahead.loop, ahead.loop.total
     yield from loop.keeper.prove(loop.state())
     yield from verdict.measure_base(loop)
-    with meter.phase("train", fresh=True):
+    yield from ahead.fit()
+    if loop.total != total:
+        loop.watch = _watch(loop.run, loop.total)
+        yield planned(loop.total)
+    with loop.meter.phase("train", fresh=True):
         ending = yield from loop.train()
     return (yield from _finish(job, loop, folder, ending))
+
+
+def _watch(run: RunConfig, total: int) -> Watch:
+    return Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback)
 
 
 def _limit_memory(device: torch.device, choices: Choices) -> None:
@@ -310,7 +319,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
         order=Order(tokenized.train, rows_per_step(run), run.seed),
         holdout=Holdout(job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside),
         meter=meter,
-        watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
+        watch=_watch(run, total),
         fence=fence,
         wishes=job.wishes,
         limits=Limits(run, Deadline(run.until)),

@@ -11,12 +11,13 @@ import pytest
 from loop_driver import CPU, Asked, Ran, drive
 
 from qlora_tui.engine import forecast, measured
-from qlora_tui.engine.events import Event, Forecast, Phase, Saved, Stepped, Wish
+from qlora_tui.engine.events import Event, Finding, Forecast, Phase, Saved, Stepped, Wish
 from qlora_tui.engine.models import from_folder
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import job
 from qlora_tui.engine.train.ahead import Ahead
 from qlora_tui.engine.train.limits import Limits
+from qlora_tui.engine.until import Deadline
 
 Make = Callable[..., RunConfig]
 STEPS, EVAL, SAVE, PAUSE = 40, 11.0, 3.0, 5000.0
@@ -129,3 +130,50 @@ def test_max_time_ends_it(run_of: Make, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     ran(run_of(**{**SETTINGS, "max_time": 50.0}), tmp_path / "short", monkeypatch, short)
     assert short.ends[10][1] < clock.ends[10][1] - 25
+
+
+def night(monkeypatch: pytest.MonkeyPatch, clock: Ticking, seconds: float) -> None:
+    """Let `until` be so many seconds after the clock's beginning."""
+    end = clock.now + seconds
+    monkeypatch.setattr(job, "Deadline", lambda text: Deadline(text))
+    monkeypatch.setattr(Deadline, "left", lambda self: end - clock.now)
+
+
+def test_until_picks_as_many_steps_as_fit_and_their_rate_comes_to_its_end(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Ticking()
+    night(monkeypatch, clock, 240.0)
+    settings = {**SETTINGS, "max_steps": 400, "lr_scheduler_type": "linear", "warmup_steps": 0.0, "eval_steps": 1000, "save_steps": 1000}
+    found = ran(run_of(**settings, until="07:00"), tmp_path / "run", monkeypatch, clock)
+    steps = found.of(Stepped)
+    assert found.result is not None
+    assert found.result.reason == f"all {len(steps)} steps"
+    # 240 s less 20 for saving, 3 for the trial, 11 for each of two measurements and 6 for what is saved: 2 s a step
+    assert 80 <= len(steps) <= 95
+    assert steps[-1].lr < 0.03 * steps[0].lr
+    assert clock.now <= 1240.0
+    assert {step.total_steps for step in steps[21:]} == {len(steps)}
+    assert any("steps fit" in finding.message for finding in found.of(Finding))
+
+
+def test_a_run_that_fits_keeps_all_its_steps(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Ticking()
+    night(monkeypatch, clock, 5000.0)
+    found = ran(run_of(**SETTINGS, until="07:00"), tmp_path / "run", monkeypatch, clock)
+    assert len(found.of(Stepped)) == STEPS
+    assert not [finding for finding in found.of(Finding) if finding.detector == "until"]
+
+
+def test_a_resume_keeps_the_steps_that_were_picked(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Ticking()
+    night(monkeypatch, clock, 200.0)
+    run = run_of(**{**SETTINGS, "max_steps": 400, "eval_steps": 1000, "save_steps": 10}, until="07:00")
+    first = ran(run, tmp_path / "run", monkeypatch, clock, Asked(at_step={25: "stop"}))
+    picked = first.of(Stepped)[-1].total_steps
+    assert picked < 400
+    night(monkeypatch, clock, 100_000.0)
+    monkeypatch.setattr(job, "read_records", lambda path: [])
+    again = drive(run, tmp_path / "run", resume=True)
+    assert again.error is None
+    assert again.of(Stepped)[-1].step == picked
