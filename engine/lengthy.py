@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_tui.engine import money, prices, until
+from qlora_tui.engine.events import Finding
 from qlora_tui.engine.forecast import Before, Work, before_work, speed_of
 from qlora_tui.engine.machine import Machine, limited
 from qlora_tui.engine.models import ModelSpec
@@ -48,19 +49,60 @@ class Shorter:
         return {"set": list(self.set), "saves_seconds": self.saves_seconds, "text": self.text}
 
 
-def shorter(model: ModelSpec, run: RunConfig, machine: Machine, before: Before | None, work: Work | None) -> list[Shorter]:
-    """Return what makes a run of more than 12 h shorter: fewer rows, fewer epochs or steps, a lower rank; the most hours first."""
-    if before is None or work is None or not work.rows or before.total_seconds[1] <= LONG_RUN:
+def shorter(
+    model: ModelSpec, run: RunConfig, machine: Machine, before: Before | None, work: Work | None, scale: float = 1.0
+) -> list[Shorter]:
+    """Return what makes a run of more than 12 h shorter: fewer rows, fewer epochs or steps, a lower rank; the most hours first.
+
+    `scale` is what a step was measured to take over what was estimated, where the run has begun.
+    """
+    if before is None or work is None or not work.rows or _whole(before, scale) <= LONG_RUN:
         return []
-    share = max(0.05, _BELOW * (LONG_RUN - before.load_seconds[1]) / (before.total_seconds[1] - before.load_seconds[1]))
+    whole, load = _whole(before, scale), before.load_seconds[1]
+    share = max(0.05, _BELOW * (LONG_RUN - load) / (whole - load))
     found = []
     for changed, less, names in (_rows(run, work, share), _passes(run, work, share), _rank(run, work)):
         then = before_work(model, changed, machine, less) if names else None
-        saved = before.total_seconds[1] - then.total_seconds[1] if then else 0.0
-        if then is not None and saved > 0:
-            told = f"{words(saved)} less, {words(then.total_seconds[1])} in all"
-            found.append(Shorter(names, saved, told))
+        saved = whole - _whole(then, scale) if then else 0.0
+        if saved > 0:
+            found.append(Shorter(names, saved, f"{words(saved)} less, {words(whole - saved)} in all"))
     return sorted(found, key=lambda one: -one.saves_seconds)
+
+
+def _whole(before: Before, scale: float) -> float:
+    """Return the seconds of a run whose steps take `scale` times what was estimated."""
+    around = before.load_seconds[1] + before.beside_seconds[1]
+    return around + (before.total_seconds[1] - around) * scale
+
+
+def finding(model: ModelSpec, asked: RunConfig, run: RunConfig, machine: Machine, work: Work, step: int, seconds: float) -> Finding | None:
+    """Return what to say of a run that has begun and takes long; None where it does not.
+
+    Args:
+        model: the base's shape.
+        asked: the settings as they were asked.
+        run: the settings with every choice made.
+        machine: the device.
+        work: the rows.
+        step: the last one done.
+        seconds: from the first step to the end, as it looks now.
+    """
+    estimated = before_work(model, run, machine, work)
+    if estimated is None:
+        return None
+    beside, steps = estimated.beside_seconds[1], estimated.step_seconds[1] * work.steps
+    scale = max(0.0, seconds - beside) / steps
+    epoch = estimated.epoch_seconds[1] * scale if estimated.epoch_seconds else 0.0
+    scaled = dataclasses.replace(estimated, total_seconds=(seconds,) * 3, epoch_seconds=(epoch,) * 3)
+    if not (said := _about_time(scaled)):
+        return None
+    proposals = shorter(model, run, machine, estimated, work, scale)
+    advice = [f"{' '.join(one.set)}: {one.text}" for one in proposals]
+    advice += _renting(model, asked, work) if epoch > LONG_EPOCH else []
+    saved = {" ".join(one.set): one.saves_seconds for one in proposals}
+    return Finding(
+        "time", "warn", step, " ".join(said), tuple(advice), {"seconds": seconds, "epoch_seconds": epoch, "saves_seconds": saved}
+    )
 
 
 def shorter_words(found: list[Shorter]) -> list[str]:

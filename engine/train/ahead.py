@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeVar
 
-from qlora_tui.engine import forecast
+from qlora_tui.engine import forecast, lengthy
 from qlora_tui.engine.data import lengths_of
 from qlora_tui.engine.events import Event, Finding, Forecast, Phase, Stepped
 from qlora_tui.engine.fast.graphs import sizes
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 _ASIDE = {"eval", "save", "sample", "pause"}
 _HOT = "heat"
-_RECENT = 3
+_RECENT, _LENGTHS = 3, 500
 _ADAPTER_ON = (1.0, 1.1, 1.4)  # times the base's measurement that one with the adapter takes
 _REHEARSED, _MEASURED_ONCE = (0.88, 1.15), (0.7, 1.4)  # ranges of what one batch, and one measurement of the hold-out, say of all steps
 _PICKED_AT, _LEAST_PICKED = 20, 40  # a step at which enough is measured to pick steps anew; before it never fewer than these
@@ -119,6 +119,8 @@ class Ahead:
     _load: Load | None = None
     _began: float = 0.0
     _mark: float = 0.0
+    _first: int = 0
+    _told_long: bool = False
     _open: dict[str, float] = field(default_factory=dict)
     _beside: dict[str, float] = field(default_factory=dict)
     timed: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, rows and seconds of each step that recorded nothing
@@ -153,6 +155,7 @@ class Ahead:
         """Take what was timed before the first step for what is known; a measurement of the base is its own kind."""
         self._know_base()
         self._began = self._mark = now
+        self._first = self.loop.step
         self._beside, self._recorded = {}, self.loop.gradient.recordings
 
     def _know_base(self) -> None:
@@ -185,7 +188,21 @@ class Ahead:
 
     def _tell(self, step: int, behind: int) -> Generator[Event, None, None]:
         found = self.left(step, behind)
+        if found is None:
+            return
+        yield found
+        if step - self._first in (0, _PICKED_AT) and not self._told_long:
+            yield from self._long(step, self._mark - self._began + found.seconds_left[1])
+
+    def _long(self, step: int, seconds: float) -> Generator[Event, None, None]:
+        """Say once that the run takes long, at its beginning or once steps are measured, and what would make it shorter."""
+        loop, choices = self.loop, self.choices
+        lengths, held = loop.order.row_lengths, lengths_of(loop.holdout.rows)
+        some = sorted(lengths[:: max(1, len(lengths) // _LENGTHS)])
+        work = forecast.Work(sum(lengths), loop.total, loop.order.per_epoch, sum(held), some, len(lengths), len(held))
+        found = lengthy.finding(choices.model, choices.asked, choices.run, choices.machine, work, step, seconds)
         if found is not None:
+            self._told_long = True
             yield found
 
     def left(self, step: int, behind: int, *, capped: bool = True) -> Forecast | None:

@@ -177,3 +177,20 @@ def test_a_resume_keeps_the_steps_that_were_picked(run_of: Make, tmp_path: Path,
     again = drive(run, tmp_path / "run", resume=True)
     assert again.error is None
     assert again.of(Stepped)[-1].step == picked
+
+
+def test_a_run_that_takes_long_says_so_once_with_what_would_make_it_shorter(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "max_steps": 0, "num_train_epochs": 3.0, "eval_steps": 1000, "save_steps": 1000}
+    found = ran(run_of(**settings), tmp_path / "run", monkeypatch, Ticking(lambda step: 7200.0))
+    (told,) = [finding for finding in found.of(Finding) if finding.detector == "time"]
+    assert "over 12 h" in told.message
+    assert "over 6 h" in told.message
+    ways = [one.split("=")[0] for one in told.advice]
+    assert {"max_samples", "num_train_epochs"} <= set(ways)
+    saved = told.numbers["saves_seconds"]
+    assert all(0 < seconds < told.numbers["seconds"] for seconds in saved.values())
+    monkeypatch.undo()
+    short = ran(run_of(**SETTINGS), tmp_path / "short", monkeypatch, Ticking())
+    assert not [finding for finding in short.of(Finding) if finding.detector == "time"]
