@@ -37,6 +37,7 @@ T = TypeVar("T")
 _ASIDE = {"eval", "save", "sample", "pause"}
 _HOT = "heat"
 _RECENT, _LENGTHS = 3, 500
+_TELL_SECONDS = 1.0
 _ADAPTER_ON = (1.0, 1.1, 1.4)  # times the base's measurement that one with the adapter takes
 _REHEARSED, _MEASURED_ONCE = (0.88, 1.15), (0.7, 1.4)  # ranges of what one batch, and one measurement of the hold-out, say of all steps
 _PICKED_AT, _LEAST_PICKED = 20, 40  # a step at which enough is measured to pick steps anew; before it never fewer than these
@@ -120,6 +121,7 @@ class Ahead:
     _began: float = 0.0
     _mark: float = 0.0
     _first: int = 0
+    _told: float = 0.0
     _told_long: bool = False
     _open: dict[str, float] = field(default_factory=dict)
     _beside: dict[str, float] = field(default_factory=dict)
@@ -187,11 +189,16 @@ class Ahead:
         self._beside, self._mark = {}, now
 
     def _tell(self, step: int, behind: int) -> Generator[Event, None, None]:
-        found = self.left(step, behind)
+        """Say how long it takes: after each of the first steps, then once a second, since reckoning costs a millisecond or two."""
+        early, now = step - self._first <= _PICKED_AT, self.clock()
+        if not early and now - self._told < _TELL_SECONDS and step < self.loop.total:
+            return
+        self._told, found = now, self.left(step, behind)
         if found is None:
             return
         yield found
-        if step - self._first in (0, _PICKED_AT) and not self._told_long:
+        sure = found.seconds_left[0] > lengthy.LONG_EPOCH if step == self._first else step - self._first == _PICKED_AT
+        if sure and not self._told_long:
             yield from self._long(step, self._mark - self._began + found.seconds_left[1])
 
     def _long(self, step: int, seconds: float) -> Generator[Event, None, None]:
