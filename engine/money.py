@@ -22,6 +22,7 @@ from qlora_tui.engine.prices import Prices, Range
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.units import count, words
 
+_LEAST = 0.01
 CHANGE = "qlora-tui money changes prices"
 
 
@@ -161,11 +162,28 @@ def rented_words(rented: Rented, currency: str) -> str:
 def amount(value: Range, currency: str) -> str:
     """Return an amount or a range of money.
 
-    >>> amount((0.341, 0.619), "$"), amount((1600.0, 1600.0), "$"), amount((3.0, 5.0), "€")
-    ('$0.34 - 0.62', '$1,600', '€3 - 5')
+    >>> amount((0.341, 0.619), "$"), amount((1600.0, 1600.0), "$"), amount((3.0, 5.0), "€"), amount((0.0001, 0.004), "$")
+    ('$0.34 - 0.62', '$1,600', '€3 - 5', 'under $0.01')
     """
+    if 0 < value[1] < _LEAST:
+        return f"under {currency}{_LEAST}"
     low, high = (_plain(end) for end in value)
     return f"{currency}{low}" if low == high else f"{currency}{low} - {high}"
+
+
+def short(found: Bill) -> str:
+    """Return a bill in one line for a screen: what it comes to here and rented, what the first assumes, and the break-even."""
+    sign, parts = found.prices.currency, []
+    if found.power is not None and found.here is not None:
+        rest = f" and {amount(found.power.rest, '')} W of the rest" if found.power.rest[1] else ""
+        share = ", with the card's share" if found.share is not None else ""
+        rate = amount(found.prices.electricity, sign)
+        parts.append(f"{amount(found.here, sign)} here ({amount(found.power.device, '')} W{rest}, {rate} a kWh{share})")
+    if found.rented is not None:
+        parts.append(f"{amount(found.rented.cost, sign)} rented ({found.rented.card})")
+    if found.break_even is not None and math.isfinite(found.break_even[0]):
+        parts.append(f"the card is paid for after {_runs(found.break_even)}")
+    return "; ".join(parts)
 
 
 def _here(found: Bill) -> str:
@@ -186,9 +204,15 @@ def _break_even_words(found: Bill) -> str:
     card = f"the card ({amount(found.card_price or (0.0, 0.0), found.prices.currency)})"
     if not math.isfinite(low):
         return f"Break-even: never; renting costs no more than the electricity here, so {card} is not paid for by such runs."
-    most = f" - {count(math.ceil(high))}" if math.isfinite(high) and math.ceil(high) != math.ceil(low) else ""
-    perhaps = "" if math.isfinite(high) else " or more, and perhaps never"
-    return f"Break-even: {card} is paid for after {count(math.ceil(low))}{most} such runs{perhaps}."
+    return f"Break-even: {card} is paid for after {_runs((low, high))}."
+
+
+def _runs(value: Range) -> str:
+    low, high = value
+    if not math.isfinite(high):
+        return f"{count(math.ceil(low))} such runs or more, and perhaps never"
+    most = f" - {count(math.ceil(high))}" if math.ceil(high) != math.ceil(low) else ""
+    return f"{count(math.ceil(low))}{most} such runs"
 
 
 def _assumed(found: Bill) -> str:
@@ -246,7 +270,7 @@ def _times(one: Range, other: Range, scale: float = 1.0) -> Range:
 def _plain(value: float) -> str:
     if value >= 100 or value == round(value):
         return f"{value:,.0f}"
-    return f"{value:.2f}" if value >= 0.01 else f"{value:.4f}"
+    return f"{value:.2f}"
 
 
 def _hours(value: Range) -> str:

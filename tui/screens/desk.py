@@ -307,11 +307,11 @@ class Desk:
         rows = min(_USUAL_ROWS, run.max_samples or _USUAL_ROWS)
         return Outlook(plan, typical=taken, assumed=f"{rows:,} rows of {each:,} tokens")
 
-    def bill(self, run: RunConfig, outlook: Outlook | None) -> list[str]:
-        """Return what the run costs, in sentences, none where its time is not known; it plans for another card, so not at every key."""
+    def bill(self, run: RunConfig, outlook: Outlook | None) -> str:
+        """Return what the run costs in one line, nothing where its time is not known; it plans for another card, so not at every key."""
         spec = self.model(run)
         found = money.before_run(spec, run, self.machine(), outlook.time, outlook.work) if spec and outlook else None
-        return money.lines(found) if found else []
+        return money.short(found) if found else ""
 
     def gated(self, run: RunConfig) -> bool:
         """Say whether the run's model is known to need a licence accepted on the hub."""

@@ -89,11 +89,11 @@ def summary(
     width: int = 74,
     spec: ModelSpec | None = None,
     checkpoint: int = 0,
-    bill: Sequence[str] = (),
+    bill: str = "",
 ) -> list[Content]:
     """Return the lines of the summary: what runs, on what, what it needs and takes, where it goes, and what watches over it.
 
-    `checkpoint` is about the bytes of one; 0: not known. `bill` is what the run costs, in sentences.
+    `checkpoint` is about the bytes of one; 0: not known. `bill` is what the run costs.
     """
     planned = outlook.plan.run if outlook else run
     base = "16-bit base" if planned.method == "lora" else f"4-bit {planned.bnb_4bit_quant_type} base"
@@ -107,7 +107,7 @@ def summary(
         *([("plan", _choices(outlook))] if outlook and outlook.plan.choices else []),
         *([("memory", _memory(outlook))] if outlook else []),
         *([("time", _time(outlook))] if outlook else []),
-        *(("" if at else "cost", one_line(line, limit=400)) for at, line in enumerate(bill)),
+        *([("cost", one_line(bill, limit=400))] if bill else []),
         ("checkpoints", _checkpoints(run, checkpoint)),
         ("saved in", f"{one_line(run.runs_dir, limit=120)}/DATE-TIME-{slug(run.model_name_or_path)}/"),
         ("watch", _watch(run)),
