@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import doctest
 import json
 import math
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.engine import cards, machine, models, money, prices
+from qlora_tui.engine import cards, machine, models, money, prices, timetable, until
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.forecast import Work, before_work
 from qlora_tui.engine.spec import RunConfig
@@ -77,8 +79,6 @@ ranges = st.tuples(positive, positive).map(lambda pair: (min(pair), max(pair)))
 @given(hours=ranges, rented=ranges, electricity=ranges, rent=ranges)
 def test_every_range_has_its_ends_in_order_and_more_hours_cost_more(hours, rented, electricity, rent):
     base, _ = prices.usable()
-    import dataclasses
-
     found = dataclasses.replace(base, electricity=electricity, rent=rent)
     one = money.bill(found, RTX_4090, hours, rented_hours=rented)
     two = money.bill(found, RTX_4090, (2 * hours[0], 2 * hours[1]), rented_hours=rented)
@@ -100,6 +100,48 @@ def test_a_run_is_reckoned_on_the_rented_card_by_its_own_plan():
     huge = models.find("Qwen/Qwen2.5-14B-Instruct")
     assert money.before_run(huge, RunConfig(method="lora"), RTX_4090, time, WORK).rented is None
     assert money.before_run(LLAMA, run, RTX_4090, None, WORK) is None
+
+
+ROWS = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "word " * 1000}]}
+
+
+def budget(capsys, write_jsonl, rows, *more):
+    data = write_jsonl([ROWS] * rows)
+    assert (
+        main(["budget", "--model", LLAMA.name, "--card", "RTX 3060", "--data", str(data), "--set", "gradient_checkpointing=true", *more])
+        == 0
+    )
+    return capsys.readouterr().out
+
+
+def test_a_budget_says_what_the_run_costs(home, capsys, write_jsonl):
+    document = json.loads(budget(capsys, write_jsonl, 50, "--json"))
+    assert document["cost"]["currency"] == "$"
+    assert document["cost"]["here"][0] < document["cost"]["here"][1]
+    assert document["cost"]["rented_hours"][1] * 3600 < document["time"]["total_seconds"][2]
+    assert document["shorter"] == []
+    lines = budget(capsys, write_jsonl, 50).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("cost    Here: $"))
+    assert [line.split(":")[0].strip() for line in lines[at + 1 : at + 4]] == ["Rented", "Break-even", "Assumed"]
+
+
+def test_a_budget_over_12_hours_says_what_makes_the_run_shorter(home, capsys, write_jsonl):
+    shown = budget(capsys, write_jsonl, 6000, "--set", "num_train_epochs=3")
+    assert "is over 12 h" in shown
+    assert "shorter --set num_train_epochs=" in shown
+    assert "--set max_samples=" in shown and "--set lora_r=8 --set lora_alpha=16" in shown  # noqa: PT018
+
+
+def test_a_budget_says_how_many_steps_fit_before_a_time_of_day(home, capsys, write_jsonl, monkeypatch):
+    monkeypatch.setattr(until, "moment", lambda text, now: now + 3600)
+    shown = budget(capsys, write_jsonl, 6000, "--until", "07:00")
+    assert "Until 07:00 there is 1 h" in shown or "Until 07:00 there is 60 min" in shown
+    assert "steps fit, and the run takes as many" in shown
+
+
+@pytest.mark.parametrize("module", [money, timetable], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_hold(module):
+    assert doctest.testmod(module).failed == 0
 
 
 # prices
