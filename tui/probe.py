@@ -95,7 +95,7 @@ def small(run: RunConfig, rows: int) -> RunConfig:
         max_time=0.0,
         until="",
         max_samples=0,
-        val_set_size=float(min(_MOST_HELD_OUT, max(2, 2 * at_once))),
+        val_set_size=float(min(_MOST_HELD_OUT, 4 * at_once)),
         data=tuple(map(train_alone, run.data)),
         eval_data="",
         eval_steps=1 << 30,
