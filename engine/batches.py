@@ -65,15 +65,27 @@ class Order:
         """Take the rows in the order of their source."""
         self.per_epoch = steps_per_epoch(len(rows), rows_per_step)
         self._rows, self._rows_per_step, self._seed = rows, rows_per_step, seed
+        self.row_lengths = lengths_of(rows)
         self._epoch, self._steps = -1, list[list[int]]()
 
     def of(self, step: int) -> list[TokenRow]:
         """Return the rows of `step`, counted from 1 over all epochs."""
+        return [self._rows[row] for row in self._of(step)]
+
+    def lengths(self, step: int) -> list[int]:
+        """Return the tokens of each row of `step`, without reading them."""
+        return [self.row_lengths[row] for row in self._of(step)]
+
+    def epoch(self, step: int) -> list[list[int]]:
+        """Return the tokens of each row of every step of the epoch that `step` is in."""
+        self._of(step)
+        return [[self.row_lengths[row] for row in rows] for rows in self._steps]
+
+    def _of(self, step: int) -> list[int]:
         epoch, index = divmod(step - 1, self.per_epoch)
         if self._epoch != epoch:
-            lengths = lengths_of(self._rows)
-            self._epoch, self._steps = epoch, epoch_order(lengths, self._rows_per_step, self._seed, epoch)
-        return [self._rows[row] for row in self._steps[index]]
+            self._epoch, self._steps = epoch, epoch_order(self.row_lengths, self._rows_per_step, self._seed, epoch)
+        return self._steps[index]
 
 
 def longest(rows: Sequence[TokenRow], number: int) -> list[TokenRow]:

@@ -25,6 +25,7 @@ class Card:
     """A known card: memory in bytes, bytes and operations a second, and how far to trust them.
 
     `flops` are dense bf16 products with 32-bit accumulation, or 32-bit products where `bf16` is false.
+    `power_watts` is what the board may take, as its maker publishes it.
     `capability` is CUDA's and None for a card of another maker. `note` is a warning for people, mostly empty.
     """
 
@@ -34,6 +35,7 @@ class Card:
     flops: float
     bf16: bool
     capability: tuple[int, int] | None
+    power_watts: float = 0.0
     source: str = ""
     tested: bool = False
     note: str = ""
@@ -51,6 +53,7 @@ def cards() -> tuple[Card, ...]:
             flops=row["bf16_tflops"] * 1e12,
             bf16=row["bf16"],
             capability=tuple(row["capability"]) if row["capability"] else None,
+            power_watts=float(row["power_watts"]),
             source=row["source"],
             tested=row["tested"],
             note=row.get("note", ""),

@@ -10,54 +10,83 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from qlora_tui.engine import measured
-from qlora_tui.engine.events import Forecast
-from qlora_tui.engine.machine import Machine, limited
+from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.sizes import checkpointed_layers, element_bytes, weight_bytes
+from qlora_tui.engine.pace import Triple
+from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, element_bytes, weight_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.steptime import attention_share, micro_batch, micro_batches, optimizer_seconds, table_speed
-from qlora_tui.engine.units import billions, count, gib, percent, words
-
-Triple = tuple[float, float, float]
+from qlora_tui.engine.steptime import micro_batch, micro_batches, optimizer_seconds, table_speed
+from qlora_tui.engine.timetable import EVALS, SAVES, cadence, measurements, saves
 
 _CPU_RANGE = (0.5, 2.0)
 _CARD_RANGE = (0.5, 1.5)  # a fast desktop launches kernels in less than half of the time that is assumed
 _PIECES_RANGE = (0.8, 1.3)
 _KIN_RANGE = (0.88, 1.15)  # steps measured with another number of recomputed layers, rows at once or much other lengths
-_STEPS_RANGE = (0.94, 1.07)
+_STEPS_RANGE = (0.92, 1.09)
 _NEAR = 1.5  # a step of so many times as many tokens, or as few, is near enough to be judged by
 _LENGTHS_USED = 16
-_WINDOW = 64
-_LONG_RUN, _LONG_EPOCH = 12 * 3600.0, 6 * 3600.0  # this and the next three: what people are usually warned of
-_LONG_ROW, _LONG_CHAT = 8000, 4096  # tokens
-_BIG_MODEL = 13_500_000_000  # weights; models called 13 B have 13.0
-_CARD_24 = 25 << 30
-_LEAST_LEFT = 3 << 30  # context, one row's activations and the allocator's slack
+_RECORDED = 18  # shapes of batches in a run that records them: twelve lengths, some with few rows or few trained tokens
+_AROUND_RANGE = (0.5, 2.0)  # of loading and saving where no run has measured them
+_START_SECONDS, _LOADED_BYTES = 12.0, 1e9  # of libraries and the device until weights come, and of weights a second from a warm disk
+_SAVE_SECONDS, _SAVED_BYTES, _STATE_BYTES = 0.3, 2e8, 12  # of a checkpoint's files, bytes a second, and bytes of an adapter weight in it
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """Seconds of one optimizer step, of the whole run and of an epoch, each as (low, mid, high), and what they rest on."""
+    """Seconds of one optimizer step, of the whole run and of an epoch, each as (low, mid, high), and what they rest on.
+
+    The whole is `load_seconds` until the first measurement, the steps, and `beside_seconds` of measurements and checkpoints.
+    """
 
     step_seconds: Triple
     total_seconds: Triple
     basis: str
     epoch_seconds: Triple | None = None
+    load_seconds: Triple = (0.0, 0.0, 0.0)
+    beside_seconds: Triple = (0.0, 0.0, 0.0)
 
     def to_json(self) -> dict[str, object]:
         """Return the promised keys of `budget --json`'s `time`."""
         found: dict[str, object] = {"step_seconds": list(self.step_seconds), "total_seconds": list(self.total_seconds)}
         if self.epoch_seconds is not None:
             found["epoch_seconds"] = list(self.epoch_seconds)
-        return found | {"basis": self.basis}
+        return found | {"load_seconds": list(self.load_seconds), "beside_seconds": list(self.beside_seconds), "basis": self.basis}
+
+
+class Work(NamedTuple):
+    """What a run has to go through: real tokens of its rows in an epoch, optimizer steps, tokens measured each time, and rows.
+
+    `lengths` are tokens of the rows looked at, where they are known: long rows cost more a token than short ones.
+    """
+
+    tokens_per_epoch: int
+    steps: int
+    steps_per_epoch: int = 0
+    holdout_tokens: int = 0
+    lengths: Sequence[int] = ()
+    rows: int = 0
+    held: int = 0
+
+
+def before_work(model: ModelSpec, run: RunConfig, machine: Machine, work: Work) -> Before | None:
+    """Return `before` for `work`."""
+    return before(
+        model,
+        run,
+        machine,
+        tokens_per_epoch=work.tokens_per_epoch,
+        steps=work.steps,
+        steps_per_epoch=work.steps_per_epoch,
+        holdout_tokens=work.holdout_tokens,
+        lengths=work.lengths,
+    )
 
 
 def before(
@@ -90,17 +119,60 @@ def before(
     if pace is None:
         return None
     step = pace.seconds_per_token * tokens
-    measurements = 2 + (steps // run.eval_steps if run.eval_steps else min(5, steps))
-    total = step * steps + measurements * holdout_tokens * pace.seconds_per_token * _forward_share(model, run)
     low, high = pace.range
+    load, beside = _around(model, run, machine, pace, (steps, holdout_tokens))
+    rows = min(tokens / rows_per_step(run), run.max_length)
+    recording = min(_RECORDED, steps * micro_batches(run, rows_at_once(run))) * recording_seconds(model, run, machine, rows)
+    beside = _sum(beside, (0.5 * recording, recording, 2 * recording))
     cap = run.max_time or math.inf
+    training = (min(step * steps * low, cap), min(step * steps, cap), min(step * steps * high, cap))
     epoch = tokens_per_epoch * pace.seconds_per_token
     return Before(
         (step * low, step, step * high),
-        (min(total * low, cap), min(total, cap), min(total * high, cap)),
+        _sum(load, training, beside),
         f"estimate from {pace.basis}; measured steps replace it",
         (epoch * low, epoch, epoch * high),
+        load,
+        beside,
     )
+
+
+def recording_seconds(model: ModelSpec, run: RunConfig, machine: Machine, tokens: float) -> float:
+    """Return the seconds of recording one micro-batch of rows of `tokens` tokens: about those of starting its kernels one by one."""
+    speed = speed_of(machine)
+    if speed is None or machine.kind != "cuda" or run.cuda_graphs != "on":
+        return 0.0
+    plain = dataclasses.replace(run, cuda_graphs="off")
+    return micro_batch(model, plain, machine, speed, rows_at_once(run), tokens).seconds(checkpointed_layers(model, run))
+
+
+def _around(model: ModelSpec, run: RunConfig, machine: Machine, pace: _Pace, counts: tuple[int, int]) -> tuple[Triple, Triple]:
+    """Return the seconds of loading, and those of measurements and checkpoints; `counts` are steps and held-out tokens."""
+    steps, holdout_tokens = counts
+    known, (low, high) = measured.around(machine.name, around_key(model, run)), _AROUND_RANGE
+    if known is None:
+        size = weight_bytes(model, dataclasses.replace(run, method="lora"), machine)
+        load = _START_SECONDS + size / _LOADED_BYTES
+        save = _SAVE_SECONDS + adapter_params(model, run) * _STATE_BYTES / _SAVED_BYTES
+        each = pace.seconds_per_token * forward_share(model, run)
+    else:
+        load, save, each, (low, high) = known.load_seconds, known.save_seconds, known.eval_seconds_per_token, _KIN_RANGE
+    evals = cadence(run.eval_steps, steps, EVALS)
+    least, most = saves(0, steps, cadence(run.save_steps, steps, SAVES), evals if holdout_tokens else steps + 1)
+    measuring = (1 + measurements(0, steps, evals)) * holdout_tokens * each
+    written = (least + 2) * save * low, (most + 2) * save, (most + 2) * save * high  # one on trial before, the adapter after
+    beside = _sum((measuring * min(low, pace.range[0]), measuring, measuring * max(high, pace.range[1])), written)
+    return (load * low, load, load * high), beside
+
+
+def _sum(*parts: Triple) -> Triple:
+    low, middle, high = (sum(part[place] for part in parts) for place in range(3))
+    return low, middle, high
+
+
+def around_key(model: ModelSpec, run: RunConfig) -> str:
+    """Return what kind of run this is for what lies around its steps: loading goes by model and method, saving by rank."""
+    return f"{model.name}, {_method(run)}, rank {run.lora_r}"
 
 
 def seconds_per_token(model: ModelSpec, run: RunConfig, machine: Machine, *, row_tokens: float | None = None) -> float | None:
@@ -129,84 +201,6 @@ def step_key(model: ModelSpec, run: RunConfig) -> str:
     return f"{kind}, {checkpointed_layers(model, run)} recomputed"
 
 
-def remarks(
-    model: ModelSpec,
-    run: RunConfig,
-    machine: Machine,
-    before: Before | None,
-    *,
-    longest: int | None = None,
-    longest_chat: int = 0,
-) -> list[str]:
-    """Return one sentence for each threshold that people are warned of and that this run crosses, with what to change.
-
-    Where a usual warning is about a usual stack and not about this one, it is said what is true here.
-
-    Args:
-        model: the base's shape.
-        run: the settings.
-        machine: the device.
-        before: the time expected, where it is known.
-        longest: tokens of the longest row, where the data are known.
-        longest_chat: tokens of the longest row with several answers; 0: not known, or there is none.
-    """
-    length = min(run.max_length, longest or run.max_length)
-    found = _about_time(before) if before else []
-    if length > _LONG_ROW:
-        found.append(_about_length(model, run, machine, length))
-    device = limited(machine, run)
-    if device.kind == "cuda" and device.total_bytes < _CARD_24 and model.params > _BIG_MODEL:
-        found.append(_about_size(model, run, device))
-    if min(longest_chat, run.max_length) > _LONG_CHAT:
-        found.append(
-            f"Chats with several answers reach {count(min(longest_chat, run.max_length))} tokens: 4,096 is the usual limit where rows are "
-            "packed, and nothing is packed here, so they cost their own length alone; split them if memory or time is short."
-        )
-    return found
-
-
-def _about_time(before: Before) -> list[str]:
-    found = []
-    total, epoch = before.total_seconds[1], before.epoch_seconds[1] if before.epoch_seconds else 0.0
-    if total > _LONG_RUN:
-        found.append(
-            f"About {words(total)} is over 12 h: fewer epochs or max_samples shorten it, and max_time=12h ends it saved, to be resumed."
-        )
-    if epoch > _LONG_EPOCH:
-        share = _LONG_EPOCH / epoch
-        found.append(
-            f"An epoch of about {words(epoch)} is over 6 h, so a bad setting shows late: "
-            f"try it with max_samples at {percent(share)} of the rows first."
-        )
-    return found
-
-
-def _about_length(model: ModelSpec, run: RunConfig, machine: Machine, length: int) -> str:
-    if run.attn_implementation == "eager" or not model.sdpa:
-        scores = model.num_attention_heads * length**2 * element_bytes(run, machine)
-        cure = "attn_implementation=sdpa does not" if model.sdpa else "this family has no other kind, so lower max_length"
-        return f"Rows of {count(length)} tokens: attention holds all scores, {gib(scores)} a layer and copy; {cure}."
-    speed = speed_of(machine)
-    share = f"{percent(attention_share(model, run, machine, speed, length))} of such a row's time goes" if speed else "time goes"
-    return (
-        f"Rows of {count(length)} tokens: 8,000 on 24 GB is a limit of the usual stack, which holds all scores and logits, "
-        f"not of the card; here memory grows evenly, but {share} to attention, so a lower max_length pays if few rows need it."
-    )
-
-
-def _about_size(model: ModelSpec, run: RunConfig, device: Machine) -> str:
-    said = f"{billions(model.params)} weights on {gib(device.total_bytes)}: the usual advice stops at 13 B on 24 GB"
-    small = weight_bytes(model, dataclasses.replace(run, method="qlora"), device)
-    left = device.free_bytes - small
-    if left < _LEAST_LEFT:
-        return f"{said}, and rightly: even in 4 bits they take {gib(small)} of {gib(device.free_bytes)}; take a smaller model."
-    how = "" if _method(run) == "qlora" else "set method=qlora: "
-    return (
-        f"{said}; {how}in 4 bits they take {gib(small)} and leave {gib(left)}, so short rows fit "
-        "with gradient_checkpointing=true and per_device_train_batch_size=1."
-    )
-
-
 def speed_of(machine: Machine) -> Speed | None:
     """Return what a device reaches: as measured on it, else as its data sheet lets expect; None for an unknown card.
 
@@ -228,7 +222,7 @@ def _pace(model: ModelSpec, run: RunConfig, machine: Machine, tokens: float, len
     if speed is None:
         return None
     formula = _formula(model, run, machine, speed, rows_at_once(run), checkpointed_layers(model, run), tokens, lengths)
-    factor, spread = _against_steps(model, run, machine, speed, tokens)
+    factor, spread = against_steps(model, run, machine, speed, tokens)
     if spread is not None:
         return _Pace(formula * factor, spread, "steps measured on this machine")
     if machine.kind == "cuda" and measured.speed(machine.name):
@@ -247,14 +241,16 @@ def _formula(
     recomputed: int,
     tokens: float,
     lengths: Sequence[int] = (),
+    parts: int = 0,
 ) -> float:
     """Return the seconds of one token in a step of micro-batches of `rows` rows, each `tokens` or one of `lengths` long.
 
-    Rows of a micro-batch are about equally long, since batches are made of neighbours by length.
+    Rows of a micro-batch are about equally long, since batches are made of neighbours by length. The update is spread over
+    `parts` micro-batches; 0: as many as `run` has.
     """
     known = _spread_evenly([length for length in lengths if length <= run.max_length]) or [tokens]
     batches = [micro_batch(model, run, machine, speed, rows, float(length)).seconds(recomputed) for length in known]
-    update = optimizer_seconds(model, run, machine, speed) / micro_batches(run, rows)
+    update = optimizer_seconds(model, run, machine, speed) / (parts or micro_batches(run, rows))
     return (statistics.fmean(batches) + update) / (rows * statistics.fmean(known))
 
 
@@ -264,7 +260,7 @@ def _spread_evenly(lengths: Sequence[int]) -> list[float]:
     return [float(ordered[(2 * index + 1) * len(ordered) // (2 * used)]) for index in range(used)]
 
 
-def _against_steps(
+def against_steps(
     model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float
 ) -> tuple[float, tuple[float, float] | None]:
     """Return how real steps compare with the formula, and the range that is left; (1, None) where none were measured.
@@ -291,7 +287,7 @@ def _against_steps(
 
 def _ratio(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, key: str, point: StepTime) -> tuple[float, float]:
     """Return the tokens at once of a measured step, and its seconds over those of the formula."""
-    formula = _formula(model, run, machine, speed, point.rows, _recomputed(key) or 0, point.tokens_per_row)
+    formula = _formula(model, run, machine, speed, point.rows, _recomputed(key) or 0, point.tokens_per_row, parts=point.parts)
     return point.rows * float(point.tokens_per_row), point.seconds_per_token / formula
 
 
@@ -321,51 +317,6 @@ def _method(run: RunConfig) -> str:
     return "lora" if run.method == "lora" else "qlora"
 
 
-def _forward_share(model: ModelSpec, run: RunConfig) -> float:
+def forward_share(model: ModelSpec, run: RunConfig) -> float:
     """Return what a forward pass costs of a training pass."""
     return 1 / (2 + checkpointed_layers(model, run) / model.num_hidden_layers)
-
-
-@dataclass(slots=True)
-class Pace:
-    """Measured steps turned into time left: robust against a slow step, honest about spread.
-
-    Steps hold different numbers of tokens (rows are bucketed by length), so the rate is the median of tokens a
-    second over the last steps and the tokens of a step are the mean of all of them.
-    """
-
-    _rates: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-    _steps: int = 0
-    _tokens: int = 0
-
-    def feed(self, seconds: float, tokens: int) -> None:
-        """Take in one optimizer step. The first one warms kernels up and counts only for its tokens."""
-        self._steps += 1
-        self._tokens += tokens
-        if self._steps > 1 and seconds > 0 and tokens > 0 and math.isfinite(seconds):
-            self._rates.append(tokens / seconds)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The median rate of the last steps; None before the second step."""
-        return statistics.median(self._rates) if self._rates else None
-
-    def left(self, step: int, total_steps: int, *, extra_seconds: float = 0.0) -> Forecast | None:
-        """Say how long the steps after `step` take; None before three steps are measured.
-
-        Args:
-            step: the last step done.
-            total_steps: the last step there will be.
-            extra_seconds: what measuring and saving will add, as far as it is known.
-        """
-        rate = self.tokens_per_second
-        if len(self._rates) < 3 or rate is None:
-            return None
-        remaining = max(total_steps - step, 0)
-        mid = remaining * self._tokens / self._steps / rate
-        quarters = statistics.quantiles(self._rates, n=4, method="inclusive")
-        spread = 0.74 * (quarters[2] - quarters[0]) / rate  # a standard deviation, if steps were normal
-        off = min(0.9, 0.03 + 2 * spread * math.sqrt(1 / len(self._rates) + 1 / max(remaining, 1)))
-        low, high = mid * (1 - off), mid * (1 + off)
-        basis = f"{rate:,.0f} tokens/s, median of {len(self._rates)} steps"
-        return Forecast((low + extra_seconds, mid + extra_seconds, high + extra_seconds), basis)

@@ -54,11 +54,24 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds for one token in real steps of `rows` rows at once, each of about `tokens_per_row` tokens."""
+    """Seconds for one token in real steps of `rows` rows at once, each of about `tokens_per_row` tokens.
+
+    `parts` are the micro-batches of such a step, over which its one update is spread; 0: not known, as in older files.
+    """
 
     tokens_per_row: int
     rows: int
     seconds_per_token: float
+    parts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Seconds of what lies around the steps of one kind of run: until its first step, of a checkpoint, and of measuring a token."""
+
+    load_seconds: float
+    save_seconds: float
+    eval_seconds_per_token: float
 
 
 @functools.cache
@@ -136,7 +149,7 @@ def speed(machine_name: str) -> Speed | None:
     return Speed(*kept["pieces"]) if kept else None
 
 
-def remember_steps(machine_name: str, key: str, tokens_per_row: int, rows: int, seconds_per_token: float) -> None:
+def remember_steps(machine_name: str, key: str, tokens_per_row: int, rows: int, seconds_per_token: float, parts: int = 0) -> None:
     """Keep what real steps took; a measurement of nearly the same length and as many rows gives way to it.
 
     Args:
@@ -145,6 +158,7 @@ def remember_steps(machine_name: str, key: str, tokens_per_row: int, rows: int, 
         tokens_per_row: tokens of a row, the mean over the steps.
         rows: rows at once.
         seconds_per_token: seconds of a whole optimizer step over its real tokens.
+        parts: micro-batches of such a step; 0: not known.
     """
     if not (tokens_per_row > 0 and rows > 0 and _positive(seconds_per_token)):
         return
@@ -153,7 +167,7 @@ def remember_steps(machine_name: str, key: str, tokens_per_row: int, rows: int, 
         kinds = book["steps"].setdefault(machine_name, {})
         points = _group(kinds, key)
         points[:] = [point for point in points if point[1] != rows or abs(point[0] / tokens_per_row - 1) > _SAME_LENGTH]
-        points.append([int(tokens_per_row), int(rows), float(seconds_per_token)])
+        points.append([int(tokens_per_row), int(rows), float(seconds_per_token), int(parts)])
         del points[:-_STEPS_KEPT]
         _drop_oldest(book["steps"])
 
@@ -169,6 +183,28 @@ def all_steps(machine_name: str) -> dict[str, list[StepTime]]:
     """Return the real steps measured on a device, by kind."""
     kinds = _read()["steps"].get(machine_name, {})
     return {key: [StepTime(*point) for point in points] for key, points in kinds.items()}
+
+
+def remember_around(machine_name: str, key: str, around: Around) -> None:
+    """Keep what lay around the steps of a run of kind `key`, in place of what was known of it; figures that are none are left out."""
+    figures = [around.load_seconds, around.save_seconds, around.eval_seconds_per_token]
+    if not all(_positive(figure) for figure in figures):
+        return
+
+    def add(book: dict[str, Any]) -> None:
+        kinds = book["around"].setdefault(machine_name, {})
+        kinds.pop(key, None)
+        kinds[key] = figures
+        _drop_oldest(kinds)
+        _drop_oldest(book["around"])
+
+    _rewrite(add)
+
+
+def around(machine_name: str, key: str) -> Around | None:
+    """Return what lies around the steps of a run of kind `key`; None where none was measured."""
+    figures = _read()["around"].get(machine_name, {}).get(key)
+    return Around(*figures) if figures else None
 
 
 def stamp() -> tuple[int, int]:
@@ -226,7 +262,7 @@ def _parsed(path: Path, stamp: tuple[int, int]) -> Mapping[str, Any]:
 
 
 def _empty() -> dict[str, Any]:
-    return {"memory": {}, "speed": {}, "steps": {}}
+    return {"memory": {}, "speed": {}, "steps": {}, "around": {}}
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -242,6 +278,7 @@ def _parse(path: Path) -> dict[str, Any]:
         "memory": _lists(raw.get("memory"), _is_run),
         "speed": {name: kept for name, kept in _table(raw.get("speed")).items() if _is_speed(kept)},
         "steps": devices,
+        "around": {name: _whole_around(kinds) for name, kinds in _table(raw.get("around")).items()},
     }
 
 
@@ -264,7 +301,15 @@ def _is_speed(value: object) -> bool:
 
 
 def _is_point(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_positive(part) for part in value)
+    """Say whether it is tokens, rows, seconds, and in newer files the parts of a step."""
+    if not isinstance(value, list) or len(value) not in (3, 4):
+        return False
+    return all(_positive(part) for part in value[:3]) and all(part == 0 or _positive(part) for part in value[3:])
+
+
+def _whole_around(value: object) -> dict[str, list[float]]:
+    kinds = _table(value).items()
+    return {name: part for name, part in kinds if isinstance(part, list) and len(part) == 3 and all(_positive(one) for one in part)}
 
 
 def _positive(value: object) -> bool:

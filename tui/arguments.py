@@ -77,6 +77,13 @@ def _budget_arguments(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _money_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prices", metavar="KEY=VALUE", nargs="*", help="keep a price: electricity=0.31, rent=3-5; KEY= goes back to what ships"
+    )
+    _json(parser)
+
+
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", default="", help="JSONL file, hub dataset or builtin:python-docs")
     parser.add_argument("--examples", metavar="N", type=count, default=0, help="show N rows and which parts are trained on")
@@ -218,6 +225,7 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _run_arguments,
     "attach": _attach_arguments,
     "budget": _budget_arguments,
+    "money": _money_arguments,
     "data": _data_arguments,
     "presets": _presets_arguments,
     "runs": _runs_arguments,

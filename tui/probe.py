@@ -24,7 +24,8 @@ from qlora_tui.engine.units import count, gib, words
 
 WARM_STEPS = 2
 """Steps left out of the figure: kernels are chosen and memory is claimed in them."""
-_HELD_OUT = 2
+_HELD_OUT = 1e-6  # a share, whose least is a tenth of few rows and 20 of many: enough to time a measurement
+_LEAST_STEPS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def probe(
 
     Args:
         run: what would be trained, with the planner's choices made, so that the same batches are measured.
-        rows: how many rows go through, a micro-batch a step.
+        rows: how many rows go through.
         say: hears the phase, and how far it is, several times a second.
         stopping: asked several times a second; true ends it.
 
@@ -64,13 +65,33 @@ def probe(
         WontFit: the longest batch does not fit.
         EngineError: the run itself said why it could not be.
     """
+    with tempfile.TemporaryDirectory(prefix="qlora-tui-probe-") as folder:
+        runs = Path(folder) / "runs"
+        config = Path(folder) / "run.toml"
+        config.write_text(preset.to_toml(dataclasses.replace(small(run, rows), runs_dir=str(runs))), encoding="utf-8")
+        heard = _Heard(runs, say)
+        command = [sys.executable, "-m", "qlora_tui.tui", "--no-ui", "--json", "--config", str(config)]
+        ended = child.run(command, doing="measuring the speed", stopping=stopping, watch=heard.look)
+        heard.look()
+        if heard.finished is None or heard.finished.exit_code:
+            raise refusal(heard.finished, ended, "the test run", "--probe")
+        return heard.measured()
+
+
+def small(run: RunConfig, rows: int) -> RunConfig:
+    """Return `run` cut down to `rows` rows: few micro-batches a step, no checkpoint on the way, and few rows to measure at both ends.
+
+    Rows that meet in a step are alike in length, so a step of one micro-batch would pad more than those of the run do.
+    """
     from qlora_tui.engine.data import train_alone
 
-    small = dataclasses.replace(
+    at_once = rows_at_once(run)
+    parts = max(1, min(run.gradient_accumulation_steps, rows // (at_once * _LEAST_STEPS)))
+    return dataclasses.replace(
         run,
-        gradient_accumulation_steps=1,
-        per_device_train_batch_size=rows_at_once(run),
-        max_steps=max(WARM_STEPS + 2, math.ceil(rows / rows_at_once(run))),
+        gradient_accumulation_steps=parts,
+        per_device_train_batch_size=at_once,
+        max_steps=max(WARM_STEPS + 2, math.ceil(rows / (at_once * parts))),
         max_time=0.0,
         until="",
         max_samples=0,
@@ -81,18 +102,11 @@ def probe(
         save_steps=1 << 30,
         notify=(),
         report_to=(),
+        sample_prompts=(),
+        final_checks=False,
+        export_to=(),
+        export_type="",
     )
-    with tempfile.TemporaryDirectory(prefix="qlora-tui-probe-") as folder:
-        runs = Path(folder) / "runs"
-        config = Path(folder) / "run.toml"
-        config.write_text(preset.to_toml(dataclasses.replace(small, runs_dir=str(runs))), encoding="utf-8")
-        heard = _Heard(runs, say)
-        command = [sys.executable, "-m", "qlora_tui.tui", "--no-ui", "--json", "--config", str(config)]
-        ended = child.run(command, doing="measuring the speed", stopping=stopping, watch=heard.look)
-        heard.look()
-        if heard.finished is None or heard.finished.exit_code:
-            raise refusal(heard.finished, ended, "the test run", "--probe")
-        return heard.measured()
 
 
 def probe_lines(probed: Probed) -> list[str]:

@@ -92,6 +92,7 @@ class Graphs:
         self._gradients: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
         self.why_not = ""
+        self.recordings = 0
 
     def shape(self, batch: Batch) -> Shape:
         """Return the shape of the graph that serves `batch`."""
@@ -190,6 +191,7 @@ class Graphs:
             self.release()
             self.why_not = "the model makes its buffers anew while it runs"
             raise RuntimeError(self.why_not)
+        self.recordings += 1
         return _Recorded(graph, ids_BT, positions_N, labels_N, shares_N, loss)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.engine import spent
 from qlora_tui.engine.events import Evaluated, Finding, Phase, Probed
 from qlora_tui.engine.report import after
 from qlora_tui.engine.report.blocks import Bars, Block, Code, Curves, Figure, Figures, Line, Points, Quote, Section, Table, Text, Tone
@@ -255,8 +256,8 @@ def _samples(seen: Seen, folder: Path) -> Iterator[Block]:
 
 
 def _cost(seen: Seen, folder: Path) -> Iterator[Block]:
-    """Say what the run cost, once prices are known."""
-    yield from ()
+    if lines := spent.section(folder):
+        yield Points(lines)
 
 
 def _loading(seen: Seen, folder: Path) -> Iterator[Block]:

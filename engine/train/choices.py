@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_tui.engine import budget, fixes, measured, planner
+from qlora_tui.engine import budget, fixes, forecast, measured, planner
 from qlora_tui.engine.errors import ConfigError, WontFit
 from qlora_tui.engine.events import Planned, Record
 from qlora_tui.engine.machine import Machine, limited
+from qlora_tui.engine.measured import Around
 from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.planner import Plan
@@ -88,13 +89,22 @@ class Choices:
         """
         return fixes.refusal(self.model, self.run, self.machine, said, longest=max(self.lengths), lengths=self.lengths, lacking=lacking)
 
-    def remember(self, meter: Meter, timed: Sequence[tuple[int, int, float]], rehearsed: Rehearsed | None, *, halved: bool) -> None:
+    def remember(
+        self,
+        meter: Meter,
+        timed: Sequence[tuple[int, int, float]],
+        rehearsed: Rehearsed | None,
+        around: Around | None = None,
+        *,
+        halved: bool,
+    ) -> None:
         """Keep what this run measured, so that the next estimate on this machine is closer.
 
         Args:
             meter: the peaks by phase.
             timed: tokens, rows and seconds of each step.
             rehearsed: the rehearsal's figures.
+            around: what loading, saving and measuring took.
             halved: memory ran out on the way, so the peaks are not those of the plan.
         """
         name, key, at_once = self.machine.name, planner.step_key(self.model, self.run), rows_at_once(self.run)
@@ -106,12 +116,14 @@ class Choices:
             return
         formula = budget.estimate(self.model, self.run, self.machine, longest=max(self.lengths))
         measured.remember_memory(name, measured.versions(), {phase.name: phase.bytes for phase in formula.phases}, found)
+        parts = rows_per_step(self.run) // at_once
         for tokens, seconds in points(timed):
-            measured.remember_steps(name, key, tokens, at_once, seconds)
+            measured.remember_steps(name, key, tokens, at_once, seconds, parts)
         if rehearsed is not None:
-            parts = rows_per_step(self.run) / at_once
             seconds = (rehearsed.seconds["train"] + rehearsed.seconds["optimizer"] / parts) / rehearsed.tokens
-            measured.remember_steps(name, key, rehearsed.tokens // rehearsed.rows, at_once, seconds)
+            measured.remember_steps(name, key, rehearsed.tokens // rehearsed.rows, at_once, seconds, parts)
+        if around is not None:
+            measured.remember_around(name, forecast.around_key(self.model, self.run), around)
 
 
 def choose(model: ModelSpec, asked: RunConfig, machine: Machine, lengths: Sequence[int], past: Iterable[Record] = ()) -> Choices:

@@ -15,12 +15,12 @@ from typing import Literal
 
 import torch
 
-from qlora_tui.engine import builtin, checkpoint, fixes, hub
+from qlora_tui.engine import builtin, fixes, hub
 from qlora_tui.engine.adapters import Chosen
 from qlora_tui.engine.batches import Order, steps_per_epoch
 from qlora_tui.engine.data import Dataset, Tokenized, lengths_of, load_tokenizer, prepare
 from qlora_tui.engine.errors import ConfigError, DataError, ModelError, Stopped
-from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Saved, Wishes
+from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Wishes
 from qlora_tui.engine.export import planned as exports
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.journal import EVENTS, read_records
@@ -33,20 +33,23 @@ from qlora_tui.engine.rates import Rates, planned
 from qlora_tui.engine.spec import BUILTIN, RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import sees_whole_rows
 from qlora_tui.engine.text import one_line
+from qlora_tui.engine.timetable import EVALS, SAVES, cadence
 from qlora_tui.engine.train import verdict
+from qlora_tui.engine.train.ahead import Ahead
 from qlora_tui.engine.train.attention import tell_kernel
 from qlora_tui.engine.train.checks import checks_of
 from qlora_tui.engine.train.choices import Choices, choose
+from qlora_tui.engine.train.ending import Result, finish, measure_again
 from qlora_tui.engine.train.fence import Fence
 from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.keeper import Keeper
 from qlora_tui.engine.train.limits import Limits
-from qlora_tui.engine.train.loop import EVALS, SAVES, Loop
+from qlora_tui.engine.train.loop import Loop
 from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
 from qlora_tui.engine.train.parking import FOLDER
 from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.samples import Samples
-from qlora_tui.engine.train.schedule import cadence, total_steps, warmup_steps
+from qlora_tui.engine.train.schedule import total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash, recorded
 from qlora_tui.engine.train.triage import Triage
 from qlora_tui.engine.train.worst import worst_first
@@ -82,15 +85,6 @@ class Job:
     scores_alone: bool = False
     measured: Chosen | None = None
     rehearse_on_cpu: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a run ended, if it did not end in an error."""
-
-    outcome: Literal["done", "stopped", "aborted"]
-    reason: str
-    adapter: str = ""
 
 
 def train(job: Job) -> Generator[Event, None, Result]:
@@ -137,19 +131,34 @@ def _train(job: Job) -> Generator[Event, None, Result]:
         return Result("done", "the base has scored the answers")
     loop = _loop(job, choices, loaded, fence, tokenized, meter, folder)
     if job.measured is not None:
-        return (yield from _measure(loop, job.measured))
-    planned = partial(_planned, job, choices, loop.total)
-    rehearsed = yield from worst_first(choices, loop, tokenized, planned, on_cpu=job.rehearse_on_cpu)
+        return (yield from measure_again(loop, job.measured))
+    planned = partial(_planned, job, choices)
+    rehearsed = yield from worst_first(choices, loop, tokenized, partial(planned, loop.total), on_cpu=job.rehearse_on_cpu)
     yield from tell_kernel(choices.run, loaded, loop.fence, tokenized.facts.max_row_tokens, job.model_spec.head_dim)
     if job.resume:
         yield from resume(job.folder, loop, read_records(job.folder / EVENTS))
+    ahead, taken = Ahead(choices, loop, rehearsed), time.monotonic() - began
+    result = yield from ahead.follow(_through(job, ahead, folder, planned))
+    choices.remember(meter, ahead.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
+    return result
+
+
+def _through(job: Job, ahead: Ahead, folder: Path, planned: Callable[[int], Planned]) -> Generator[Event, None, Result]:
+    """Prove the disk, measure the base, pick the steps that `until` leaves, train and finish: what a forecast counts."""
+    loop, total = ahead.loop, ahead.loop.total
     yield from loop.keeper.prove(loop.state())
     yield from verdict.measure_base(loop)
-    with meter.phase("train", fresh=True):
+    yield from ahead.fit()
+    if loop.total != total:
+        loop.watch = _watch(loop.run, loop.total)
+        yield planned(loop.total)
+    with loop.meter.phase("train", fresh=True):
         ending = yield from loop.train()
-    result = yield from _finish(job, loop, folder, ending)
-    choices.remember(meter, loop.timed, rehearsed, halved=loop.gradient.halving.times > 0)
-    return result
+    return (yield from finish(job.run, loop, folder, ending))
+
+
+def _watch(run: RunConfig, total: int) -> Watch:
+    return Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback)
 
 
 def _limit_memory(device: torch.device, choices: Choices) -> None:
@@ -317,7 +326,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
         order=Order(tokenized.train, rows_per_step(run), run.seed),
         holdout=holdout,
         meter=meter,
-        watch=Watch(Setting(total, warmup_steps(run, total), rows_per_step(run)), run.watch_stop, run.watch_rollback),
+        watch=_watch(run, total),
         fence=fence,
         wishes=job.wishes,
         limits=Limits(run, Deadline(run.until)),
@@ -334,42 +343,6 @@ def _samples(job: Job, run: RunConfig, loaded: Loaded, fence: Fence, tokenized: 
     dataset = job.eval_dataset or job.dataset
     read = partial(load_tokenizer, folder, run.chat_template)
     return Samples(run, loaded, fence, meter, job.wishes, tokenized.holdout, dataset, read)
-
-
-def _finish(job: Job, loop: Loop, folder: Path, ending: str) -> Generator[Event, None, Result]:
-    """Write the adapter and measure it; an aborted run leaves what the last checkpoint holds."""
-    if ending == "abort":
-        return Result("aborted", f"aborted at step {loop.step}; checkpoint of step {max(0, loop.keeper.step)} is kept")
-    if loop.step == 0:
-        return Result("stopped", "stopped before the first step: there is nothing to save")
-    path = checkpoint.write_adapter(job.folder, loop.loaded.model, _base_name(job, folder), load_tokenizer(folder, job.run.chat_template))
-    yield Saved(loop.step, path.name, checkpoint.folder_bytes(path), "adapter")
-    if ending == "stop":
-        lost = "" if loop.keeper.step == loop.step else f"; without a checkpoint: a resume goes on from step {max(0, loop.keeper.step)}"
-        return Result("stopped", f"stopped and saved at step {loop.step} of {loop.total}{lost}", path.name)
-    yield from verdict.told((yield from loop.measure()))
-    yield from loop.checks.final(loop)
-    reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
-    return Result("done", reason, path.name)
-
-
-def _measure(loop: Loop, chosen: Chosen) -> Generator[Event, None, Result]:
-    """Measure the base and an adapter of another run as that run did, and its last checks if `final_checks` asks for them."""
-    checkpoint.read_adapter(chosen.path, loop.loaded.model)
-    loop.step = chosen.step
-    loop.holdout.recall(chosen.folder)
-    yield from loop.holdout.measure(0, loop.loaded, loop.fence)
-    poll_for(loop.wishes)
-    yield from loop.holdout.measure(loop.step, loop.loaded, loop.fence)
-    poll_for(loop.wishes)
-    yield from loop.checks.final(loop)
-    return Result("done", f"measured {chosen.which}")
-
-
-def _base_name(job: Job, folder: Path) -> str:
-    """Return what the adapter names as its base: the hub id, or the folder that holds the weights."""
-    name = job.run.model_name_or_path
-    return str(folder.resolve()) if name.startswith(BUILTIN) or Path(name).is_dir() else name
 
 
 def _teller(say: Callable[[Event], object], phase: PhaseName, unit: str) -> Callable[[int, int], None]:

@@ -15,7 +15,7 @@ from qlora_tui.engine.until import Deadline
 _COOLER_BY = 5.0
 """Degrees below the limit at which training goes on: at the limit itself it would stop and go with every step."""
 _RECENT_STEPS = 8
-_SAVING_SECONDS = 20.0
+SAVING_SECONDS = 20.0
 """Kept free before a time of day for the last checkpoint, the adapter and the report."""
 
 
@@ -41,7 +41,7 @@ class Limits:
         if self.run.max_time and trained_seconds >= self.run.max_time:
             return True
         step = max((seconds for _, _, seconds in timed[-_RECENT_STEPS:]), default=0.0)
-        return self.deadline.left() < step + measuring_seconds + _SAVING_SECONDS
+        return self.deadline.left() < step + measuring_seconds + SAVING_SECONDS
 
     def clock(self, step: int) -> Iterator[Finding]:
         """Tell of a clock that was set, where it matters."""

@@ -19,11 +19,11 @@ from qlora_tui.engine.batches import Order, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Stepped, Wishes
-from qlora_tui.engine.forecast import Pace
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.rates import Rates
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.timetable import EVALS, SAVES, cadence
 from qlora_tui.engine.train import control, verdict
 from qlora_tui.engine.train.checks import Checks
 from qlora_tui.engine.train.fence import Fence
@@ -33,12 +33,9 @@ from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.optim import clip, gradient_norm, set_rate
 from qlora_tui.engine.train.pause import Pause
 from qlora_tui.engine.train.samples import Samples
-from qlora_tui.engine.train.schedule import cadence, learning_rate
+from qlora_tui.engine.train.schedule import learning_rate
 from qlora_tui.engine.train.step import Gradient, Took
 from qlora_tui.engine.watch import Watch
-
-EVALS, SAVES = 5, 10
-"""How often a run is measured and saved when nobody says otherwise."""
 
 
 @dataclass(slots=True)
@@ -66,7 +63,6 @@ class Loop:
     rolled_back: int = 0
     pause: Pause = field(default_factory=Pause)
     timed: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, rows and seconds of each step
-    _pace: Pace = field(default_factory=Pace)
 
     def train(self) -> Generator[Event, None, str]:
         """Train to the end or until asked to stop; returns "done", "time", "stop" or "abort".
@@ -175,11 +171,7 @@ class Loop:
         return self.gradient.of_step(rows, supervised, self.step + 1)
 
     def _afterwards(self, stepped: Stepped) -> Iterator[Event]:
-        """Say how long it will take, measure the hold-out and save when it is time."""
-        self._pace.feed(stepped.seconds, stepped.tokens)
-        forecast = self._pace.left(self.step, self.total)
-        if forecast is not None:
-            yield forecast
+        """Measure the hold-out and save when it is time."""
         if self.step % cadence(self.run.eval_steps, self.total, EVALS) == 0 and self.step < self.total:
             yield from verdict.act(self, (yield from self.measure()))
         if self.step == stepped.step and self.step % cadence(self.run.save_steps, self.total, SAVES) == 0:

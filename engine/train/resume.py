@@ -66,9 +66,17 @@ def resume(folder: Path, loop: Loop, records: Sequence[Record]) -> Iterator[Even
     if healthy is not None:
         shelf.roll_back(folder, shelf.step_of(healthy))  # only now: what was refused above has lost nothing
     loop.restore(state)
+    loop.total = _steps(state, loop.origin, loop.total)
     yield Resumed(loop.step)
     yield from verdict.resumed_after_stop(loop, records)
     yield from tell(state, loop.origin, loop.run, loop.total)
+
+
+def _steps(state: Mapping[str, Any], now: Mapping[str, Any], total: int) -> int:
+    """Return how many steps a resumed run has: those that `until` left it, unless the resume asks for another length."""
+    saved = readable(state.get("config") or {})
+    same = all(saved.get(name) == now["config"].get(name) for name in ("max_steps", "num_train_epochs"))
+    return min(total, int(state["total"])) if saved.get("until") and same else total
 
 
 def check(state: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

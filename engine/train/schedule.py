@@ -34,8 +34,3 @@ def learning_rate(run: RunConfig, step: int, total: int) -> float:
             return run.learning_rate * (1 - progress)
         case _:
             return run.learning_rate
-
-
-def cadence(asked: int, total: int, times: int) -> int:
-    """Return every how many steps something happens: as asked, else about `times` a run."""
-    return asked or max(1, -(-total // times))

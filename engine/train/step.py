@@ -112,6 +112,11 @@ class Gradient:
             start.restore()
             self._found.append(self.halving.halve(step, words))
 
+    @property
+    def recordings(self) -> int:
+        """Return how many batches were recorded so far: each makes its step longer, and those after it not."""
+        return 0 if self.graphs is None else self.graphs.recordings
+
     def record(self, lengths: Sequence[int] | None) -> None:
         """Record batches of rows of `lengths` tokens from now on; with None, start each kernel by itself."""
         self.release()

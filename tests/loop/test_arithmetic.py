@@ -20,7 +20,8 @@ from qlora_tui.engine.data import load_tokenizer, prepare
 from qlora_tui.engine.evaluate import RowLoss
 from qlora_tui.engine.load import load
 from qlora_tui.engine.spec import RunConfig, from_values
-from qlora_tui.engine.train.schedule import cadence, learning_rate, total_steps, warmup_steps
+from qlora_tui.engine.timetable import cadence
+from qlora_tui.engine.train.schedule import learning_rate, total_steps, warmup_steps
 
 LENGTHS = st.lists(st.integers(2, 500), min_size=1, max_size=200)
 Make = Callable[..., RunConfig]

@@ -94,7 +94,7 @@ def test_the_run_ends_in_time_for_a_step_a_measurement_and_saving(
     run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, steps: int
 ) -> None:
     monkeypatch.setattr(Deadline, "left", lambda _: left)
-    monkeypatch.setattr(limits, "_SAVING_SECONDS", 21.0 if left == 20.5 else 0.0)
+    monkeypatch.setattr(limits, "SAVING_SECONDS", 21.0 if left == 20.5 else 0.0)
     ran = drive(run_of(until="07:00"), tmp_path / "run")
     assert ran.result is not None
     assert ran.result.outcome == "done"

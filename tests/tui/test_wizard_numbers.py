@@ -178,6 +178,8 @@ async def test_the_last_page_tells_the_whole_plan(home, until):
             "rank 16, alpha 32",
             "weights 5.7, adapter",
             "an estimate from the card's data sheet",
+            "here (450 W and 100 W of the rest, $0.17 - 0.29 a kWh, with the card's share); $",
+            "rented (A100 80GB); the card is paid for after",
             "the newest 3, the best and the last healthy one stay, up to",
             "runs/DATE-TIME-qwen3-8b/",
             "numbers that are not finite, spike, drift; goes back to a healthy checkpoint on gradient",

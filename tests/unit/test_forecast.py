@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.engine import forecast, machine, measured, models, planner, sizes, steptime
-from qlora_tui.engine.forecast import Pace
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.spec import RunConfig
 
@@ -134,7 +133,7 @@ def test_short_rows_cost_less_a_token_once_the_batch_is_large_and_the_mean_of_bo
 
     def epoch(lengths):
         found = forecast.before(LLAMA, run, H100, tokens_per_epoch=10**7, steps=10, steps_per_epoch=10, lengths=lengths)
-        return found.total_seconds[1] / 10**7
+        return steps_of(found) / 10**7
 
     assert epoch([512] * 40) == pytest.approx(short, rel=0.02)
     assert epoch([16_384] * 40) == pytest.approx(long, rel=0.02)
@@ -161,14 +160,19 @@ def test_no_data_no_figure():
     assert forecast.before(LLAMA, RunConfig(), H100, tokens_per_epoch=10**6, steps=0) is None
 
 
+def steps_of(found):
+    return found.total_seconds[1] - found.load_seconds[1] - found.beside_seconds[1]
+
+
 def test_before_is_a_range_that_counts_every_token_and_the_measurements():
     run = with_(num_train_epochs=2.0)
     plain = forecast.before(LLAMA, run, H100, tokens_per_epoch=1_000_000, steps=100)
     low, mid, high = plain.total_seconds
     assert low < mid < high
-    assert mid == pytest.approx(2_000_000 * forecast.seconds_per_token(LLAMA, run, H100, row_tokens=20_000 / 16))
-    assert plain.step_seconds[1] == pytest.approx(mid / 100)
-    assert plain.epoch_seconds[1] == pytest.approx(mid / 2)
+    steps = steps_of(plain)
+    assert steps == pytest.approx(2_000_000 * forecast.seconds_per_token(LLAMA, run, H100, row_tokens=20_000 / 16))
+    assert plain.step_seconds[1] == pytest.approx(steps / 100)
+    assert plain.epoch_seconds[1] == pytest.approx(steps / 2)
     measured_too = forecast.before(LLAMA, run, H100, tokens_per_epoch=1_000_000, steps=100, holdout_tokens=100_000)
     assert measured_too.total_seconds[1] > mid
     assert plain.to_json()["total_seconds"] == [low, mid, high]
@@ -177,16 +181,16 @@ def test_before_is_a_range_that_counts_every_token_and_the_measurements():
 def test_max_steps_uses_the_tokens_of_a_step():
     run = with_(max_steps=10)
     found = forecast.before(LLAMA, run, H100, tokens_per_epoch=1_000_000, steps=10, steps_per_epoch=100)
-    assert found.total_seconds[1] == pytest.approx(100_000 * forecast.seconds_per_token(LLAMA, run, H100, row_tokens=10_000 / 16))
+    assert steps_of(found) == pytest.approx(100_000 * forecast.seconds_per_token(LLAMA, run, H100, row_tokens=10_000 / 16))
 
 
 def test_a_time_limit_caps_the_figure():
     run = RunConfig(max_time=60.0)
-    assert forecast.before(LLAMA, run, H100, tokens_per_epoch=10**8, steps=1000).total_seconds == (60.0, 60.0, 60.0)
+    assert steps_of(forecast.before(LLAMA, run, H100, tokens_per_epoch=10**8, steps=1000)) == pytest.approx(60.0)
 
 
 def width(found):
-    low, mid, high = found.total_seconds
+    low, mid, high = found.epoch_seconds
     return (high - low) / mid
 
 
@@ -223,6 +227,30 @@ def test_real_steps_replace_the_formula_where_they_were_measured_and_are_interpo
     assert factor(512, with_(dtype="auto")) == pytest.approx(2.0)
 
 
+def test_what_was_measured_around_the_steps_is_counted():
+    run = with_(eval_steps=20, save_steps=50)
+
+    def outlook():
+        return forecast.before(LLAMA, run, H100, tokens_per_epoch=10**6, steps=100, steps_per_epoch=100, holdout_tokens=1000)
+
+    wide = outlook()
+    measured.remember_around(H100.name, forecast.around_key(LLAMA, run), measured.Around(40.0, 2.0, 0.001))
+    found = outlook()
+    assert found.load_seconds[1] == 40.0
+    # the base, four on the way and the end; a trial, six checkpoints and the adapter
+    assert found.beside_seconds[1] == pytest.approx(6 * 1.0 + 8 * 2.0)
+    assert found.load_seconds[2] / found.load_seconds[0] < wide.load_seconds[2] / wide.load_seconds[0]
+    assert found.total_seconds[1] == pytest.approx(40.0 + steps_of(found) + 22.0)
+
+
+def test_a_step_of_few_parts_says_how_its_update_was_spread():
+    key, speed = planner.step_key(LLAMA, TWO_ROWS), steptime.table_speed(H100)
+    batch = steptime.micro_batch(LLAMA, TWO_ROWS, H100, speed, 2, 2048).seconds(32)
+    update = steptime.optimizer_seconds(LLAMA, TWO_ROWS, H100, speed)
+    measured.remember_steps(H100.name, key, 2048, 2, (batch + update) / 4096, parts=1)
+    assert forecast.step_seconds(LLAMA, TWO_ROWS, H100, row_tokens=2048) == pytest.approx(8 * batch + update)
+
+
 def test_steps_of_another_kind_do_not_count():
     plain = forecast.seconds_per_token(LLAMA, TWO_ROWS, H100)
     for other in (with_(method="lora"), with_(dtype="float32"), with_(use_dora=True), with_(attn_implementation="eager")):
@@ -239,101 +267,6 @@ def test_a_step_key_that_makes_no_sense_is_passed_over():
     plain = forecast.seconds_per_token(LLAMA, TWO_ROWS, H100)
     measured.remember_steps(H100.name, f"{kind}, many recomputed", 2048, 2, 1.0)
     assert forecast.seconds_per_token(LLAMA, TWO_ROWS, H100) == plain
-
-
-def told(run=TWO_ROWS, model=LLAMA, device=H100, hours=1.0, epoch_hours=0.5, **more):
-    low, mid, high = (share * hours * 3600 for share in (0.9, 1.0, 1.1))
-    found = forecast.Before((1.0, 1.0, 1.0), (low, mid, high), "a test", (0.0, epoch_hours * 3600, 1e9))
-    return forecast.remarks(model, run, device, found, **more)
-
-
-def test_an_ordinary_run_gets_no_remark():
-    assert told(longest_chat=4096) == []
-    assert forecast.remarks(LLAMA, TWO_ROWS, H100, None) == []
-
-
-@pytest.mark.parametrize(
-    ("crossed", "words"),
-    [
-        (lambda: told(hours=12.1), "max_time=12h"),
-        (lambda: told(epoch_hours=12.0), "max_samples at 50 %"),
-        (lambda: told(with_(max_length=16_384)), "lower max_length"),
-        (lambda: told(with_(max_length=16_384, attn_implementation="eager")), "attn_implementation=sdpa does not"),
-        (lambda: told(model=QWEN_14B, device=machine.find_card("RTX 4090")), "gradient_checkpointing=true"),
-        (lambda: told(with_(method="lora"), model=QWEN_14B, device=machine.find_card("RTX 4090")), "method=qlora"),
-        (lambda: told(model=QWEN_14B, device=machine.find_card("RTX 3060")), "smaller model"),
-        (lambda: told(with_(memory_limit_gib=24.0), model=QWEN_14B), "13 B on 24 GB"),
-        (lambda: told(with_(max_length=8000), longest_chat=5000), "nothing is packed"),
-    ],
-    ids=lambda case: case if isinstance(case, str) else "",
-)
-def test_each_threshold_has_one_sentence_that_says_what_to_change(crossed, words):
-    (sentence,) = crossed()
-    assert words in sentence
-    assert sentence.endswith(".")
-
-
-def test_a_length_is_only_remarked_on_where_rows_reach_it():
-    assert told(with_(max_length=16_384), longest=3000) == []
-    assert told(with_(max_length=2048), longest_chat=9000) == []
-    assert told(model=QWEN_14B) == []
-
-
-def feed(pace, seconds, tokens=1000):
-    for value in seconds:
-        pace.feed(value, tokens)
-    return pace
-
-
-def test_pace_says_nothing_before_three_measured_steps():
-    pace = feed(Pace(), [9.0, 1.0, 1.0])
-    assert pace.left(3, 100) is None
-    assert feed(pace, [1.0]).left(4, 100) is not None
-
-
-def test_a_slow_first_step_and_one_stall_do_not_move_it():
-    pace = feed(Pace(), [60.0, *[2.0] * 30, 300.0, *[2.0] * 30])
-    assert pace.left(62, 162).seconds_left[1] == pytest.approx(200.0)
-    assert "500 tokens/s" in pace.left(62, 162).basis
-
-
-def test_steps_of_different_length_are_judged_by_tokens():
-    pace = Pace()
-    for tokens in (500, 1500, 1000) * 10:
-        pace.feed(tokens / 100, tokens)
-    assert pace.left(30, 40).seconds_left[1] == pytest.approx(100.0)
-
-
-def test_it_follows_a_change_of_speed():
-    pace = feed(Pace(), [1.0] * 100 + [2.0] * 64)
-    assert pace.left(164, 264).seconds_left[1] == pytest.approx(200.0)
-
-
-def test_what_is_known_to_come_is_added():
-    pace = feed(Pace(), [1.0] * 10)
-    assert pace.left(10, 20, extra_seconds=5.0).seconds_left[1] == pytest.approx(15.0)
-    assert pace.left(20, 20).seconds_left == (0.0, 0.0, 0.0)
-
-
-def test_non_finite_and_empty_steps_are_not_rates():
-    pace = feed(Pace(), [1.0, float("nan"), 0.0, 1.0, 1.0])
-    pace.feed(1.0, 0)
-    assert pace.left(6, 10) is None
-
-
-@given(st.lists(st.floats(0.01, 100), min_size=4, max_size=80), st.integers(1, 1000))
-def test_the_range_holds_its_middle(seconds, remaining):
-    pace = feed(Pace(), seconds)
-    low, mid, high = pace.left(len(seconds), len(seconds) + remaining).seconds_left
-    assert 0 <= low <= mid <= high
-
-
-def test_more_steps_narrow_the_range():
-    def width(steps):
-        low, mid, high = feed(Pace(), [1.0, 1.2] * steps).left(2 * steps, 2 * steps + 100).seconds_left
-        return (high - low) / mid
-
-    assert width(30) < width(3)
 
 
 def test_the_operations_are_the_models_and_checkpointing_adds_a_forward_pass_of_the_layers():

@@ -239,7 +239,7 @@ def test_the_document_and_the_report_tell_the_same(tmp_path: Path) -> None:
     lines = report.render(report.see([]), tmp_path).splitlines()
     assert "| you, blind | 3 | 2 | 0 | 1 | 67 % (95 % interval 21-94) |" in lines
     assert any(line.startswith("| a\\|b | 1 | 1 |") for line in lines)
-    assert any("It cost $0.20." in line for line in lines)
+    assert any("It cost \\$0.20." in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.engine import builtin, data, hub, planner
+from qlora_tui.engine import builtin, data, hub, money, planner
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Row, Tokenizer, load_tokenizer
 from qlora_tui.engine.fixes import Fix, fixes, tips
-from qlora_tui.engine.forecast import Before, before, remarks
+from qlora_tui.engine.forecast import Before, Work, before_work
+from qlora_tui.engine.lengthy import Shorter, remarks, shorter
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import is_folder
@@ -42,6 +43,8 @@ class Needs:
     time: Before | None = None
     basis: str = ""
     remarks: tuple[str, ...] = ()
+    shorter: tuple[Shorter, ...] = ()
+    bill: money.Bill | None = None
 
     @property
     def budget(self) -> Budget:
@@ -57,7 +60,8 @@ class Needs:
             "why": self.plan.why,
             "tips": [tip.to_json() for tip in self.tips],
         }
-        found["remarks"] = list(self.remarks)
+        found |= {"remarks": list(self.remarks), "shorter": [one.to_json() for one in self.shorter]}
+        found["cost"] = self.bill.to_json() if self.bill else None
         return found | ({"probe": dataclasses.asdict(probed)} if probed else {})
 
     def lines(self) -> list[str]:
@@ -79,7 +83,9 @@ class Needs:
             low, middle, high = self.time.total_seconds
             lines.append(f"time    {words(middle)} ({words(low)} - {words(high)}), {words(self.time.step_seconds[1])} a step; {self.basis}")
             lines.append(f"        {one_line(self.time.basis)}")
+        lines += [f"{'' if at else 'cost':<7} {one_line(line)}" for at, line in enumerate(money.lines(self.bill) if self.bill else ())]
         lines += [f"note    {one_line(remark)}" for remark in self.remarks]
+        lines += [f"{'' if at else 'shorter':<7} {one.options}   {one_line(one.text)}" for at, one in enumerate(self.shorter)]
         shown, label = (self.tips, "faster") if budget.fits and not budget.tight else (self.fixes, "try")
         return lines + [f"{label if not index else '':<7} {fix.options}   {one_line(fix.text)}" for index, fix in enumerate(shown)]
 
@@ -105,9 +111,11 @@ def needs(
     room = tuple(tips(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     if not rows:
         return Needs(spec, plan, found, room)
-    time, basis = _time(plan.run, spec, device, (len(rows), measured), lengths)
-    told = remarks(spec, plan.run, device, time, longest=longest, longest_chat=lengths.longest_chat)
-    return Needs(spec, plan, found, room, time, basis, (*told, *filter(None, [triage_remark(run)])))
+    work, basis = _work(plan.run, (len(rows), measured), lengths)
+    time = before_work(spec, plan.run, device, work)
+    told = remarks(spec, plan.run, device, time, longest=longest, longest_chat=lengths.longest_chat, asked=run, work=work)
+    less, bill = tuple(shorter(spec, plan.run, device, time, work)), money.before_run(spec, run, device, time, work)
+    return Needs(spec, plan, found, room, time, basis, (*told, *filter(None, [triage_remark(run)])), less, bill)
 
 
 def lengths_of(run: RunConfig, rows: Sequence[Row]) -> Lengths:
@@ -143,25 +151,16 @@ def tokenizer_of(run: RunConfig, *, ask_hub: bool = False) -> Tokenizer | None:
     return load_tokenizer(hub.small_files(name, run.revision).folder, run.chat_template)
 
 
-def _time(run: RunConfig, spec: ModelSpec, device: Machine, rows: tuple[int, int | None], lengths: Lengths) -> tuple[Before | None, str]:
-    """Estimate the time from the rows looked at, spread evenly over all of them; `rows` is how many, and how many to measure on."""
+def _work(run: RunConfig, rows: tuple[int, int | None], lengths: Lengths) -> tuple[Work, str]:
+    """Return the work of a run and what it rests on, from the rows looked at; `rows` is how many there are, and how many to measure on."""
     trained, held = used_rows(run, lengths, *rows)
     lengths = lengths.fitted(run)
     each = lengths.mean(run.max_length) or run.max_length
     an_epoch = math.ceil(trained / rows_per_step(run))
     steps = run.max_steps or max(1, math.ceil(run.num_train_epochs * an_epoch))
-    time = before(
-        spec,
-        run,
-        device,
-        tokens_per_epoch=round(each * trained),
-        steps=steps,
-        steps_per_epoch=an_epoch,
-        holdout_tokens=round(each * held),
-        lengths=lengths.tokens,
-    )
     how = f"of {count(len(lengths.tokens))} looked at" if lengths.measured else "guessed from characters"
-    return time, f"{count(steps)} steps, about {each:.0f} tokens a row ({how})"
+    work = Work(round(each * trained), steps, an_epoch, round(each * held), lengths.tokens, trained, held)
+    return work, f"{count(steps)} steps, about {each:.0f} tokens a row ({how})"
 
 
 def _bar(budget: Budget) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from textual.worker import NoActiveWorker, get_current_worker
 
-from qlora_tui.engine import forecast, hub, machine, models, planner, preset
+from qlora_tui.engine import forecast, hub, lengthy, machine, models, money, planner, preset
 from qlora_tui.engine.budget import Budget, estimate
 from qlora_tui.engine.errors import ConfigError, EngineError, Stopped
 from qlora_tui.engine.fixes import Fix, fixes, tips
@@ -82,6 +82,7 @@ class Outlook:
     remarks: tuple[str, ...] = ()
     typical: Before | None = None
     assumed: str = ""
+    work: forecast.Work | None = None
 
     @property
     def budget(self) -> Budget:
@@ -280,20 +281,13 @@ class Desk:
         per_epoch = max(1, math.ceil(rows / rows_per_step(run)))
         steps = run.max_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
         each = each or min(look.tokens / look.rows, run.max_length)
-        taken = forecast.before(
-            spec,
-            plan.run,
-            self.machine(),
-            tokens_per_epoch=int(each * rows),
-            steps=steps,
-            steps_per_epoch=per_epoch,
-            holdout_tokens=int(each * held),
-            lengths=lengths.tokens,
-        )
+        work = forecast.Work(int(each * rows), steps, per_epoch, int(each * held), lengths.tokens, rows, held)
+        taken = forecast.before_work(spec, plan.run, self.machine(), work)
         longest, chat = lengths.longest_trained(run.max_length), lengths.longest_chat
-        told = forecast.remarks(spec, plan.run, self.machine(), taken, longest=longest, longest_chat=chat)
+        told = lengthy.remarks(spec, plan.run, self.machine(), taken, longest=longest, longest_chat=chat, asked=run, work=work)
+        told += lengthy.shorter_words(lengthy.shorter(spec, plan.run, self.machine(), taken, work))
         unknown = "" if scored else triage_remark(run)
-        return Outlook(plan, taken, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])))
+        return Outlook(plan, taken, steps, per_epoch, rows, held, (*told, *([unknown] if unknown else [])), work=work)
 
     def _typical(self, spec: ModelSpec, plan: Plan) -> Outlook:
         """Return the outlook of a run whose data nobody has named: its time is that of so many rows of a length that is usual for it."""
@@ -312,6 +306,12 @@ class Desk:
         )
         rows = min(_USUAL_ROWS, run.max_samples or _USUAL_ROWS)
         return Outlook(plan, typical=taken, assumed=f"{rows:,} rows of {each:,} tokens")
+
+    def bill(self, run: RunConfig, outlook: Outlook | None) -> str:
+        """Return what the run costs in one line, nothing where its time is not known; it plans for another card, so not at every key."""
+        spec = self.model(run)
+        found = money.before_run(spec, run, self.machine(), outlook.time, outlook.work) if spec and outlook else None
+        return money.short(found) if found else ""
 
     def gated(self, run: RunConfig) -> bool:
         """Say whether the run's model is known to need a licence accepted on the hub."""

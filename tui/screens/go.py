@@ -60,7 +60,8 @@ class GoPage(Page):
         wizard = self.wizard
         spec, width = wizard.desk.model(wizard.run), max(30, wizard.size.width - 6)
         checkpoint = wizard.desk.checkpoint_bytes(wizard.run)
-        lines = summary(wizard.run, wizard.outlook, wizard.data_of_run(), wizard.command(), width, spec, checkpoint)
+        bill = wizard.desk.bill(wizard.run, wizard.outlook)
+        lines = summary(wizard.run, wizard.outlook, wizard.data_of_run(), wizard.command(), width, spec, checkpoint, bill)
         self.query_one("#go-summary", Static).update(self.text(cells.stack(lines)))
         self.query_one("#go-command", Static).update(self.text(cells.stack(command_lines(wizard.command(), width))))
 
@@ -89,10 +90,11 @@ def summary(
     width: int = 74,
     spec: ModelSpec | None = None,
     checkpoint: int = 0,
+    bill: str = "",
 ) -> list[Content]:
     """Return the lines of the summary: what runs, on what, what it needs and takes, where it goes, and what watches over it.
 
-    `checkpoint` is about the bytes of one; 0: not known.
+    `checkpoint` is about the bytes of one; 0: not known. `bill` is what the run costs.
     """
     planned = outlook.plan.run if outlook else run
     base = "16-bit base" if planned.method == "lora" else f"4-bit {planned.bnb_4bit_quant_type} base"
@@ -106,6 +108,7 @@ def summary(
         *([("plan", _choices(outlook))] if outlook and outlook.plan.choices else []),
         *([("memory", _memory(outlook))] if outlook else []),
         *([("time", _time(outlook))] if outlook else []),
+        *([("cost", one_line(bill, limit=400))] if bill else []),
         ("checkpoints", _checkpoints(run, checkpoint)),
         ("saved in", f"{one_line(run.runs_dir, limit=120)}/DATE-TIME-{slug(run.model_name_or_path)}/"),
         ("watch", _watch(run)),
