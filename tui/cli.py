@@ -30,16 +30,16 @@ COMMANDS: Mapping[str, str] = {
     "money": "what power, your card and a rented one cost: the prices that budgets and reports reckon with",
     "data": "what a dataset holds and what would be trained on",
     "presets": "ready-made runs, and how each fits this machine",
+    "import": "a config of Axolotl, LLaMA-Factory, TRL or Unsloth as a run.toml, and what became of every setting",
     "runs": "past and present runs",
     "queue": "several runs, one after another; one that fails does not hold up the next",
-    "import": "a config of Axolotl, LLaMA-Factory, TRL or Unsloth as a run.toml, and what became of every setting",
+    "eval": "base against tuned on held-out rows, or on other rows, once more",
+    "judge": "base and tuned answers beside each other: which is better, by you or by an endpoint",
     "export": "an adapter, a merged model, or a file for llama.cpp or Ollama, proved to be what was trained",
     "serve": "the same screens in a browser, for this machine alone",
-    "eval": "base against tuned on held-out rows, or on other rows, once more",
     "watch": "what the stability watch says about a finished log, ours or another tool's",
-    "completion": "the script that lets Tab complete commands, settings and runs in your shell",
-    "judge": "base and tuned answers beside each other: which is better, by you or by an endpoint",
     "doctor": "what works here, and the one command that mends what does not",
+    "completion": "the script that lets Tab complete commands, settings and runs in your shell",
 }
 
 PARTS: Mapping[str, Mapping[str, str]] = {

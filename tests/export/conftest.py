@@ -28,6 +28,7 @@ def train(folder: Path, model: Path, data: Path, values: dict[str, Any]) -> Path
         "model_name_or_path": str(model),
         "data": (str(data),),
         "method": "lora",
+        "final_checks": False,
         "max_length": 256,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,

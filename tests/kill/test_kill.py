@@ -89,6 +89,7 @@ def scenes(server: Server, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         "model_name_or_path": str(tiny_model),
         "data": [str(home / "rows.jsonl")],
         "method": "lora",
+        "final_checks": False,
         "max_length": 256,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,

@@ -35,7 +35,7 @@ def nonsense(write_jsonl: Callable[..., Path], rows: int) -> str:
 
 
 def test_a_run_ends_with_general_text_and_training_rows(run_of: Make, tmp_path: Path) -> None:
-    ran = drive(run_of(), tmp_path / "run")
+    ran = drive(run_of(final_checks=True), tmp_path / "run")
     general, trained = ran.of(Probed)
     assert (general.name, trained.name) == ("general", "train")
     assert (general.rows, trained.rows) == (len(forgetting.passages()), checks.LEAST_ROWS)
@@ -48,7 +48,7 @@ def test_a_run_ends_with_general_text_and_training_rows(run_of: Make, tmp_path: 
 
 
 def test_the_checks_change_nothing_of_the_adapter_and_can_be_left_out(run_of: Make, tmp_path: Path) -> None:
-    ran, without = drive(run_of(), tmp_path / "run"), drive(run_of(final_checks=False), tmp_path / "without")
+    ran, without = drive(run_of(final_checks=True), tmp_path / "run"), drive(run_of(final_checks=False), tmp_path / "without")
     assert without.of(Probed) == []
     weights = [(one.folder / "adapter" / "adapter_model.safetensors").read_bytes() for one in (ran, without)]
     assert weights[0] == weights[1]
@@ -70,7 +70,7 @@ def test_a_wish_to_stop_ends_the_checks_and_keeps_what_is_known(run_of: Make, tm
         said.append(event)
         asked.checking = asked.checking or (isinstance(event, Phase) and event.note.startswith("general text"))
 
-    ran = drive(run_of(), tmp_path / "run", asked, on_event=note)
+    ran = drive(run_of(final_checks=True), tmp_path / "run", asked, on_event=note)
     assert ran.of(Probed) == []
     assert ran.result is not None
     assert ran.result.outcome == "done"
@@ -103,7 +103,7 @@ def test_learning_by_heart_is_called_overfitted(run_of: Make, write_jsonl: Calla
     data = nonsense(write_jsonl, 32)
     steps = {"num_train_epochs": 100.0, "max_steps": 0, "eval_steps": 20, "save_steps": 100, "learning_rate": 1e-2, "max_grad_norm": 0.0}
     rows = {"val_set_size": 24.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    ran = drive(run_of(data=(data,), lora_r=64, lora_alpha=64, watch_stop=(), **steps, **rows), tmp_path / "run")
+    ran = drive(run_of(final_checks=True, data=(data,), lora_r=64, lora_alpha=64, watch_stop=(), **steps, **rows), tmp_path / "run")
     (found,) = [finding for finding in ran.of(Finding) if finding.detector == "overfitted"]
     assert found.message.startswith("overfitted: training rows gained")
     assert found.numbers["train_drop"] > found.numbers["drop"] + 0.5

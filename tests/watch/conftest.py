@@ -40,6 +40,7 @@ def run_of(loud_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
             "model_name_or_path": str(loud_model),
             "data": (str(data),),
             "method": "lora",
+            "final_checks": False,
             "max_length": 128,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,
