@@ -93,8 +93,9 @@ def mean_loss(losses: Sequence[RowLoss]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; infinite for fewer than two values, since one says nothing of spread."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    """Return the standard error of the mean; infinite for fewer than two values, or no numbers: they say nothing of spread."""
+    known = len(values) > 1 and all(map(math.isfinite, values))  # `stdev` ends in an AttributeError at others
+    return statistics.stdev(values) / math.sqrt(len(values)) if known else math.inf
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:

@@ -126,7 +126,7 @@ class Evaluated:
 
     `loss` and `base_loss` weigh tokens; `drop` (base minus tuned) and `interval` (95 %) rest on row means. `worst` are the
     rows that lost most, worst first: `row`, `base_loss`, `loss`, and in `prompt` and `answer` foreign words to read.
-    `manner`: the same once more, since answers gained no more after their own question than after another, for all that is sure.
+    `manner`: the same once more, since answers gained hardly more after their own question than after another, if at all.
     """
 
     type: ClassVar[str] = "evaluated"

@@ -23,7 +23,7 @@ def verdict(drop: float, interval: tuple[float, float]) -> str:
 def manner_alone(gain: float, other_gain: float) -> str:
     """Return the verdict on a gain, in nats a token, that answers made after any question: it replaces that of `verdict`."""
     told = f"held-out answers gained {gain:.2f} nats a token after their own question and {other_gain:.2f} after another one"
-    return f"no sure improvement beyond manner: {told}"
+    return f"no clear improvement beyond manner: {told}"
 
 
 def student_t(freedom: int) -> float:

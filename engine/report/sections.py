@@ -131,16 +131,19 @@ def _checks(seen: Seen) -> Iterator[Block]:
     if seen.probes:
         yield Table(["checked at the end", "base", "tuned", "drop (95 % interval)"], [_checked(probed) for probed in seen.probes.values()])
         yield Points([f"{_CHECKED.get(name, name)}: {probed.about}, {count(probed.tokens)} tokens" for name, probed in seen.probes.items()])
-    yield from _own_question(seen.probes.get("other_question"))
+    yield from _own_question(seen)
     for found in seen.findings:
         if found.detector in _NAMED and found.severity != "info":
             named = "" if found.message.startswith(found.detector) else f"{found.detector}: "
             yield Text(f"{named}{found.message}", strong=True, tone="warn")
 
 
-def _own_question(probed: Probed | None) -> Iterator[Block]:
-    """Say what the own question counts; where it is not sure, a finding says so."""
-    if probed is None or probed.own_more is None or probed.own_interval is None or not probed.own_interval[0] > 0:
+def _own_question(seen: Seen) -> Iterator[Block]:
+    """Say what the own question counts where that is sure; where it is not, or next to nothing, a finding says so."""
+    probed = seen.probes.get("other_question")
+    if probed is None or probed.own_more is None or probed.own_interval is None or any(one.detector == "manner" for one in seen.findings):
+        return
+    if not probed.own_interval[0] > 0:
         return
     low, high = probed.own_interval
     yield Text(

@@ -23,6 +23,8 @@ from qlora_tui.engine.events import Finding
 
 MOST_PAIRS, LEAST_PAIRS = 64, 8
 """Answers that are measured after another question at most; with fewer than the least there is nothing to say."""
+LEAST_SHARE = 0.05
+"""Of a gain: what only the own question brings has to be this much, so that nothing tiny counts because it is sure."""
 _SHORTEST_QUESTION = 2
 """Tokens: one alone is the token that every text begins with, or a first token that nothing can predict."""
 
@@ -36,7 +38,7 @@ _STYLE = (
     "read rows: qlora-tui data --examples",
     "a real evaluation, by qlora-tui judge or a task of your own",
 )
-_RULE = "the 95 % interval of what answers gained more after their own question than after another one is not above zero"
+_RULE = f"what only the own question brings is not surely above zero, or below {LEAST_SHARE:.0%} of the gain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +110,11 @@ def own(base: Sequence[RowLoss], tuned: Sequence[RowLoss], other_base: Sequence[
 def manner(step: int, card: Scorecard, found: Own) -> Finding | None:
     """Return the finding that a sure gain may be one of manner alone, or None; `card` is the scorecard of all held-out rows."""
     low, high = found.interval
-    if not (card.interval[0] > 0 and low <= 0):
+    if not (card.interval[0] > 0 and (low <= 0 or found.more < LEAST_SHARE * found.gain)):
         return None
     gained = f"held-out answers gained {found.gain:.2f} nats a token after their own question and {found.other_gain:.2f} after another one"
     helped = found.helps_interval[0] > 0
-    right = f"helps by {found.helps:.2f} nats, not surely more than it helped the base" if helped else "is no sure help"
+    right = f"helps by {found.helps:.2f} nats, hardly more than it helped the base" if helped else "is no sure help"
     doubt = f"{gained}, {found.more:+.2f} more ({low:+.2f} to {high:+.2f}): perhaps only their manner was learned, not what they say"
     numbers = {
         "gain": found.gain,
