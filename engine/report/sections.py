@@ -70,7 +70,7 @@ def _score(seen: Seen, folder: Path) -> Iterator[Block]:
     yield Text(
         f"Measured on {count(card.rows)} held-out rows that were never trained on.{share} Base and tuned losses weigh tokens; the drop and "
         "its interval rest on row means, paired by row. Base is the model as loaded for training, adapter off. A measurable improvement "
-        f"is a drop of at least {IMPROVEMENT_NATS} nats with the whole interval above zero."
+        f"is a drop of at least {IMPROVEMENT_NATS} nats with the whole interval above zero, and not one of manner alone."
     )
     if drops := _drops(folder, card):
         yield Bars("What each held-out row gained, best first", drops, "nats a token")

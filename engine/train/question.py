@@ -113,9 +113,10 @@ def manner(step: int, card: Scorecard, found: Own) -> Finding | None:
     if not (card.interval[0] > 0 and (low <= 0 or found.more < LEAST_SHARE * found.gain)):
         return None
     gained = f"held-out answers gained {found.gain:.2f} nats a token after their own question and {found.other_gain:.2f} after another one"
-    helped = found.helps_interval[0] > 0
-    right = f"helps by {found.helps:.2f} nats, hardly more than it helped the base" if helped else "is no sure help"
-    doubt = f"{gained}, {found.more:+.2f} more ({low:+.2f} to {high:+.2f}): perhaps only their manner was learned, not what they say"
+    helped = found.helps_interval[0] > 0 and found.helps >= LEAST_SHARE * found.gain
+    right = f"helps by {found.helps:.2f} nats, hardly more than it helped the base" if helped else "is no clear help"
+    apart = f"{abs(found.more):.2f} {'more' if found.more >= 0 else 'less'} ({low:+.2f} to {high:+.2f})"
+    doubt = f"{gained}, {apart}: perhaps only their manner was learned, not what they say"
     numbers = {
         "gain": found.gain,
         "other_gain": found.other_gain,
