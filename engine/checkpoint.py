@@ -28,12 +28,12 @@ from qlora_tui.engine import shelf
 from qlora_tui.engine.data import Tokenizer
 from qlora_tui.engine.errors import CheckpointError, SpaceError
 from qlora_tui.engine.fast import pissa
+from qlora_tui.engine.fast.lora import adapter_parts
 from qlora_tui.engine.places import discard, published
 from qlora_tui.engine.shelf import ADAPTER_WEIGHTS, CHECKPOINTS, OPTIMIZER, RANDOM, STATE, last_healthy
 
 __all__ = ["dry_save", "folder_bytes", "last_healthy", "read_adapter", "read_state", "restore", "save", "write_adapter"]
 
-_IN_ADAPTER = "lora_"  # in the name of every trained tensor, of DoRA too
 _MOMENTS = 2  # of every optimizer that can be chosen
 
 
@@ -182,8 +182,10 @@ def _adapter(model: PeftModel) -> dict[str, torch.Tensor]:
 
     PEFT left to itself asks the whole model: each 4-bit layer packs its constants again, and reads a base that a pause has freed.
     """
-    trained = {name: part for name, part in model.named_parameters() if _IN_ADAPTER in name}
-    return dict(get_peft_model_state_dict(model, state_dict=trained))
+    own: dict[str, torch.Tensor] = {}
+    for name, part in adapter_parts(model):
+        own |= part.state_dict(prefix=f"{name}.")
+    return dict(get_peft_model_state_dict(model, state_dict=own))
 
 
 def _prove_adapter(folder: Path) -> None:

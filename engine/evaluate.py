@@ -93,8 +93,16 @@ def mean_loss(losses: Sequence[RowLoss]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; infinite for fewer than two values, since one says nothing of spread."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    """Return the standard error of the mean; infinite for fewer than two values, or no numbers: they say nothing of spread."""
+    known = len(values) > 1 and all(map(math.isfinite, values))  # `stdev` ends in an AttributeError at others
+    return statistics.stdev(values) / math.sqrt(len(values)) if known else math.inf
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the mean of `values` and its 95 % interval by Student's t, endless for a single one."""
+    mean = statistics.fmean(values)
+    reach = student_t(len(values) - 1) * standard_error(values) if len(values) > 1 else math.inf
+    return mean, (mean - reach, mean + reach)
 
 
 def compare(base: Sequence[RowLoss], tuned: Sequence[RowLoss]) -> Scorecard:
@@ -106,9 +114,7 @@ def compare(base: Sequence[RowLoss], tuned: Sequence[RowLoss]) -> Scorecard:
     if not base or [loss.row for loss in base] != [loss.row for loss in tuned]:
         raise ValueError("base and tuned were not measured on the same rows")
     drops = [before.mean - after.mean for before, after in zip(base, tuned, strict=True)]
-    drop = statistics.fmean(drops)
-    reach = student_t(len(drops) - 1) * standard_error(drops) if len(drops) > 1 else math.inf
-    interval = (drop - reach, drop + reach)
+    drop, interval = mean_interval(drops)
     better = sum(value > 0 for value in drops) / len(drops)
     return Scorecard(mean_loss(base), mean_loss(tuned), drop, interval, better, verdict(drop, interval))
 

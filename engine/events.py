@@ -126,6 +126,7 @@ class Evaluated:
 
     `loss` and `base_loss` weigh tokens; `drop` (base minus tuned) and `interval` (95 %) rest on row means. `worst` are the
     rows that lost most, worst first: `row`, `base_loss`, `loss`, and in `prompt` and `answer` foreign words to read.
+    `manner`: the same once more, since answers gained hardly more after their own question than after another, if at all.
     """
 
     type: ClassVar[str] = "evaluated"
@@ -140,18 +141,20 @@ class Evaluated:
     better_share: float | None = None
     verdict: str = ""
     worst: tuple[Mapping[str, Any], ...] = ()
+    manner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Other rows than the hold-out were measured by its definition, base against tuned: general text, or rows trained on.
+    """Other rows were measured by the hold-out's definition: general text, rows trained on, or held-out answers after other questions.
 
-    `about` says in words which rows they are; `tokens` counts supervised ones.
+    `about` says in words which rows they are; `tokens` counts supervised ones. Of the answers `own_more` is what they gained more
+    after their own question, in nats a token.
     """
 
     type: ClassVar[str] = "probed"
     step: int
-    name: Literal["general", "train"]
+    name: Literal["general", "train", "other_question"]
     about: str
     rows: int
     tokens: int
@@ -160,6 +163,8 @@ class Probed:
     drop: float
     interval: tuple[float, float]
     better_share: float
+    own_more: float | None = None
+    own_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,12 @@ def verdict(drop: float, interval: tuple[float, float]) -> str:
     return f"no clear change: {drop:+.2f} nats, and the interval holds zero"
 
 
+def manner_alone(gain: float, other_gain: float) -> str:
+    """Return the verdict on a gain, in nats a token, that answers made after any question: it replaces that of `verdict`."""
+    told = f"held-out answers gained {gain:.2f} nats a token after their own question and {other_gain:.2f} after another one"
+    return f"no clear improvement beyond manner: {told}"
+
+
 def student_t(freedom: int) -> float:
     """Return the two-sided 95 % quantile of Student's t.
 

@@ -190,7 +190,9 @@ class RunConfig:
         (), "saving", "Show what the model answers to these at every measurement and at the end; it changes nothing of the run."
     )
     final_checks: bool = _key(
-        True, "saving", "At the end, also measure general text (forgetting) and some training rows (overfitting): a few hold-outs' time."
+        True,
+        "saving",
+        "At the end, also measure general text, some training rows, and answers after other questions: a few hold-outs' time.",
     )
     save_steps: int = _key(0, "saving", "Checkpoint every so many steps, and where the hold-out is best; 0: about ten times a run.", low=0)
     save_total_limit: int = _key(3, "saving", "Keep so many newest checkpoints; the last healthy one and the best stay besides.", low=1)

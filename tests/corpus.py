@@ -107,4 +107,5 @@ def told(text: str) -> list[ev.Event]:
     worst = ({"row": 3, "base_loss": 1.0, "loss": 2.0, "prompt": text, "answer": text}, {"row": text, "loss": text})
     events += [ev.Evaluated(40, 1.0, 9, 0.1, text, base_loss=2.0, drop=1.0, verdict=text, worst=worst), ev.Saved(40, text, 1, "adapter")]
     events += [ev.Probed(40, name, text, 9, 90, 1.0, 2.0, -1.0, (-2.0, 0.0), 0.1) for name in ("general", text)]  # type: ignore[arg-type]
+    events += [ev.Probed(40, "other_question", text, 9, 90, 1.0, 2.0, -1.0, (-2.0, 0.0), 0.1, 0.2, (0.1, 0.3))]
     return events

@@ -126,7 +126,9 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
         "measure these rows instead of those that the run held out; rows that it trained on are left out",
     )
     parser.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss instead of the last adapter")
-    parser.add_argument("--checks", action="store_true", help="also general text (forgetting) and rows that it trained on (overfitting)")
+    parser.add_argument(
+        "--checks", action="store_true", help="also other questions (manner), general text (forgetting), rows trained on (overfitting)"
+    )
     _flag(parser, "--runs-dir", "runs_dir", "DIR", "folder that holds the runs (default: runs)")
     _json(parser)
 

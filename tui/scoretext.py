@@ -9,7 +9,7 @@ from qlora_tui.engine.events import Evaluated, Probed
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, percent
 
-PROBES: Mapping[str, str] = {"general": "general text", "train": "training rows"}
+PROBES: Mapping[str, str] = {"general": "general text", "train": "training rows", "other_question": "other questions"}
 _FIGURES = ("row", "base_loss", "loss")
 _TEXT = 70
 
@@ -45,13 +45,17 @@ def probe_line(probed: Probed) -> str:
     """
     losses = f"base {probed.base_loss:.4f} -> tuned {probed.loss:.4f}"
     told = f"mean row {change(probed.drop)} ({probed.interval[0]:+.4f} to {probed.interval[1]:+.4f}), on {count(probed.rows)} rows"
-    return f"{PROBES.get(probed.name, one_line(probed.name))}: {losses}, {told}"
+    own = ""
+    if probed.own_more is not None and probed.own_interval is not None:
+        low, high = probed.own_interval
+        own = f"; after their own question {change(probed.own_more, 'more', 'less')} ({low:+.4f} to {high:+.4f})"
+    return f"{PROBES.get(probed.name, one_line(probed.name))}: {losses}, {told}{own}"
 
 
-def change(drop: float) -> str:
+def change(drop: float, gained: str = "better", lost: str = "worse") -> str:
     """Return a drop as people say it.
 
     >>> change(1.25), change(-0.5)
     ('1.2500 nats better', '0.5000 nats worse')
     """
-    return f"{abs(drop):.4f} nats {'better' if drop >= 0 else 'worse'}"
+    return f"{abs(drop):.4f} nats {gained if drop >= 0 else lost}"

@@ -228,7 +228,8 @@ def _evaluated(state: RunState, event: ev.Evaluated, t: float) -> Changes:
         evals = (*(evals if len(evals) < EVALS else evals[::2]), (event.step, event.loss))
     base = state.base_loss if state.base_loss is not None else event.loss if event.step == 0 else None
     text = f"held-out loss at step {event.step}: {words.number(event.loss)} on {event.rows:,} rows"
-    log = _say(state, t, text, "good" if final else "info")
+    text += f": {one_line(event.verdict)}" if event.manner else ""
+    log = _say(state, t, text, "good" if final and not event.manner else "info")
     return {"evals": evals, "base_loss": base, "scorecard": event if final else state.scorecard, "log": log}
 
 

@@ -44,6 +44,13 @@ def fuse(model: torch.nn.Module) -> int:
     return len(layers)
 
 
+def adapter_parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield each part of the adapter with its name, such as `...q_proj.lora_A`: together they hold every trained tensor, of DoRA too."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("lora_"):
+            yield name, module
+
+
 def fused(model: torch.nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Yield every layer that `fuse` changed, with its name; `layer.forward.start` is what its adapter started from."""
     for name, module in model.named_modules():

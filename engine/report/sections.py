@@ -21,8 +21,8 @@ from qlora_tui.engine.units import count, gib, percent, words
 
 _SHOWN_FINDINGS, _SHOWN_SAMPLES, _SHOWN_EVALUATIONS = 20, 6, 12
 _PHASES = {"data": "judge answers", "probe": "rehearsal", "eval": "measure held-out rows"}
-_CHECKED = {"general": "general text", "train": "rows trained on"}
-_NAMED = {"forgetting", "overfitted", "overfitting"}
+_CHECKED = {"general": "general text", "train": "rows trained on", "other_question": "held-out answers after other questions"}
+_NAMED = {"forgetting", "overfitted", "overfitting", "manner"}
 _EMA = 0.9
 _PLANNED = (
     ("model_name_or_path", "base"),
@@ -70,7 +70,7 @@ def _score(seen: Seen, folder: Path) -> Iterator[Block]:
     yield Text(
         f"Measured on {count(card.rows)} held-out rows that were never trained on.{share} Base and tuned losses weigh tokens; the drop and "
         "its interval rest on row means, paired by row. Base is the model as loaded for training, adapter off. A measurable improvement "
-        f"is a drop of at least {IMPROVEMENT_NATS} nats with the whole interval above zero."
+        f"is a drop of at least {IMPROVEMENT_NATS} nats with the whole interval above zero, and not one of manner alone."
     )
     if drops := _drops(folder, card):
         yield Bars("What each held-out row gained, best first", drops, "nats a token")
@@ -79,10 +79,10 @@ def _score(seen: Seen, folder: Path) -> Iterator[Block]:
 
 
 def tone_of(card: Evaluated) -> Tone:
-    """Return the colour of a verdict: good only where the drop is large and its interval above zero."""
+    """Return the colour of a verdict: good only where the drop is large, its interval above zero, and it is not one of manner alone."""
     if card.interval is None or card.drop is None:
         return ""
-    sure = card.interval[0] > 0 and card.drop >= IMPROVEMENT_NATS
+    sure = card.interval[0] > 0 and card.drop >= IMPROVEMENT_NATS and not card.manner
     return "good" if sure else "bad" if card.interval[1] < 0 else "warn"
 
 
@@ -131,10 +131,25 @@ def _checks(seen: Seen) -> Iterator[Block]:
     if seen.probes:
         yield Table(["checked at the end", "base", "tuned", "drop (95 % interval)"], [_checked(probed) for probed in seen.probes.values()])
         yield Points([f"{_CHECKED.get(name, name)}: {probed.about}, {count(probed.tokens)} tokens" for name, probed in seen.probes.items()])
+    yield from _own_question(seen)
     for found in seen.findings:
         if found.detector in _NAMED and found.severity != "info":
             named = "" if found.message.startswith(found.detector) else f"{found.detector}: "
             yield Text(f"{named}{found.message}", strong=True, tone="warn")
+
+
+def _own_question(seen: Seen) -> Iterator[Block]:
+    """Say what the own question counts where that is sure; where it is not, or next to nothing, a finding says so."""
+    probed = seen.probes.get("other_question")
+    if probed is None or probed.own_more is None or probed.own_interval is None or any(one.detector == "manner" for one in seen.findings):
+        return
+    if not probed.own_interval[0] > 0:
+        return
+    low, high = probed.own_interval
+    yield Text(
+        f"After their own question these answers gained {probed.own_more:.2f} nats a token more than after another row's "
+        f"({low:.2f} to {high:.2f}): that much was learned of what they say, and not of their manner alone."
+    )
 
 
 def _checked(probed: Probed) -> list[str]:

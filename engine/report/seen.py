@@ -104,7 +104,7 @@ def _append(seen: Seen, event: Stepped | Evaluated | Probed | Sampled | Saved | 
         case Stepped():
             seen.steps.append(event)
         case Evaluated():
-            seen.evaluations.append(event)
+            seen.evaluations = [item for item in seen.evaluations if not (event.manner and item.step == event.step)] + [event]
         case Probed():
             seen.probes[event.name] = event
         case Sampled():

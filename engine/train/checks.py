@@ -1,12 +1,14 @@
-"""What is measured once more when training is over: general text, for what was forgotten, and rows that were trained on.
+"""What is measured once more when training is over: held-out answers after other questions, general text, and rows trained on.
 
-Both by the hold-out's definition and with its guards, base against tuned. The work is bounded: `forgetting.PASSAGES` passages
-of general text, and as many training rows as are held out, at most `MOST_ROWS`. A wish to stop ends it without a result, and
-so does the end of the time that `until` gives; the adapter is on disk by then.
+They tell content from manner, what was forgotten, and what was only memorised. All by the hold-out's definition and with its
+guards, base against tuned. The work is bounded: at most `question.MOST_PAIRS` answers, `forgetting.PASSAGES` passages of general
+text, and as many training rows as are held out, at most `MOST_ROWS`. The answers come first: the verdict rests on them. A wish
+to stop ends it without a result, and so does the end of the time that `until` gives; the adapter is on disk by then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Generator, Iterator
@@ -16,10 +18,12 @@ from typing import TYPE_CHECKING, Literal
 from qlora_tui.engine import evaluate, forgetting
 from qlora_tui.engine.data import TokenRow, TokenRows, lengths_of
 from qlora_tui.engine.errors import Stopped
-from qlora_tui.engine.evaluate import Scorecard
+from qlora_tui.engine.evaluate import RowLoss, Scorecard
 from qlora_tui.engine.events import Event, Finding, Probed
-from qlora_tui.engine.score import IMPROVEMENT_NATS
+from qlora_tui.engine.score import IMPROVEMENT_NATS, manner_alone
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.train import question
+from qlora_tui.engine.train.question import Pair
 from qlora_tui.engine.watch.advice import BEST
 from qlora_tui.engine.watch.overfitting import ERRORS, NATS
 from qlora_tui.engine.watch.rule import paired
@@ -44,10 +48,11 @@ _GENTLER = (
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """The training rows that are measured at the end, and how long all checks take in measurements of the hold-out."""
+    """The training rows and the answers that are measured at the end, and how long all checks take in measurements of the hold-out."""
 
     run: RunConfig
     rows: Sequence[TokenRow] = ()
+    pairs: Sequence[Pair] = ()
     holdouts: float = 0.0
 
     def seconds(self, holdout_seconds: float) -> float:
@@ -55,9 +60,10 @@ class Checks:
         return self.holdouts * holdout_seconds
 
     def final(self, loop: Loop) -> Iterator[Event]:
-        """Measure and say what came out; findings where something was forgotten, or only memorised."""
+        """Measure and say what came out; findings where only manner was learned, something forgotten, or only memorised."""
         if not self.run.final_checks or loop.pause.unfit:
             return
+        yield from self._other_questions(loop)
         general = yield from _probe(loop, "general", *_general(loop))
         if general is not None and (found := forgotten(loop.step, general)) is not None:
             yield found
@@ -67,6 +73,23 @@ class Checks:
         if trained is not None and (found := overfitted(loop, trained)) is not None:
             yield found
 
+    def _other_questions(self, loop: Loop) -> Iterator[Event]:
+        """Measure answers after other questions; where no more is sure than manner, the verdict is said anew."""
+        holdout = loop.holdout
+        if not (self.pairs and holdout.base and holdout.newest and holdout.told):
+            return
+        losses = yield from _measure(loop, "held-out answers after other questions", [pair.row for pair in self.pairs])
+        if losses is None:
+            return
+        base, tuned = ([known[pair.place] for pair in self.pairs] for known in (holdout.base, holdout.newest))
+        own = question.own(base, tuned, *losses)
+        about = f"the answers of {len(self.pairs)} held-out rows, each after the question of another one"
+        yield dataclasses.replace(_probed(loop, "other_question", about, losses), own_more=own.more, own_interval=own.interval)
+        found = question.manner(loop.step, evaluate.compare(holdout.base, holdout.newest), own)
+        if found is not None:
+            yield found
+            yield dataclasses.replace(holdout.told, verdict=manner_alone(own.gain, own.other_gain), manner=True)
+
 
 def checks_of(run: RunConfig, train: TokenRows, held: TokenRows) -> Checks:
     """Return the checks of a run: which training rows, and what they will cost."""
@@ -74,8 +97,10 @@ def checks_of(run: RunConfig, train: TokenRows, held: TokenRows) -> Checks:
     rows = train.at(sorted(random.Random(f"{run.seed}/checks").sample(range(len(train)), number)))
     if not run.final_checks or not len(held):
         return Checks(run, rows)
+    pairs = question.pairs(held, run.max_length, run.seed)
     tokens = sum(lengths_of(rows)) + forgetting.PASSAGES * min(run.max_length, forgetting.PASSAGE_TOKENS)
-    return Checks(run, rows, 2 * tokens / sum(lengths_of(held)))
+    tokens += sum(len(pair.row.input_ids) for pair in pairs)
+    return Checks(run, rows, pairs, 2 * tokens / sum(lengths_of(held)))
 
 
 def _general(loop: Loop) -> tuple[list[TokenRow], str]:
@@ -86,6 +111,15 @@ def _general(loop: Loop) -> tuple[list[TokenRow], str]:
 
 
 def _probe(loop: Loop, name: Literal["general", "train"], rows: Sequence[TokenRow], about: str) -> Generator[Event, None, Scorecard | None]:
+    """Measure `rows` and say what came out; None if there are none, or somebody asked to stop."""
+    losses = yield from _measure(loop, {"general": "general text", "train": "training rows"}[name], rows)
+    if losses is None:
+        return None
+    yield _probed(loop, name, about, losses)
+    return evaluate.compare(*losses)
+
+
+def _measure(loop: Loop, what: str, rows: Sequence[TokenRow]) -> Generator[Event, None, tuple[list[RowLoss], list[RowLoss]] | None]:
     """Measure `rows` with the adapter off and on; None if there are none, or somebody asked to stop."""
 
     def look() -> None:
@@ -94,16 +128,21 @@ def _probe(loop: Loop, name: Literal["general", "train"], rows: Sequence[TokenRo
 
     if not rows:
         return None
-    what, losses = {"general": "general text", "train": "training rows"}[name], []
+    losses = []
     for off in (True, False):
         note = f"{what}, {'base' if off else 'tuned'}"
         part = yield from loop.holdout.losses(rows, loop.loaded, loop.fence, step=loop.step, adapter_off=off, note=note, look=look)
         if not part:
             return None
         losses.append(part)
+    return losses[0], losses[1]
+
+
+def _probed(
+    loop: Loop, name: Literal["general", "train", "other_question"], about: str, losses: tuple[list[RowLoss], list[RowLoss]]
+) -> Probed:
     card, tokens = evaluate.compare(*losses), sum(loss.tokens for loss in losses[0])
-    yield Probed(loop.step, name, about, len(rows), tokens, card.base_loss, card.loss, card.drop, card.interval, card.better_share)
-    return card
+    return Probed(loop.step, name, about, len(losses[0]), tokens, card.base_loss, card.loss, card.drop, card.interval, card.better_share)
 
 
 def forgotten(step: int, card: Scorecard) -> Finding | None:

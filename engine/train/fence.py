@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 
 from qlora_tui.engine.errors import FenceError
 from qlora_tui.engine.events import Finding
+from qlora_tui.engine.fast.lora import adapter_parts
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.meter import RandomState, set_torch_generators, torch_generators
 from qlora_tui.engine.train.lent import Lent, switches
@@ -168,7 +169,7 @@ class Fence:
         tuner, base = model.base_model, model.get_base_model()
         loaded.decoder.register_forward_pre_hook(lambda *_: self.check("a forward pass", (_SETUP, _STEP, _EXCURSION)))
         loaded.decoder.register_forward_hook(lambda *_: self._after_forward())
-        for module in (model, tuner, base):
+        for module in (model, tuner, base, *(part for _, part in adapter_parts(model))):
             module.register_state_dict_pre_hook(lambda *_: self.check("state_dict", (_SETUP, _IDLE)))
         model.register_load_state_dict_pre_hook(lambda *_: self._before_load())
         self._guard(self._modules, _EVERY_MODULE)

@@ -53,6 +53,7 @@ class Holdout:
     newest: list[RowLoss] = field(default_factory=list)
     best: list[RowLoss] = field(default_factory=list)  # the lowest measurement after the base
     best_step: int = 0
+    told: Evaluated | None = None  # the newest comparison of base and tuned
     seconds: float = 0.0  # that the last measurement took
 
     def measure_base(self, loaded: Loaded, fence: Fence) -> Iterator[Event]:
@@ -161,7 +162,8 @@ class Holdout:
             return Evaluated(step, mean, len(losses), error, where)
         card = evaluate.compare(self.base, losses)
         told = (card.base_loss, card.drop, card.interval, card.better_share, card.verdict)
-        return Evaluated(step, mean, len(losses), error, where, *told, worst=self._worst(losses))
+        self.told = Evaluated(step, mean, len(losses), error, where, *told, worst=self._worst(losses))
+        return self.told
 
     def forget(self, step: int) -> None:
         """Forget the best measurement where it is void: training went back to `step`."""

@@ -90,7 +90,7 @@ def _moment(record: Record, folder: Path) -> Moment | None:
     match record.event:
         case Stepped() as step:
             return step
-        case Evaluated() as found:
+        case Evaluated(manner=False) as found:
             return Held(found, _held_rows(folder, found.path))
         case Resumed(to_step=step) | RolledBack(to_step=step):
             return Back(step)

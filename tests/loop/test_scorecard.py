@@ -1,4 +1,4 @@
-"""What a run says at its end: rows that got worse, what it forgot, what it only memorised; and the same again by `qlora-tui eval`."""
+"""What a run says at its end: rows that got worse, manner or content, what it forgot, what it only memorised; and `qlora-tui eval`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import random
 import signal
 import tempfile
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,11 @@ import pytest
 from loop_driver import Asked, drive
 
 from qlora_tui.engine import evaluate, forgetting
+from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.evaluate import RowLoss
 from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Probed
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train import checks
+from qlora_tui.engine.train import checks, question
 from qlora_tui.tui import cli
 
 Make = Callable[..., RunConfig]
@@ -35,20 +37,22 @@ def nonsense(write_jsonl: Callable[..., Path], rows: int) -> str:
 
 
 def test_a_run_ends_with_general_text_and_training_rows(run_of: Make, tmp_path: Path) -> None:
-    ran = drive(run_of(final_checks=True), tmp_path / "run")
-    general, trained = ran.of(Probed)
-    assert (general.name, trained.name) == ("general", "train")
+    ran = drive(run_of(final_checks=True, val_set_size=12.0), tmp_path / "run")
+    other, general, trained = ran.of(Probed)
+    assert (other.name, general.name, trained.name) == ("other_question", "general", "train")
+    assert other.rows == 12
     assert (general.rows, trained.rows) == (len(forgetting.passages()), checks.LEAST_ROWS)
     assert all("licences" in general.about and probed.interval[0] < probed.drop < probed.interval[1] for probed in (general, trained))
-    kinds = [type(event) for event in ran.events]
-    assert kinds.index(Probed) > max(at for at, kind in enumerate(kinds) if kind is Evaluated)
+    measured = [at for at, event in enumerate(ran.events) if isinstance(event, Evaluated) and not event.manner]
+    assert ran.events.index(other) > max(measured)
     rows = [event for event in ran.of(Evaluated) if event.base_loss is not None][-1]
     assert trained.base_loss != rows.base_loss
     assert trained.drop == pytest.approx(trained.base_loss - trained.loss, abs=0.3)
 
 
 def test_the_checks_change_nothing_of_the_adapter_and_can_be_left_out(run_of: Make, tmp_path: Path) -> None:
-    ran, without = drive(run_of(final_checks=True), tmp_path / "run"), drive(run_of(final_checks=False), tmp_path / "without")
+    run = run_of(final_checks=True, val_set_size=12.0)
+    ran, without = drive(run, tmp_path / "run"), drive(dataclasses.replace(run, final_checks=False), tmp_path / "without")
     assert without.of(Probed) == []
     weights = [(one.folder / "adapter" / "adapter_model.safetensors").read_bytes() for one in (ran, without)]
     assert weights[0] == weights[1]
@@ -68,9 +72,9 @@ def test_a_wish_to_stop_ends_the_checks_and_keeps_what_is_known(run_of: Make, tm
 
     def note(event: Event) -> None:
         said.append(event)
-        asked.checking = asked.checking or (isinstance(event, Phase) and event.note.startswith("general text"))
+        asked.checking = asked.checking or (isinstance(event, Phase) and event.note.startswith("held-out answers"))
 
-    ran = drive(run_of(final_checks=True), tmp_path / "run", asked, on_event=note)
+    ran = drive(run_of(final_checks=True, val_set_size=12.0), tmp_path / "run", asked, on_event=note)
     assert ran.of(Probed) == []
     assert ran.result is not None
     assert ran.result.outcome == "done"
@@ -107,6 +111,60 @@ def test_learning_by_heart_is_called_overfitted(run_of: Make, write_jsonl: Calla
     (found,) = [finding for finding in ran.of(Finding) if finding.detector == "overfitted"]
     assert found.message.startswith("overfitted: training rows gained")
     assert found.numbers["train_drop"] > found.numbers["drop"] + 0.5
+
+
+def spelled(write_jsonl: Callable[..., Path], *, shuffled: bool) -> str:
+    """Return a file of questions that begin with the word which is the whole answer; or where the answers are dealt out anew."""
+    draw, made = random.Random(3), []
+    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(4)]
+    for _ in range(90):
+        word = draw.choice(words)
+        made.append((word + "".join(draw.choices("xyz", k=3)), word))
+    answers = [answer for _, answer in made]
+    if shuffled:
+        draw.shuffle(answers)
+    rows = [{"prompt": asked, "completion": answer} for (asked, _), answer in zip(made, answers, strict=True)]
+    return str(write_jsonl(rows, f"spelled-{shuffled}.jsonl"))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_gain_of_manner_alone_is_no_improvement(
+    run_of: Make, write_jsonl: Callable[..., Path], tmp_path: Path, *, shuffled: bool
+) -> None:
+    """The same words in the same number: only beside the right questions is there more than their manner to learn."""
+    data = spelled(write_jsonl, shuffled=shuffled)
+    steps = {"max_steps": 40, "eval_steps": 100, "save_steps": 100, "learning_rate": 1e-2, "watch_stop": ()}
+    rows = {"val_set_size": 24.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    ran = drive(run_of(final_checks=True, data=(data,), lora_r=32, lora_alpha=64, **steps, **rows), tmp_path / "run")
+    other = next(probed for probed in ran.of(Probed) if probed.name == "other_question")
+    assert other.own_more is not None
+    assert other.own_interval is not None
+    honest, *again = [event for event in ran.of(Evaluated) if event.base_loss is not None]
+    assert honest.verdict.startswith("a measurable improvement")
+    named = [finding for finding in ran.of(Finding) if finding.detector == "manner"]
+    if not shuffled:
+        assert other.own_interval[0] > 0.05
+        assert (named, again) == ([], [])
+        return
+    assert abs(other.own_more) < 0.02
+    assert len(named) == 1
+    assert again == [dataclasses.replace(honest, manner=True, verdict=again[0].verdict)]
+    assert again[0].verdict.startswith("no clear improvement beyond manner")
+    assert (other.drop, other.own_more) == pytest.approx((named[0].numbers["other_gain"], named[0].numbers["more"]))
+
+
+def test_answers_after_other_questions_are_part_of_what_the_checks_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list[TokenRow]):
+        def at(self, places: Sequence[int]) -> list[TokenRow]:
+            return [self[place] for place in places]
+
+    rows = Rows(TokenRow(number, array("i", [1, number, number, 4, number]), b"\0\0\0\1\1") for number in range(20))
+    counted = checks.checks_of(RunConfig(), rows, rows)  # type: ignore[arg-type]  # rows that are not in a store
+    assert len(counted.pairs) == 20
+    monkeypatch.setattr(question, "LEAST_PAIRS", 21)
+    without = checks.checks_of(RunConfig(), rows, rows)  # type: ignore[arg-type]
+    assert without.pairs == []
+    assert counted.seconds(3.0) == pytest.approx(without.seconds(3.0) + 2 * 3.0)  # the pairs are as long as the rows, and measured twice
 
 
 def held(*means: float) -> list[RowLoss]:

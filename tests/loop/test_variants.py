@@ -15,12 +15,13 @@ from loop_driver import CPU, Asked, Ran, drive
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from qlora_tui.engine import checkpoint, models, preflight, report
+from qlora_tui.engine import checkpoint, models, preflight
 from qlora_tui.engine.data import load_tokenizer
 from qlora_tui.engine.events import Evaluated
 from qlora_tui.engine.fast import lora, pissa
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.load import Loaded, load, trainable
+from qlora_tui.engine.report.sections import _sees
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train.optim import build_optimizer, set_rate
 
@@ -214,7 +215,7 @@ def test_the_saved_adapter_means_the_same_to_other_tools_on_the_original_base(
     said = json.loads((path / "adapter_config.json").read_text())
     assert said["r"] == (32 if values.get("init_lora_weights") else 16)
     assert said["init_lora_weights"] is True
-    assert not report._sees(path)
+    assert not _sees(path)
 
 
 @pytest.mark.parametrize("values", [*VARIANTS, {"loraplus_lr_ratio": 8.0}, {"loraplus_lr_ratio": 8.0, "optim": "adamw_8bit"}], ids=named)
@@ -394,7 +395,7 @@ def test_the_text_part_of_a_model_that_sees_is_loaded_alone_and_its_adapter_fits
     assert len(list(lora.fused(loaded.model))) == 14
     disturb(loaded.model)
     path = checkpoint.write_adapter(tmp_path, loaded.model, str(folder), load_tokenizer(folder))
-    assert report._sees(path)  # so that the report says how to load it
+    assert _sees(path)  # so that the report says how to load it
     whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         plain = whole(input_ids=IDS).logits

@@ -362,7 +362,7 @@ def prefer(home: Path, text: str) -> Path:
 
 
 async def test_keys_may_be_chosen_and_all_that_names_them_follows(write_run, until, home):
-    prefer(home, '[keys]\nzoom = "v"\nlog-scale = "?"\nhelp = "F6, h"\n')
+    prefer(home, '[keys]\nzoom = "v"\nlog-scale = "?"\nhelp = "F6, F9"\n')
     folder, _, _ = write_run()
     app = follow(folder, preferences=preferences.read())
     async with app.run_test(size=(120, 36)) as pilot:
@@ -373,8 +373,8 @@ async def test_keys_may_be_chosen_and_all_that_names_them_follows(write_run, unt
         assert app.run_screen.view.zoomed == ""
         await pilot.press("v")
         await until(pilot, lambda: app.run_screen.view.zoomed == "loss")
-        await pilot.press("h")
-        await until(pilot, lambda: re.search(r"v  make one panel fill", words(app)) is not None and "f6 h  show the keys" in words(app))
+        await pilot.press("f9")
+        await until(pilot, lambda: re.search(r"v  make one panel fill", words(app)) is not None and "f6 f9  show the keys" in words(app))
 
 
 @pytest.mark.parametrize(

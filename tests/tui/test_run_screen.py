@@ -286,6 +286,20 @@ async def test_a_finished_run_shows_what_got_worse_and_what_was_checked(write_ru
         assert "overfitted" not in text
 
 
+async def test_a_finished_run_says_where_only_manner_was_learned(write_run, until, run_config):
+    saved, score, finished = ending()
+    other = ev.Probed(40, "other_question", "", 24, 900, 5.0, 3.9, 1.1, (0.8, 1.4), 1.0, 0.03, (-0.09, 0.15))
+    warned = ev.Finding("manner", "warn", 40, "perhaps only their manner was learned")
+    again = dataclasses.replace(score, verdict="no clear improvement beyond manner: 1.10 and 1.07", manner=True)
+    folder, _, lock = write_run([*opening(run_config), *middle(40), saved, score, other, warned, again, finished])
+    lock.release()
+    app = follow(folder)
+    async with app.run_test(size=(120, 30)) as pilot:
+        await until(pilot, lambda: "no clear improvement beyond manner, mean row" in words(app))
+        assert "other questions 5.00 → 3.90, own +0.03 nats manner" in words(app)
+        assert "a measurable improvement," not in words(app)
+
+
 async def test_a_finished_run_is_drawn_once_and_looked_at_seldom(write_run, until, run_config, monkeypatch):
     folder, _, lock = write_run([*opening(run_config), *middle(40), *ending()])
     lock.release()

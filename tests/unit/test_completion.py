@@ -19,10 +19,10 @@ from qlora_tui.engine.spec import KEYS
 from qlora_tui.tui import completing
 from qlora_tui.tui.arguments import ARGUMENTS
 from qlora_tui.tui.cli import COMMANDS, PARTS, build, main
-from qlora_tui.tui.commands import CHILD, SCORER
+from qlora_tui.tui.commands import ANSWERER, CHILD, SCORER
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = [name for name in ARGUMENTS if name not in (CHILD, SCORER)]
+NAMES = [name for name in ARGUMENTS if name not in (ANSWERER, CHILD, SCORER)]
 Ask = Callable[[str], list[str]]
 
 

@@ -22,6 +22,7 @@ SAMPLES: list[ev.Event] = [
     ev.Evaluated(30, 2.8, 24, 0.1, "eval/x.jsonl", 4.5, 1.7, (1.2, 2.1), 0.9, "a measurable improvement"),
     ev.Evaluated(30, 2.8, 24, 0.3, "", 4.6, 1.7, (1.4, 2.0), 0.96, "v", ({"row": 3, "base_loss": 1.0, "loss": 2.0, "prompt": "a\x1b"},)),
     ev.Probed(30, "general", "passages", 23, 2900, 3.0, 3.1, -0.1, (-0.2, 0.01), 0.2),
+    ev.Probed(30, "other_question", "answers", 24, 900, 5.0, 3.9, 1.3, (1.0, 1.6), 1.0, 0.03, (-0.09, 0.15)),
     ev.Sampled(30, "say 3", "abc \x1b]0;x\x07"),
     ev.Saved(10, "checkpoints/step-000010", 99),
     ev.MarkedHealthy(10),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from qlora_tui.engine import events as ev
 from qlora_tui.engine.evaluate import RowLoss
 from qlora_tui.engine.report import charts
 from qlora_tui.engine.report.blocks import Bars, Curves, Line
-from qlora_tui.engine.report.sections import sections
+from qlora_tui.engine.report.sections import sections, tone_of
 from qlora_tui.engine.score import IMPROVEMENT_NATS, verdict
 from qlora_tui.engine.spec import RunConfig
 
@@ -103,6 +104,27 @@ def test_a_report_holds_what_people_ask_for(render, tmp_path: Path) -> None:
         "run.toml",
     ):
         assert words in text, words
+
+
+@pytest.mark.parametrize("render", [report.render, report.render_page])
+@pytest.mark.parametrize("manner", [False, True])
+def test_a_report_says_whether_the_own_question_counts(render, tmp_path: Path, *, manner: bool) -> None:
+    *events, finished = whole_run()
+    score = next(event for event in events if isinstance(event, ev.Evaluated) and event.base_loss is not None)
+    own = (0.03, (-0.09, 0.15)) if manner else (0.63, (0.34, 0.91))
+    events.append(ev.Probed(40, "other_question", "answers of 24 rows", 24, 900, 5.0, 3.9, 1.1, (0.8, 1.4), 1.0, *own))
+    if manner:
+        events.append(ev.Finding("manner", "warn", 40, "perhaps only their manner was learned"))
+        events.append(dataclasses.replace(score, verdict="no clear improvement beyond manner: so", manner=True))
+    seen = seen_of([*events, finished])
+    text = render(seen, tmp_path).replace("\\", "")
+    assert "held-out answers after other questions" in text
+    assert ("these answers gained 0.63 nats a token more" in text) is not manner
+    assert ("a measurable improvement: good" in text) is not manner
+    assert ("no clear improvement beyond manner: so" in text) is manner
+    assert seen.scorecard is not None
+    assert sum(item.step == 40 for item in seen.evaluations) == 1
+    assert tone_of(seen.scorecard) == ("warn" if manner else "good")
 
 
 def test_a_page_draws_the_curves_and_nothing_that_is_no_number(tmp_path: Path) -> None:

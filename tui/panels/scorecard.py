@@ -116,12 +116,13 @@ def _worse(score: Evaluated, room: int) -> list[list[Part]]:
 
 def _checked(state: RunState) -> list[list[Part]]:
     """Return what the last checks measured; where one of them found something, it is a warning of its own as well."""
-    spoken = {"general": "forgetting", "train": "overfitted"}
+    spoken = {"general": "forgetting", "train": "overfitted", "other_question": "manner"}
     warned = {finding.detector for finding in state.warnings}
     return [
         [
             (f"{scoretext.PROBES.get(name, one_line(name, limit=20))} ", cells.DIM),
             _arrow(probed.base_loss, probed.loss),
+            *([(f", own {probed.own_more:+.2f} nats", "")] if probed.own_more is not None else []),
             *([(f" {spoken[name]}", cells.WARN)] if spoken.get(name) in warned else []),
         ]
         for name, probed in state.probes.items()
@@ -136,5 +137,5 @@ def _verdict_colour(state: RunState) -> str:
     score = state.scorecard
     if score is None or score.drop is None:
         return ""
-    sure = score.interval is None or score.interval[0] > 0
+    sure = (score.interval is None or score.interval[0] > 0) and not score.manner
     return cells.GOOD if score.drop > 0 and sure else cells.WARN if score.drop > 0 else cells.BAD
