@@ -223,7 +223,14 @@ def test_state_that_was_only_half_made_is_dropped() -> None:
     assert parameter not in optimizer.state
 
 
-def test_the_pieces_are_measured_quickly_and_leave_no_trace(loaded: Loaded, run_of: Make) -> None:
+@pytest.fixture
+def few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that fills a card takes a processor minutes."""
+    monkeypatch.setattr(rehearse, "_WIDE", (64, 64, 128))
+
+
+@pytest.mark.usefixtures("few_operations")
+def test_the_pieces_are_measured_and_leave_no_trace(loaded: Loaded, run_of: Make) -> None:
     numbers = torch.get_rng_state()
     speed = rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of())
     assert speed is not None
@@ -232,6 +239,7 @@ def test_the_pieces_are_measured_quickly_and_leave_no_trace(loaded: Loaded, run_
     assert torch.equal(torch.get_rng_state(), numbers)
 
 
+@pytest.mark.usefixtures("few_operations")
 def test_where_not_even_the_pieces_fit_nothing_is_measured(loaded: Loaded, run_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
