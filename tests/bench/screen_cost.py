@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / ".pkg"), str(ROOT / "tests"), str(ROOT / "tests" / "g
 
 from pty_screen import Terminal  # noqa: E402  found through the line above
 
-from qlora_tui.engine.events import Finished, Stepped  # noqa: E402
+from qlora_tui.engine.events import Finished, Planned, Stepped  # noqa: E402
 from qlora_tui.engine.journal import EVENTS, read_records  # noqa: E402
 
 WARM = 3  # steps that are not counted
@@ -53,6 +53,14 @@ def throughput(runs: Path) -> float:
     if len(steps) < WARM + 3:
         raise SystemExit(f"{len(steps)} steps are too few")
     counted = steps[WARM - 1 :]
+    seconds = sorted(record.event.seconds for record in records if isinstance(record.event, Stepped))
+    waited = sum(record.event.data_seconds for record in records if isinstance(record.event, Stepped))
+    chosen = [dict(record.event.choices) for record in records if isinstance(record.event, Planned)][-1]
+    print(
+        f"  {journal.parent.parent.name}: step {seconds[len(seconds) // 10]:.4f} / {statistics.median(seconds):.4f} / "
+        f"{seconds[len(seconds) * 9 // 10]:.4f} s (tenth, median, ninth tenth), data {waited:.2f} s in all, chosen {chosen}",
+        flush=True,
+    )
     return sum(tokens for _, tokens in counted[1:]) / (counted[-1][0] - counted[0][0])
 
 
