@@ -22,6 +22,9 @@ from qlora_tui.engine.spec import RunConfig
 
 __all__ = ["Budget", "Item", "PhaseBytes", "estimate"]
 
+SPARE_HOST_BYTES = 2 << 30
+"""Of RAM that pinned memory leaves to others: what is pinned can never be swapped out."""
+
 _EXACT_SHARE = 0.01  # of what is counted from shapes: the rounding of the allocator
 _REST_SHARES: Mapping[str, float] = {"cuda": 0.05, "cpu": 0.25}  # of the rest: kernels, cached blocks, the context of another card
 
@@ -45,7 +48,8 @@ class PhaseBytes:
 class Budget:
     """The estimate. `items` are those of the biggest phase and add up to `total_bytes`.
 
-    `runs_compared`: how many measured runs of this device it was corrected by; 0 is arithmetic alone.
+    `runs_compared`: how many measured runs of this device it was corrected by; 0 is arithmetic alone. `host_bytes` of pinned
+    RAM are needed besides, where inputs of layers wait there.
     """
 
     items: tuple[Item, ...]
@@ -54,6 +58,7 @@ class Budget:
     margin_bytes: int
     machine: Machine
     runs_compared: int = 0
+    host_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -64,6 +69,12 @@ class Budget:
     def tight(self) -> bool:
         """Whether it fits, but only if the estimate is not too low by its margin."""
         return self.fits and self.total_bytes + self.margin_bytes > self.machine.free_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the machine's RAM, as far as it is known, has room for what is pinned, and some to spare."""
+        free = self.machine.host_free_bytes
+        return free is None or not self.host_bytes or self.host_bytes + SPARE_HOST_BYTES <= free
 
     def bytes_of(self, *names: str) -> int:
         """Return the size of the items called `names` together."""
@@ -78,6 +89,7 @@ class Budget:
             "total_bytes": self.total_bytes,
             "margin_bytes": self.margin_bytes,
             "free_bytes": self.machine.free_bytes,
+            "host_bytes": self.host_bytes,
             "runs_compared": self.runs_compared,
             "device": {
                 "name": self.machine.name,
@@ -99,7 +111,8 @@ def estimate(
 ) -> Budget:
     """Say how much memory `run` needs on `machine`, whose `memory_limit_gib` is applied here.
 
-    What the run leaves open counts as one row at once, all layers recomputed and a 4-bit base: the least it can need.
+    What the run leaves open counts as one row at once, all layers recomputed and a 4-bit base: the least it can need
+    without inputs of layers in RAM, which count only where the run says so.
 
     Args:
         model: the base's shape.
@@ -130,7 +143,7 @@ def _estimate(model: ModelSpec, run: RunConfig, machine: Machine, longest: int |
     margin = _EXACT_SHARE * counted + _REST_SHARES[device.kind] * (total(items) - counted)
     if correction is not None:
         margin = correction.error * total(items)
-    return Budget(items, phases, total(items), int(margin), device, correction.runs if correction else 0)
+    return Budget(items, phases, total(items), int(margin), device, correction.runs if correction else 0, parts.host_bytes)
 
 
 def _phase(phase: PhaseBytes) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, choose_optimizer, double_quantized, element_bytes, four_bit
-from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
-from qlora_tui.engine.units import count, percent
+from qlora_tui.engine.spec import RunConfig, offloads, rows_at_once, rows_per_step
+from qlora_tui.engine.units import count, gib, percent
 from qlora_tui.engine.values import Value
 
 _STAND_IN = "RTX 4090"  # ranks the changes for a card that nobody knows; only the ratio of two times is told
@@ -127,6 +127,10 @@ def _same_result(asked: Asked) -> Iterator[Change]:
             number = _fewest(asked.recomputed + 1, number, lambda layers: asked.enough(_layers(asked, layers)))
         words = "every layer" if number == asked.layers else f"{number} of {asked.layers} layers"
         yield Change(_layers(asked, number), f"recompute {words} instead of keeping activations")
+    if cuda and asked.recomputed == asked.layers and not offloads(run) and run.cuda_graphs != "on":
+        away = asked.after({"offload_checkpoints": "on"})
+        if away.fits_host:
+            yield Change({"offload_checkpoints": "on"}, f"keep inputs of layers in RAM ({gib(away.host_bytes)}, pinned)")
     smaller = [rows for rows in _divisors(rows_per_step(run)) if rows < rows_at_once(run)]
     if smaller:
         rows = next((rows for rows in reversed(smaller) if asked.enough(_rows(run, rows))), smaller[0])

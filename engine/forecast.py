@@ -21,7 +21,7 @@ from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.pace import Triple
 from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, element_bytes, weight_bytes
-from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
+from qlora_tui.engine.spec import RunConfig, offloads, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import micro_batch, micro_batches, optimizer_seconds, table_speed
 from qlora_tui.engine.timetable import EVALS, SAVES, cadence, measurements, saves
 
@@ -196,7 +196,7 @@ def step_key(model: ModelSpec, run: RunConfig) -> str:
 
     Neither the optimizer nor the rank is part of it: both move a step's time by a few percent only.
     """
-    extra = " dora" if run.use_dora else ""
+    extra = " dora" * run.use_dora + " offloaded" * offloads(run)
     kind = f"{model.name}, {_method(run)} {run.dtype} {run.attn_implementation}{extra}"
     return f"{kind}, {checkpointed_layers(model, run)} recomputed"
 

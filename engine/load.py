@@ -26,9 +26,10 @@ from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.fast import pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
+from qlora_tui.engine.fast.offload import Offload, streams_of
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.machine import Machine
-from qlora_tui.engine.spec import RunConfig, checkpointed_of
+from qlora_tui.engine.spec import RunConfig, checkpointed_of, offloads
 
 _WITHOUT_MASK = "sdpa_without_mask"
 
@@ -78,8 +79,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    layers = base.get_decoder().layers
-    recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
+    settle_layers(run, base.get_decoder().layers, device)
     fuse(model)
     start_lengths(model)
     if run.init_lora_weights == "pissa":
@@ -87,6 +87,12 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype)
     _check_head(loaded, base)
     return loaded
+
+
+def settle_layers(run: RunConfig, layers: torch.nn.ModuleList, device: torch.device) -> None:
+    """Make as many layers recompute their inside as `run` says, with their inputs where it says; may be called again."""
+    offload = Offload(streams_of(device)) if offloads(run) else None
+    recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0, offload=offload)
 
 
 def attend_without_mask(loaded: Loaded) -> None:

@@ -42,6 +42,8 @@ class Machine:
         others: the same by name, largest first, adding up to `others_bytes`; what cannot be named comes last, as
             "other programs".
         siblings: how many other cards torch could use; a run uses the first only.
+        host_free_bytes: of a card's machine, the RAM that is available, in whole GiB; None where it is not known, as of a card that is
+            not here.
         note: one sentence that people should know about this device, mostly empty.
     """
 
@@ -56,6 +58,7 @@ class Machine:
     others: tuple[tuple[str, int], ...] = ()
     siblings: int = 0
     note: str = ""
+    host_free_bytes: int | None = None
 
     @property
     def free_bytes(self) -> int:
@@ -196,6 +199,7 @@ def _cuda_machine() -> Machine | None:
         others=_holders(held, nvml.reserved_bytes(driver, handle), others),
         siblings=len(found[1]) - 1,
         note=_WSL_NOTE if nvml.in_wsl() else "",
+        host_free_bytes=ram_bytes()[1] // _GIB * _GIB,
     )
 
 

@@ -25,6 +25,7 @@ from qlora_tui.engine.sizes import (
     full_width_bytes,
     largest_linear,
     movable_bytes,
+    offloaded_layers,
     optimizer_bytes,
     optimizer_room,
     quantized_bytes,
@@ -75,7 +76,11 @@ class Moments:
         self.params = adapter_params(model, run)
         self.stack = stack(self.batch)
         self.masks = mask_bytes(self.batch)
-        self.kept = self.recomputed * self.batch.hidden + self.stack.kept(self.recomputed) + self.masks
+        self.away = offloaded_layers(model, run) if self.cuda else 0  # a processor's RAM is where they are
+        self.host_bytes = self.away * self.batch.hidden
+        self.arriving = self.batch.hidden if self.away else 0
+        self.inputs = (self.recomputed - self.away) * self.batch.hidden
+        self.kept = self.inputs + self.stack.kept(self.recomputed) + self.masks
         self.fixed = self._fixed()
 
     def loading(self) -> tuple[Item, ...]:
@@ -114,11 +119,12 @@ class Moments:
         if self.recomputed == last:
             # Keeping the last layer saves its input, and nothing is lost by it; not counted, so that keeping more never looks smaller.
             beside, layer = self.batch.hidden, replace(layer, backward=max(layer.backward, layer.again, key=lambda peak: peak.bytes))
+        beside += self.arriving if self.recomputed > last else 0
         return self._in_layer(self.kept + beside, layer, self.recomputed > last, self._waiting(0))
 
     def at_recomputed_layer(self) -> tuple[Item, ...]:
         """The backward pass has come to the last layer that is recomputed; the layers after it are done."""
-        kept = self.recomputed * self.batch.hidden + self.masks
+        kept = self.inputs + self.arriving + self.masks
         return self._in_layer(kept, self.stack.at(self.recomputed - 1), True, self._waiting(self.stack.number - self.recomputed))
 
     def at_first_layer(self) -> tuple[Item, ...]:
@@ -270,6 +276,9 @@ class Moments:
         total, again = self.stack.number, self.recomputed
         rows = f"{self.batch.rows} x {count(self.batch.length)} tokens"
         each = self.stack.at(total - 1).kept // self.tokens
+        if self.away:
+            kept = f", and all of {total - again}" if again < total else ""
+            return f"{rows}: the inputs of two layers; those of {self.away} wait in RAM{kept}"
         if again == total:
             return f"{rows}: the input of each of {total} layers"
         if not again:

@@ -32,6 +32,7 @@ _OPEN: Mapping[str, Value] = {
     "optim": "auto",
     "gradient_checkpointing": "auto",
     "per_device_train_batch_size": 0,
+    "offload_checkpoints": "auto",
     "loss_chunk_size": 0,
     "cuda_graphs": "auto",
 }
@@ -105,12 +106,18 @@ def _choose(model: ModelSpec, run: RunConfig, machine: Machine, longest: int | N
 
 
 def _best(asked: Asked) -> tuple[Search, Choice]:
-    """Return the best choice and the search it is from: the first base that fits, and paging only where it saves time."""
+    """Return the best choice and the search it is from: the first base that fits, and paging only where it saves time.
+
+    Inputs of layers wait in RAM only where nothing fits without.
+    """
     search: Search | None = None
+    last: list[tuple[Search, Choice]] = []
     for method in _methods(asked.model, asked.run, asked.machine):
         found: tuple[Search, Choice] | None = None
         for optim in _optimizers(asked.run, asked.machine):
             search = Search(asked, method, optim)
+            away = search.leanest_away()
+            last += [(search, away)] if away is not None else []
             if found is not None and search.need(found[1]) >= found[0].need(found[1]):
                 continue
             choice = search.find(math.inf if found is None else found[0].rank(found[1]) - 1)
@@ -118,7 +125,7 @@ def _best(asked: Asked) -> tuple[Search, Choice]:
         if found is not None:
             return found
     assert search is not None
-    return search, search.leanest()
+    return next((one for one in last if one[0].roomy(one[1])), last[-1] if last else (search, search.leanest()))
 
 
 def _methods(model: ModelSpec, run: RunConfig, machine: Machine) -> tuple[str, ...]:
@@ -143,12 +150,13 @@ def _fallbacks(search: Search, found: Choice) -> tuple[RunConfig, ...]:
 
     Their order needs no estimate, which was too low if one of them is ever taken.
     """
-    leanest = search.leanest()
+    leanest, away = search.leanest(), search.leanest_away()
     most = leanest.recomputed
     halfway = (found.recomputed + most + 1) // 2
     ladder = [found._replace(recomputed=halfway)] if most > halfway > FEW_LAYERS else []
     ladder += [found._replace(rows=rows, recomputed=most) for rows in reversed(search.rows) if rows <= found.rows]
-    return tuple(search.config(choice) for choice in dict.fromkeys([*ladder, leanest]) if choice != found)
+    every = [away] if found.away else [*ladder, leanest, away]
+    return tuple(search.config(choice) for choice in dict.fromkeys(every) if choice not in (found, None))
 
 
 def _why(search: Search, found: Choice) -> str:
@@ -189,6 +197,9 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
         "gradient_checkpointing": "all activations fit" if kept == search.layers else layers,
         "per_device_train_batch_size": "by length alone on a processor" if processor else "the fastest that fits",
         "gradient_accumulation_steps": f"{count(rows_per_step(search.asked.run))} rows a step, as asked",
+        "offload_checkpoints": f"nothing fits without: {gib(search.budget(found).host_bytes)} of pinned RAM"
+        if found.away
+        else "not needed",
         "loss_chunk_size": "smaller than usual, for memory" if smaller else "by the vocabulary",
         "cuda_graphs": "launching kernels would take longer" if search.replayed(found) else "kernels take longer than their launches",
     }

@@ -20,7 +20,7 @@ from qlora_tui.engine import builtin, data, fixes, hub, machine, models, notify,
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
-from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError
+from qlora_tui.engine.errors import WontFit, ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError
 from qlora_tui.engine.export import planned as exports
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
@@ -101,6 +101,10 @@ def check(
     if fit and not plan.budget.fits:
         needed = f"this run needs about {gib(plan.budget.total_bytes)} (an estimate, ± {gib(plan.budget.margin_bytes)})"
         raise fixes.refusal(spec, plan.run, device, needed, longest=shortest)
+    if fit and not plan.budget.fits_host:
+        free = gib(plan.budget.machine.host_free_bytes or 0)
+        told = f"inputs of layers would take {gib(plan.budget.host_bytes)} of pinned RAM, and {free} are free"
+        raise WontFit(told, hint="say offload_checkpoints=auto, close other programs, or lower max_length", where="memory")
     return Checked(run, files, spec, dataset, eval_dataset, device, plan.budget)
 
 

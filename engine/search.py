@@ -43,11 +43,12 @@ class Asked(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One point of the search: rows at once, layers recomputed, and tokens of the loss at once."""
+    """One point of the search: rows at once, layers recomputed, tokens of the loss at once, and whether inputs of layers wait in RAM."""
 
     rows: int
     recomputed: int
     chunk: int
+    away: bool = False
 
 
 class Search:
@@ -65,13 +66,15 @@ class Search:
         self.speed = asked.speed or _stand_in()
         self._update = optimizer_seconds(model, self.base, machine, self.speed) / (rows_per_step(run) * asked.mean)
         self._budgets: dict[Choice, Budget] = {}
-        self._batches: dict[tuple[int, int], MicroBatch] = {}
+        self._batches: dict[tuple[int, int, bool], MicroBatch] = {}
 
     def config(self, choice: Choice) -> RunConfig:
         """Return the run with a choice made; what was fixed stays as it was written."""
         changes: dict[str, Any] = {"loss_chunk_size": choice.chunk}
+        if self.asked.run.offload_checkpoints == "auto":
+            changes["offload_checkpoints"] = "on" if choice.away else "off"
         if self.asked.run.cuda_graphs == "auto":
-            changes["cuda_graphs"] = "on" if self.replayed(choice) else "off"
+            changes["cuda_graphs"] = "on" if not self._away(choice) and self.replayed(choice) else "off"
         if self.layers_open:
             changes["gradient_checkpointing"] = {0: "false", self.layers: "true"}.get(choice.recomputed, str(choice.recomputed))
         if self.asked.run.per_device_train_batch_size == 0:
@@ -117,6 +120,14 @@ class Search:
         """Return the choice that needs least: one row, the smallest chunk, and as a rule all layers recomputed."""
         return min((Choice(self.rows[0], number, self.chunks[-1]) for number in self.ends()), key=self.need)
 
+    def leanest_away(self) -> Choice | None:
+        """Return the leanest choice with inputs of layers in RAM; None where that is not open, saves nothing, or RAM is short."""
+        run, most = self.asked.run, self.ends()[0]
+        if run.offload_checkpoints != "auto" or run.cuda_graphs == "on" or self.asked.machine.kind != "cuda" or most < 2:
+            return None
+        away = Choice(self.rows[0], most, self.chunks[-1], True)
+        return away if self.need(away) < self.need(self.leanest()) and self.budget(away).fits_host else None
+
     def find(self, limit: float = math.inf) -> Choice | None:
         """Return the fastest roomy choice whose rank is at most `limit`; None if there is none.
 
@@ -137,12 +148,16 @@ class Search:
         """Return the most and the fewest layers that may be recomputed, or the one number that was fixed."""
         return (self.layers, 0) if self.layers_open else (checkpointed_layers(self.asked.model, self.asked.run),)
 
+    def _away(self, choice: Choice) -> bool:
+        return choice.away or self.asked.run.offload_checkpoints == "on"
+
     def _pieces(self, choice: Choice) -> MicroBatch:
-        pieces = self._batches.get((choice.rows, choice.chunk))
+        pieces = self._batches.get((choice.rows, choice.chunk, choice.away))
         if pieces is None:
-            run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk)
+            away = {"offload_checkpoints": "on", "cuda_graphs": "off"} if self._away(choice) else {}
+            run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk, **away)
             pieces = micro_batch(self.asked.model, run, self.asked.machine, self.speed, choice.rows, self.asked.mean)
-            self._batches[choice.rows, choice.chunk] = pieces
+            self._batches[choice.rows, choice.chunk, choice.away] = pieces
         return pieces
 
     def _most_rows(self) -> int:

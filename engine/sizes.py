@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import Linear, ModelSpec
-from qlora_tui.engine.spec import RunConfig, checkpointed_of
+from qlora_tui.engine.spec import RunConfig, checkpointed_of, offloads
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits that the loss holds at once; the same figure as in `fast.loss`, which needs torch. A test compares them."""
@@ -26,6 +26,11 @@ _MIN_PAGED = 100_000  # bitsandbytes pages only tensors of so many weights and m
 def checkpointed_layers(model: ModelSpec, run: RunConfig) -> int:
     """Return how many of the model's layers recompute their inside."""
     return checkpointed_of(run, model.num_hidden_layers)
+
+
+def offloaded_layers(model: ModelSpec, run: RunConfig) -> int:
+    """Return how many layers' inputs wait in RAM: those of all recomputed layers but the last, which is needed at once."""
+    return max(0, checkpointed_layers(model, run) - 1) if offloads(run) else 0
 
 
 def four_bit(model: ModelSpec, run: RunConfig) -> bool:

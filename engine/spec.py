@@ -168,6 +168,12 @@ class RunConfig:
         "Recompute activations: true (all layers: least memory, about a third slower), false, a number of layers, or auto.",
         kind="layers",
     )
+    offload_checkpoints: str = _key(
+        "auto",
+        "memory",
+        "Keep inputs of recomputed layers in pinned RAM, for long rows: on, off, or auto: only where nothing faster fits.",
+        choices=("auto", "on", "off"),
+    )
     loss_chunk_size: int = _key(0, "memory", "Tokens whose logits are held at once; 0: chosen by the vocabulary.", low=0, high=1_048_576)
     cuda_graphs: str = _key(
         "auto",
@@ -273,6 +279,11 @@ def checkpointed_of(run: RunConfig, layers: int) -> int:
     if run.gradient_checkpointing in ("auto", "true"):
         return layers
     return 0 if run.gradient_checkpointing == "false" else min(int(run.gradient_checkpointing), layers)
+
+
+def offloads(run: RunConfig) -> bool:
+    """Say whether inputs of recomputed layers wait in RAM; not before it is said or chosen, and never in a recorded batch."""
+    return run.offload_checkpoints == "on" and run.cuda_graphs != "on"
 
 
 def rows_at_once(run: RunConfig) -> int:

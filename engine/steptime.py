@@ -24,7 +24,7 @@ from qlora_tui.engine.sizes import (
     element_bytes,
     four_bit,
 )
-from qlora_tui.engine.spec import RunConfig, rows_per_step
+from qlora_tui.engine.spec import RunConfig, offloads, rows_per_step
 
 _MATMUL_SHARE = 0.75  # of the data sheet's products that large ones reach: 765-780 of 989 TFLOP/s on an H100, 2026-11-25
 _MEMORY_SHARE = 0.88  # of the bandwidth that a large copy reaches
@@ -44,6 +44,7 @@ _CHUNK_LAUNCHES = 17  # of one chunk of the loss
 _MORE_LAUNCHES = 1.05  # of what is counted with few tokens: large products come in parts
 _OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add them up, without end the slower alone counts
 _GRAPHS_PAY = 0.5  # of the device's seconds that the host needs, from where a recorded step is worth its rounded lengths
+_BUS_BYTES = 12e9  # a second between card and pinned RAM, each way: PCIe 3.0 with 16 lanes; 4.0 and 5.0 reach two and four times that
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
@@ -128,12 +129,14 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     loss = max(2.0 * head * batch / flops * share, chunks * head * width / speed.bandwidth_bytes)
     loss += batch * model.vocab_size * _LOGIT_PASSES * width / (speed.bandwidth_bytes * _MOVE_SHARE)
     again, both = launches(model, run)
+    copied = batch * model.hidden_size * width / _BUS_BYTES if cuda and offloads(run) else 0.0
+    stalled = max(0.0, copied - forward) + max(0.0, copied - forward - backward)  # beside a layer's pass forward, and both in the backward
     kernels, again_kernels = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
     between = _KERNEL_SECONDS if cuda else 0.0
     return MicroBatch(
         device_seconds=layers * (forward + backward) + loss + kernels * between,
         host_seconds=kernels * speed.launch_seconds,
-        again_device_seconds=forward + again_kernels * between,
+        again_device_seconds=forward + again_kernels * between + stalled,
         again_host_seconds=again_kernels * speed.launch_seconds,
         graphs=run.cuda_graphs if cuda and recordable(model, run) else "off",
     )

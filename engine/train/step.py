@@ -20,6 +20,7 @@ from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Finding
 from qlora_tui.engine.fast.graphs import Graphs
 from qlora_tui.engine.fast.loss import token_losses
+from qlora_tui.engine.fast.recompute import offloading
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import RandomState, empty_cache, in_use, out_of_memory, said
 from qlora_tui.engine.spec import RunConfig
@@ -123,9 +124,14 @@ class Gradient:
         self.graphs = None if lengths is None else Graphs(self.loaded.model, self.parameters, self.losses, lengths)
 
     def release(self) -> None:
-        """Let go of recorded batches: their memory is free for other work, and what they were made of may change."""
+        """Let go of recorded batches, whose memory is free then and what they were made of may change, and of pinned RAM."""
         if self.graphs is not None:
             self.graphs.release()
+        layers = self.loaded.decoder.layers
+        assert isinstance(layers, torch.nn.ModuleList)
+        offload = offloading(layers)
+        if offload is not None:
+            offload.release()
 
     @contextmanager
     def beside(self) -> Iterator[None]:

@@ -10,10 +10,10 @@ import torch
 from qlora_tui.engine import measured
 from qlora_tui.engine.data import Tokenized, lengths_of
 from qlora_tui.engine.events import Event, Finding, Phase, Planned
-from qlora_tui.engine.fast.recompute import recompute
+from qlora_tui.engine.load import settle_layers
 from qlora_tui.engine.meter import empty_cache, out_of_memory, said
 from qlora_tui.engine.rehearse import Cast, Rehearsed, pieces, rehearse
-from qlora_tui.engine.spec import checkpointed_of, rows_at_once
+from qlora_tui.engine.spec import rows_at_once
 from qlora_tui.engine.train.choices import Choices
 from qlora_tui.engine.train.holdout import poll_for
 from qlora_tui.engine.train.loop import Loop
@@ -87,7 +87,7 @@ def _resize(loop: Loop, choices: Choices, tokenized: Tokenized) -> None:
     run = loop.run = choices.run
     layers = loop.loaded.decoder.layers
     assert isinstance(layers, torch.nn.ModuleList)
-    recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
+    settle_layers(run, layers, loop.loaded.device)
     loop.gradient.halving.rows = loop.holdout.halving.rows = rows_at_once(run)
     loop.gradient.record(lengths_of(tokenized.train) if recorded(run, loop.loaded) else None)
     loop.gradient.chunk = loop.holdout.chunk = run.loss_chunk_size
