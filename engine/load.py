@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_tui.engine.errors import ModelError
-from qlora_tui.engine.fast import pissa
+from qlora_tui.engine.fast import compiled, pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.recompute import recompute
@@ -42,6 +42,7 @@ class Loaded:
     head: Head
     device: torch.device
     dtype: torch.dtype
+    why_plain: str = ""  # why layers run as transformers has them; empty where they are fused
 
     def hidden(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states [B, T, H].
@@ -78,15 +79,28 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    why_plain = _fuse_layers(model, base.get_decoder(), device)
     layers = base.get_decoder().layers
     recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
     fuse(model)
     start_lengths(model)
     if run.init_lora_weights == "pissa":
         pissa.start(model)
-    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype)
+    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype, why_plain)
     _check_head(loaded, base)
     return loaded
+
+
+def _fuse_layers(model: PeftModel, decoder: torch.nn.Module, device: torch.device) -> str:
+    """Fuse the decoder's layers where that can be done, and return why not elsewhere."""
+    if reason := compiled.why_not(device):
+        return reason
+    from qlora_tui.engine.fast import layers  # imports Triton
+
+    if reason := layers.why_not(model):
+        return reason
+    layers.fuse_layers(decoder)
+    return ""
 
 
 def attend_without_mask(loaded: Loaded) -> None:

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from qlora_tui.engine.errors import ModelError
+from qlora_tui.engine.fast import compiled
 
 ADAPTER = "default"
 _SHORTEST = 1e-12  # squared length of an output's weights below which it counts as this: a row of zeros has no direction
@@ -125,6 +126,10 @@ def full_weight(weight: torch.Tensor) -> torch.Tensor:
     state = weight.quant_state if hasattr(weight, "quant_state") else None  # only bitsandbytes' parameters carry one
     if state is None:
         return weight.detach()
+    if not compiled.why_not(weight.device):
+        from qlora_tui.engine.fast import kernels  # imports Triton
+
+        return kernels.dequantize(weight.data, state)
     full: torch.Tensor = bnb.dequantize_4bit(weight.data, state)
     return full
 
@@ -143,7 +148,7 @@ def _product(
     return out
 
 
-def _joined(a_RI: torch.Tensor, b_OR: torch.Tensor, start: Start | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(a_RI: torch.Tensor, b_OR: torch.Tensor, start: Start | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and B in `dtype`; with a start, of twice the rank: B A - B0 A0 in one product, so that equal parts cancel exactly."""
     a, b = a_RI.to(dtype), b_OR.to(dtype)
     if start is None:
@@ -167,7 +172,7 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         source = x if dropped is None else dropped
-        a, b = _joined(a_RI, b_OR, start, x.dtype)
+        a, b = joined(a_RI, b_OR, start, x.dtype)
         low = F.linear(source, a)
         out = F.linear(x, full_weight(weight), bias)
         flat = out.view(-1, out.shape[-1])
@@ -182,7 +187,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source, low, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grads[0].reshape(-1, grads[0].shape[-1])
-        a, b = _joined(a_RI, b_OR, ctx.start, grad_NO.dtype)
+        a, b = joined(a_RI, b_OR, ctx.start, grad_NO.dtype)
         low_NR = low.reshape(-1, low.shape[-1])
         grad_low_NR = (grad_NO @ b).mul_(ctx.scaling)
         trained_NR = grad_low_NR[:, : len(a_RI)]
