@@ -368,8 +368,8 @@ class _Projections(torch.autograd.Function):
 
 
 def _first(x_NO: torch.Tensor, heads: int, size: int) -> torch.Tensor:
-        product: torch.Tensor = out.view(*x.shape[:-1], -1)
-        return product
+    part: torch.Tensor = x_NO[:, : heads * size].unflatten(1, (heads, size))
+    return part
 
 
 class _Product(torch.autograd.Function):
