@@ -79,7 +79,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    why_plain = _fuse_layers(model, base.get_decoder(), device)
+    why_plain = _fuse_layers(run, model, base.get_decoder(), device, dtype)
     layers = base.get_decoder().layers
     recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0)
     fuse(model)
@@ -91,10 +91,14 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     return loaded
 
 
-def _fuse_layers(model: PeftModel, decoder: torch.nn.Module, device: torch.device) -> str:
+def _fuse_layers(run: RunConfig, model: PeftModel, decoder: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> str:
     """Fuse the decoder's layers where that can be done, and return why not elsewhere."""
+    if run.fused_layers == "off":
+        return "fused_layers=off"
     if reason := compiled.why_not(device):
         return reason
+    if dtype != torch.bfloat16:
+        return "they compute in bfloat16 alone"
     from qlora_tui.engine.fast import layers  # imports Triton
 
     if reason := layers.why_not(model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from qlora_tui.engine import fused
 from qlora_tui.engine.activations import Batch, Layer, Peak, final_norm, forward_peak, mask_bytes, norm_backward, stack
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
@@ -284,9 +285,12 @@ class Moments:
         each = 4 + narrow
         if trained and not self.model.sdpa:
             each = 8  # capped logits: their slope too
-        around = 2 * self.batch.hidden + (rows * self.model.hidden_size * width if trained else 0)
+        at_once = fused.kernels_run(self.cuda, width)  # the loss is read off the logits, and its gradient takes their place
+        if at_once:
+            each = width
+        around = 2 * self.batch.hidden + (rows * self.model.hidden_size * width if trained and not at_once else 0)
         how = f"logits of {count(rows)} tokens x {count(words)} words at a time, and hidden states around them"
-        return Peak(rows * words * each + around, rows * words * max(0, 8 - each)), how
+        return Peak(rows * words * each + around, 0 if at_once else rows * words * max(0, 8 - each)), how
 
 
 def total(items: tuple[Item, ...]) -> int:

@@ -141,14 +141,14 @@ def largest_linear(model: ModelSpec) -> Linear:
     return max(model.linears(), key=lambda part: part.weights)
 
 
-def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int) -> int:
+def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int, *, at_once: bool = False) -> int:
     """Return what one 4-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
 
-    Doubly quantized constants are widened to 32 bits first.
+    Doubly quantized constants are widened to 32 bits first, unless a kernel does both `at_once`.
     """
     if not four_bit(model, run):
         return 0
-    return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) else 0)
+    return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) and not at_once else 0)
 
 
 def _state_bytes(size: int) -> int:

@@ -88,6 +88,9 @@ class Linear:
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of each place [T, D]."""
 
+Adapter = tuple[torch.Tensor, torch.Tensor]
+"""A and B in the type of computation, with what they started from beside them."""
+
 Pairs = Sequence[torch.Tensor | None]
 """A [R, I] and B [O, R] of each product in turn; None twice for one without an adapter."""
 
@@ -155,15 +158,14 @@ class FusedLayer:
         if kwargs.get("cache") is not None:
             plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, **kwargs)
             return plain
-        attended = self._attended(hidden_states, **kwargs)
         output, sandwich = self.layer.self_attn.o_proj, self.form.sandwich
         mlp = self.layer.mlp
         ups = (mlp.gate_up_proj,) if self.form.fused else (mlp.gate_proj, mlp.up_proj)
         down = (mlp.down_proj,)
         if sandwich:
-            hidden = _added(_product(attended, None, (output,)), hidden_states, self.after)
+            hidden = _added(_product(self._attended(hidden_states, **kwargs), None, (output,)), hidden_states, self.after)
             return _added(_mlp(hidden, self.inner, ups, down, self.form.activation, residual=False), hidden, self.outer)
-        hidden = _product(attended, hidden_states, (output,))
+        hidden = _product(self._attended(hidden_states, **kwargs), hidden_states, (output,))
         return _mlp(hidden, self.after, ups, down, self.form.activation, residual=True)
 
     def _attended(
@@ -244,15 +246,15 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _joined(linears: Sequence[Linear], pairs: Pairs, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+def _joined(linears: Sequence[Linear], pairs: Pairs, dtype: torch.dtype) -> list[Adapter | None]:
     """Return A and B of each product in `dtype`, with what they started from beside them."""
-    found = list[tuple[torch.Tensor, torch.Tensor] | None]()
+    found = list[Adapter | None]()
     for linear, a, b in zip(linears, pairs[::2], pairs[1::2], strict=True):
         found.append(None if a is None or b is None else joined(a, b, linear.start, dtype))
     return found
 
 
-def _low(x_NI: torch.Tensor, adapters: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> list[torch.Tensor | None]:
+def _low(x_NI: torch.Tensor, adapters: Sequence[Adapter | None]) -> list[torch.Tensor | None]:
     """Return x A^T of each adapter: one product, since all read the same x."""
     stacked = [adapter[0] for adapter in adapters if adapter is not None]
     if not stacked:
@@ -265,29 +267,35 @@ def _low(x_NI: torch.Tensor, adapters: Sequence[tuple[torch.Tensor, torch.Tensor
 def _forward(
     x_NI: torch.Tensor,
     linears: Sequence[Linear],
-    adapters: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+    adapters: Sequence[Adapter | None],
     residual_NO: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Return each product with its adapter's part, plus `residual_NO`, and what the adapters' gradients read."""
-    lows, outs = _low(x_NI, adapters), list[torch.Tensor]()
-    for linear, adapter, low in zip(linears, adapters, lows, strict=True):
-        weight_OI = full_weight(linear.weight)
-        if residual_NO is None:
-            out = F.linear(x_NI, weight_OI, linear.bias)
-        else:
-            out = torch.addmm(residual_NO, x_NI, weight_OI.t())
-            out = out if linear.bias is None else out.add_(linear.bias)
-        if adapter is not None and low is not None:
-            out.addmm_(low, adapter[1].t(), alpha=linear.scaling)
-        outs.append(out)
-    return outs, lows
+    lows = _low(x_NI, adapters)
+    each = zip(linears, adapters, lows, strict=True)
+    return [_widened_product(x_NI, linear, adapter, low, residual_NO) for linear, adapter, low in each], lows
+
+
+def _widened_product(
+    x_NI: torch.Tensor, linear: Linear, adapter: Adapter | None, low_NR: torch.Tensor | None, residual_NO: torch.Tensor | None
+) -> torch.Tensor:
+    """Return one product; its weight in full width is gone before the next one's is made."""
+    weight_OI = full_weight(linear.weight)
+    if residual_NO is None:
+        out = F.linear(x_NI, weight_OI, linear.bias)
+    else:
+        out = torch.addmm(residual_NO, x_NI, weight_OI.t())
+        out = out if linear.bias is None else out.add_(linear.bias)
+    if adapter is not None and low_NR is not None:
+        out.addmm_(low_NR, adapter[1].t(), alpha=linear.scaling)
+    return out
 
 
 def _backward(
     grads_NO: Sequence[torch.Tensor],
     x_NI: torch.Tensor,
     linears: Sequence[Linear],
-    adapters: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+    adapters: Sequence[Adapter | None],
     lows: Sequence[torch.Tensor | None],
     *,
     wanted: bool,
@@ -404,11 +412,10 @@ class _Mlp(torch.autograd.Function):
         out = torch.empty_like(x_NH)
         # where it is computed again, nobody reads the output: what the backward pass needs is made there
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
-            ups, lows = _forward(norm.of(x_NH[part]), linears[:-1], adapters[:-1])
-            inner = kernels.gated(*_halves(ups), kind)
-            kept = [*ups, *lows] if keep else []
-            del ups, lows
-            (out[part],), _ = _forward(inner, linears[-1:], adapters[-1:], x_NH[part] if residual else None)
+            made, lows = _forward(norm.of(x_NH[part]), linears[:-1], adapters[:-1])
+            kept = [*made, *lows] if keep else []
+            del lows
+            out[part] = _gated_down(made, linears[-1], adapters[-1], kind, x_NH[part] if residual else None)
         ctx.save_for_backward(x, *pairs, *kept)
         return out.view(x.shape)
 
@@ -417,27 +424,56 @@ class _Mlp(torch.autograd.Function):
         norm, linears, kind, residual, keep = ctx.rest
         x, *rest = ctx.saved_tensors
         pairs, kept = rest[: 2 * len(linears)], rest[2 * len(linears) :]
-        first, down, number = linears[:-1], linears[-1], len(linears) - 1
-        *adapters, last = _joined(linears, pairs, x.dtype)
+        number = len(linears) - 1
         x_NH, grad_NH = _flat(x), _flat(grads[0]).contiguous()
         out, sums = torch.empty_like(x_NH), list[torch.Tensor | None]()
         for part in _tiles(len(x_NH), whole=keep):
-            normed, grad = norm.of(x_NH[part]), grad_NH[part]
-            ups, lows = (kept[:number], kept[number:]) if keep else _forward(normed, first, adapters)
-            inner = grad @ full_weight(down.weight)
-            slope = None if last is None else (grad @ last[1]).mul_(down.scaling)
-            if slope is not None and last is not None:
-                inner.addmm_(slope, last[0])
-            kernels.gated_backward_(inner, *_halves(ups), kind)  # ups are their own gradients now, and inner is the product that was
-            of_down: list[torch.Tensor | None] = [None, None]
-            if slope is not None and last is not None:
-                of_down = [slope.t() @ inner, (grad.t() @ (inner @ last[0].t())).mul_(down.scaling)]
-            del inner
-            grad_x, found = _backward(ups, normed, first, adapters, lows, wanted=True)
-            trained = _of_trained([*found, *of_down], pairs)
+            made = (kept[:number], kept[number:]) if keep else None
+            grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, linears, _joined(linears, pairs, x.dtype), kind, made)
+            out[part] = norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None)
+            trained = _of_trained(found, pairs)
             sums = trained if not sums else [None if a is None or b is None else a.add_(b) for a, b in zip(sums, trained, strict=True)]
-            out[part] = norm.back(grad_x, x_NH[part], grad if residual else None)
+            del grad_x, found, trained
         return out.view(x.shape), None, None, None, None, None, *sums
+
+
+def _gated_down(
+    made: list[torch.Tensor], down: Linear, adapter: Adapter | None, kind: Activation, residual_NH: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the third product of the gated two, which are let go of as soon as they were read."""
+    inner = kernels.gated(*_halves(made), kind)
+    made.clear()
+    low = None if adapter is None else inner @ adapter[0].t()
+    return _widened_product(inner, down, adapter, low, residual_NH)
+
+
+def _back_through(
+    x_NH: torch.Tensor,
+    grad_NH: torch.Tensor,
+    norm: Norm,
+    linears: Sequence[Linear],
+    adapters: Sequence[Adapter | None],
+    kind: Activation,
+    made: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Return the gradient of an MLP's normed input, and those of its adapters; `made` are the two wide products, where they were kept."""
+    *ups, down = linears
+    *adapters, last = adapters
+    normed = norm.of(x_NH)
+    wide, lows = made or _forward(normed, ups, adapters)
+    inner = grad_NH @ full_weight(down.weight)
+    slope = None if last is None else (grad_NH @ last[1]).mul_(down.scaling)
+    if slope is not None and last is not None:
+        inner.addmm_(slope, last[0])
+    gate, up = _halves(wide)
+    kernels.gated_backward_(inner, gate, up, kind)  # the wide ones are their own gradients now, and inner is the product that was
+    of_down: list[torch.Tensor | None] = [None, None]
+    if slope is not None and last is not None:
+        of_down = [slope.t() @ inner, (grad_NH.t() @ (inner @ last[0].t())).mul_(down.scaling)]
+    del inner
+    grad_x, found = _backward(wide, normed, ups, adapters, lows, wanted=True)
+    assert grad_x is not None
+    return grad_x, [*found, *of_down]
 
 
 def _halves(ups: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plain_kernels
 import pytest
 
+from qlora_tui.engine import fast, fused
+from qlora_tui.engine.fast import compiled
 from qlora_tui.engine.spec import RunConfig, from_values
 
 
 @pytest.fixture(autouse=True)
 def bits_can_be_compared(one_thread: None) -> None:
     """All tests of this folder sum in one order."""
+
+
+@pytest.fixture
+def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse layers as on a card, with the kernels' plain twins; bfloat16 runs alone are fused, as there."""
+    monkeypatch.setitem(sys.modules, "qlora_tui.engine.fast.kernels", plain_kernels)
+    monkeypatch.setattr(fast, "kernels", plain_kernels, raising=False)
+    monkeypatch.setattr(compiled, "why_not", lambda device: "")
+    monkeypatch.setattr(fused, "kernels_run", lambda cuda, width: width == 2)
+    from qlora_tui.engine.fast import layers
+
+    monkeypatch.setattr(layers, "kernels", plain_kernels)
 
 
 @pytest.fixture

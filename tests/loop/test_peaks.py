@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import plain_kernels
 import pytest
 import torch
 from live_bytes import LiveBytes
 from torch.utils.checkpoint import checkpoint
 
-from qlora_tui.engine import models, moments
+from qlora_tui.engine import fused, models, moments
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.evaluate import measure
 from qlora_tui.engine.fast.lora import _product
@@ -217,3 +218,62 @@ def test_the_tracker_counts_each_storage_once_and_until_it_is_freed() -> None:
         del view
         assert live.now == 0
     assert live.peak == 8000
+
+
+FUSED = [
+    *(settings(kind, 5, 2, 128, checkpointing) for kind in ("llama", "qwen3", "phi3", "gemma3_text") for checkpointing in (ALL, "2", NONE)),
+    settings("mistral", 4, 2, 128, ALL, sliding_window=64),
+    settings("qwen2", 4, 8, 32, ALL, lora_r=4),
+    settings("qwen2", 4, 1, 384, NONE, lora_r=64),
+    settings("llama", 4, 2, 128, NONE, method="lora"),
+    settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
+    settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
+    settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),
+    settings("qwen3", 4, 4, 128, ALL, loss_chunk_size=64),
+]
+
+
+@pytest.fixture
+def small_tiles(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_tui.engine.fast import layers
+
+    monkeypatch.setattr(fused, "TILE", 64)
+    monkeypatch.setattr(layers, "TILE", 64)
+
+
+@pytest.mark.parametrize(("kind", "layers", "rows", "length", "changes"), FUSED)
+def test_a_step_of_fused_layers_takes_what_the_formulas_say(
+    tmp_path: Path, small_tiles: None, kind: str, layers: int, rows: int, length: int, changes: dict[str, Any]
+) -> None:
+    run, parts = make(tmp_path, kind, layers, rows, length, dict(changes))
+    loaded = load(run, tmp_path, CPU)
+    assert loaded.why_plain == ""
+    assert parts.batch.fused
+    measured = train_peak(run, loaded, rows, length)
+    predicted = max(seen(items) for items in parts.training())
+    assert predicted == pytest.approx(measured, rel=0.012)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3_text"])
+def test_measuring_with_fused_layers_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, kind: str) -> None:
+    run, parts = make(tmp_path, kind, 4, 2, 256, {})
+    loaded = load(run, tmp_path, CPU)
+    loaded.model.eval()
+    with LiveBytes(held(loaded.model)) as live:
+        list(measure(loaded, rows_of(2, 256), 2, lambda: None))
+    predicted = max(seen(items, "optimizer") for items in parts.evaluating())
+    assert predicted == pytest.approx(live.peak, rel=0.03)
+
+
+def test_what_is_said_of_kernels_without_torch_is_what_they_are(small_tiles: None) -> None:
+    from qlora_tui.engine.families import FAMILIES
+    from qlora_tui.engine.fast import layers
+
+    assert set(layers.FORMS) == {name for name, family in FAMILIES.items() if family.kernels}
+    assert fused.WIDEST_ROW == plain_kernels.WIDEST_ROW
+
+
+def test_tiles_are_as_long_as_the_budget_says() -> None:
+    source = Path(fused.__file__).parent / "fast"
+    assert f"TILE = {fused.TILE}\n" in (source / "layers.py").read_text()
+    assert f"WIDEST_ROW = 1 << {fused.WIDEST_ROW.bit_length() - 1}\n" in (source / "kernels.py").read_text()
