@@ -21,6 +21,7 @@ from qlora_tui.engine import evaluate
 from qlora_tui.engine.batches import longest, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Phase
+from qlora_tui.engine.fast.lora import widened
 from qlora_tui.engine.fast.recompute import recomputed
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.measured import Speed
@@ -274,7 +275,7 @@ def _dequantization(loaded: Loaded) -> float:
     weight = torch.randn(_WIDENED, device=loaded.device, dtype=loaded.dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
     del weight
-    return _NF4_BYTES * _WIDENED / _best(loaded.device, lambda: bnb.dequantize_4bit(packed, state))
+    return _NF4_BYTES * _WIDENED / _best(loaded.device, lambda: widened(packed, state))
 
 
 def _launch_seconds(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> float:
@@ -285,7 +286,7 @@ def _launch_seconds(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> float:
     """
     layers = loaded.decoder.layers
     assert isinstance(layers, torch.nn.ModuleList)
-    forward, both = launches(spec, run)
+    forward, both = launches(spec, run, fused=not loaded.why_plain)
     ids_BT = torch.zeros(1, _FEW_TOKENS, dtype=torch.long, device=loaded.device)
     taken = []
     try:

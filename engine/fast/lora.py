@@ -126,11 +126,16 @@ def full_weight(weight: torch.Tensor) -> torch.Tensor:
     state = weight.quant_state if hasattr(weight, "quant_state") else None  # only bitsandbytes' parameters carry one
     if state is None:
         return weight.detach()
-    if not compiled.why_not(weight.device):
+    return widened(weight.data, state)
+
+
+def widened(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return a weight that bitsandbytes packed in 4 bits as numbers, by our kernel where it runs: the same bits in less time."""
+    if not compiled.why_not(packed.device):
         from qlora_tui.engine.fast import kernels  # imports Triton
 
-        return kernels.dequantize(weight.data, state)
-    full: torch.Tensor = bnb.dequantize_4bit(weight.data, state)
+        return kernels.dequantize(packed, state)
+    full: torch.Tensor = bnb.dequantize_4bit(packed, state)
     return full
 
 
