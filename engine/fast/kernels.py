@@ -137,10 +137,17 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
+def _tanh(value):
+    small = tl.exp(-2.0 * tl.abs(value))  # never overflows
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(value < 0, -size, size)
+
+
+@triton.jit
 def _activation(value, GELU: tl.constexpr):
     if GELU:
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-        result = 0.5 * value * (1.0 + (1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)))
+        result = 0.5 * value * (1.0 + _tanh(inner))
     else:
         result = value * tl.sigmoid(value)
     return result
@@ -150,7 +157,7 @@ def _activation(value, GELU: tl.constexpr):
 def _slope(value, GELU: tl.constexpr):
     if GELU:
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
+        tanh = _tanh(inner)
         result = 0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * value * value)
     else:
         chance = tl.sigmoid(value)
@@ -343,7 +350,7 @@ def _cross_entropy(logits, labels, losses, size, cap, CAPPED: tl.constexpr, GRAD
         at = first + tl.arange(0, BLOCK)
         value = tl.load(start + at, mask=at < size, other=float("-inf")).to(tl.float32)
         if CAPPED:
-            value = tl.where(at < size, cap * (1.0 - 2.0 / (tl.exp(2.0 * value / cap) + 1.0)), float("-inf"))
+            value = tl.where(at < size, cap * _tanh(value / cap), float("-inf"))
         higher = tl.maximum(most, tl.max(value))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(value - higher))
         most = higher
@@ -351,7 +358,7 @@ def _cross_entropy(logits, labels, losses, size, cap, CAPPED: tl.constexpr, GRAD
     label = tl.load(labels + row)
     chosen = tl.load(start + label).to(tl.float32)
     if CAPPED:
-        chosen = cap * (1.0 - 2.0 / (tl.exp(2.0 * chosen / cap) + 1.0))
+        chosen = cap * _tanh(chosen / cap)
     tl.store(losses + row, log_total - chosen)
     if GRADIENT:
         for first in range(0, size, BLOCK):
@@ -359,7 +366,7 @@ def _cross_entropy(logits, labels, losses, size, cap, CAPPED: tl.constexpr, GRAD
             value = tl.load(start + at, mask=at < size, other=0.0).to(tl.float32)
             slope = 1.0
             if CAPPED:
-                tanh = 1.0 - 2.0 / (tl.exp(2.0 * value / cap) + 1.0)
+                tanh = _tanh(value / cap)
                 value, slope = cap * tanh, 1.0 - tanh * tanh
             chance = tl.exp(value - log_total) - tl.where(at == label, 1.0, 0.0)
             tl.store(start + at, (chance * slope).to(logits.dtype.element_ty), mask=at < size)

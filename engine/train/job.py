@@ -122,7 +122,7 @@ def _train(job: Job) -> Generator[Event, None, Result]:
         loaded = load(choices.run, folder, job.machine)
     if device.type == "cuda" and sees_whole_rows(choices.model, choices.run, max(choices.lengths)):
         attend_without_mask(loaded)
-    note = NOT_ON_A_CPU if device.type == "cpu" else ""
+    note = NOT_ON_A_CPU if device.type == "cpu" else _layers_told(loaded.why_plain)
     yield Phase("load", "end", seconds=time.monotonic() - began, note=note, **meter.told("load"))
     fence = Fence(loaded)
     if choices.run.perplexity_filter:
@@ -141,6 +141,10 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     result = yield from ahead.follow(_through(job, ahead, folder, planned))
     choices.remember(meter, ahead.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
     return result
+
+
+def _layers_told(why_plain: str) -> str:
+    return f"layers run as transformers has them: {why_plain}" if why_plain else "layers are fused"
 
 
 def _through(job: Job, ahead: Ahead, folder: Path, planned: Callable[[int], Planned]) -> Generator[Event, None, Result]:

@@ -1,14 +1,14 @@
 """Measured against predicted on a grid of configurations: peaks by phase and seconds a step.
 
-usage: grid.py run OUT.jsonl [--cpu] [--only TEXT] [--seconds N]     one JSON line a configuration, appended
-       grid.py table OUT.jsonl                                       the lines as a Markdown table, with median and worst error
+usage: grid.py run OUT.jsonl [--cpu] [--only TEXT,TEXT] [--seconds N]   a JSON line a configuration, appended
+       grid.py table OUT.jsonl                                          the lines as a Markdown table, with median and worst error
 
 Each configuration runs in a process of its own, as people's runs do: what earlier ones leave on a card (libraries' workspaces, cached
 blocks) would be measured as its own. The processes are forked from one that has imported torch and transformers, which takes most of
 a start, and has not asked CUDA. A configuration that would begin after N seconds is named and left out, and runs when the
-command is given again. `--only TEXT,TEXT` takes those whose name has one of the texts. `--cpu` runs the same code on tiny
-shapes: it proves the script and measures nothing of interest. Predictions are the formulas' own: what earlier configurations taught is forgotten, but for
-the speed of the card's pieces.
+command is given again. `--only` takes those whose name has one of the texts. `--cpu` runs the same code on tiny shapes: it proves
+the script and measures nothing of interest. Predictions are the formulas' own: what earlier configurations taught is forgotten, but
+for the speed of the card's pieces.
 """
 
 from __future__ import annotations
