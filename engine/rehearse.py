@@ -21,6 +21,7 @@ from qlora_tui.engine import evaluate
 from qlora_tui.engine.batches import longest, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Phase
+from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.recompute import recomputed
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.measured import Speed
@@ -46,6 +47,7 @@ class Cast:
     Attributes:
         loaded: the model with its adapter.
         optimizer: fresh; it is fresh again afterwards.
+        flat: what is trained, and lent its gradients.
         train_rows, eval_rows: all of them; the longest are chosen here.
         add: adds the gradient of rows, as a step does, divided by a number of supervised tokens.
         rows_at_once: of training and of evaluation, at the moment they are asked for.
@@ -59,6 +61,7 @@ class Cast:
 
     loaded: Loaded
     optimizer: torch.optim.Optimizer
+    flat: Flat[Any]
     train_rows: Sequence[TokenRow]
     eval_rows: Sequence[TokenRow]
     add: Callable[[Sequence[TokenRow], int], object]
@@ -112,7 +115,7 @@ def rehearse(cast: Cast, meter: Meter) -> Generator[Phase, None, Rehearsed]:
             seconds["train"] = _timed(cast, lambda: _gradients(cast, rows, min(2, cast.repeats))) / min(2, cast.repeats)
             yield _progress(cast, 2)
             seconds["optimizer"] = _timed(cast, cast.optimizer.step)
-            cast.optimizer.zero_grad(set_to_none=True)
+            cast.flat.clear()
         yield _progress(cast, 3)
         with meter.phase("probe eval", fresh=True):
             seconds["eval"] = _timed(cast, lambda: _evaluate(cast, held_out))
@@ -167,7 +170,7 @@ def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
 def _step(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
     _gradients(cast, rows, times)
     cast.optimizer.step()
-    cast.optimizer.zero_grad(set_to_none=True)
+    cast.flat.clear()
 
 
 def _gradients(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
@@ -193,13 +196,13 @@ def _untouched(cast: Cast) -> Iterator[None]:
 
     The weights wait in RAM: a copy on the card would be measured as if the run needed it. Putting back allocates nothing.
     """
-    parameters = list(trainable(cast.loaded.model).values())
+    parameters = [group.parameter for group in cast.flat.groups]
     weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     random_state = RandomState.now()
     try:
         yield
     finally:
-        cast.optimizer.zero_grad(set_to_none=True)
+        cast.flat.clear()
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)

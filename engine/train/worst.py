@@ -58,6 +58,7 @@ def _rehearse_once(choices: Choices, loop: Loop, tokenized: Tokenized) -> Genera
     cast = Cast(
         loaded=loop.loaded,
         optimizer=loop.optimizer,
+        flat=loop.gradient.flat,
         train_rows=tokenized.train,
         eval_rows=tokenized.holdout,
         add=loop.gradient.add,
