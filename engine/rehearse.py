@@ -21,7 +21,6 @@ from qlora_tui.engine import evaluate
 from qlora_tui.engine.batches import longest, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Phase
-from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.recompute import recomputed
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.measured import Speed
@@ -47,9 +46,9 @@ class Cast:
     Attributes:
         loaded: the model with its adapter.
         optimizer: fresh; it is fresh again afterwards.
-        flat: what is trained, and lent its gradients.
         train_rows, eval_rows: all of them; the longest are chosen here.
         add: adds the gradient of rows, as a step does, divided by a number of supervised tokens.
+        clear: takes the gradients back, as the end of a step does.
         rows_at_once: of training and of evaluation, at the moment they are asked for.
         warm: micro-batches before the clock counts: one, and one more where batches are recorded at their second sight.
         repeats: micro-batches of one step; a second one meets the gradients of the first, which is where a step peaks.
@@ -61,10 +60,10 @@ class Cast:
 
     loaded: Loaded
     optimizer: torch.optim.Optimizer
-    flat: Flat[Any]
     train_rows: Sequence[TokenRow]
     eval_rows: Sequence[TokenRow]
     add: Callable[[Sequence[TokenRow], int], object]
+    clear: Callable[[], None]
     rows_at_once: int
     warm: int
     repeats: int
@@ -115,7 +114,7 @@ def rehearse(cast: Cast, meter: Meter) -> Generator[Phase, None, Rehearsed]:
             seconds["train"] = _timed(cast, lambda: _gradients(cast, rows, min(2, cast.repeats))) / min(2, cast.repeats)
             yield _progress(cast, 2)
             seconds["optimizer"] = _timed(cast, cast.optimizer.step)
-            cast.flat.clear()
+            cast.clear()
         yield _progress(cast, 3)
         with meter.phase("probe eval", fresh=True):
             seconds["eval"] = _timed(cast, lambda: _evaluate(cast, held_out))
@@ -170,7 +169,7 @@ def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
 def _step(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
     _gradients(cast, rows, times)
     cast.optimizer.step()
-    cast.flat.clear()
+    cast.clear()
 
 
 def _gradients(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
@@ -196,13 +195,13 @@ def _untouched(cast: Cast) -> Iterator[None]:
 
     The weights wait in RAM: a copy on the card would be measured as if the run needed it. Putting back allocates nothing.
     """
-    parameters = [group.parameter for group in cast.flat.groups]
+    parameters = list(trainable(cast.loaded.model).values())
     weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     random_state = RandomState.now()
     try:
         yield
     finally:
-        cast.flat.clear()
+        cast.clear()
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)

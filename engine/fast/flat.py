@@ -5,8 +5,8 @@ than the device works. Here tensors of one kind lie one after another, and the o
 kind. The parameters themselves stay who they are: whoever trains, saves or measures them notices nothing.
 
 Each tensor begins at a multiple of `BLOCK`, so a block of an 8-bit optimizer's state never holds numbers of two tensors, and
-every number is what it would be if each tensor were updated alone. What lies between two tensors is zero, gets a zero
-gradient and stays zero.
+every number is what it would be if each tensor were updated alone. What lies between two tensors begins as zero, has a zero
+gradient, and is read by nobody.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Flat(Generic[Kind]):
     """Parameters moved into one buffer, by kind, and a buffer of the same layout that is lent to them for their gradients."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], kinds: Sequence[Kind]) -> None:
-        """Move `parameters` into one buffer, values and all; no memory is taken for gradients before the first batch.
+        """Move `parameters` into one buffer, values and all; gradients take no memory before they are lent.
 
         Args:
             parameters: at least one, of one type and on one device.
@@ -83,8 +83,12 @@ class Flat(Generic[Kind]):
             for member in group.members:
                 place = member.of(group.parameter.data)
                 self._parameters[member.number].data = place.copy_(self._parameters[member.number].data)
-        self._gradients: torch.Tensor | None = None
-        self._lent: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._gradients = torch.empty(sum(self._sizes), dtype=first.dtype, device=first.device)
+        self._places: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        for group, part in zip(self.groups, self._gradients.split(self._sizes), strict=True):
+            self._places.append((group.parameter, part))
+            self._places += [(self._parameters[member.number], member.of(part)) for member in group.members]
+        self.release()
 
     @property
     def device(self) -> torch.device:
@@ -95,38 +99,34 @@ class Flat(Generic[Kind]):
         """Give every parameter its part of the gradients' buffer, emptied, unless this step has done so; before any batch of a step."""
         if self.groups[0].parameter.grad is not None:
             return
-        if self._gradients is None:
-            first = self.groups[0].parameter
-            self._gradients = torch.empty(sum(self._sizes), dtype=first.dtype, device=first.device)
-            for group, part in zip(self.groups, self._gradients.split(self._sizes), strict=True):
-                self._lent.append((group.parameter, part))
-                self._lent += [(self._parameters[member.number], member.of(part)) for member in group.members]
+        storage = self._gradients.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_(self._gradients.nbytes)
         self._gradients.zero_()
-        for parameter, part in self._lent:
+        for parameter, part in self._places:
             parameter.grad = part
 
     def clear(self) -> None:
-        """Take the gradients back; their buffer stays for the next step."""
-        for parameter in (*self._parameters, *(group.parameter for group in self.groups)):
+        """Take the gradients back; their buffer stays where it is for the next step."""
+        for parameter, _ in self._places:
             parameter.grad = None
 
     def release(self) -> None:
-        """Take the gradients back and let go of their buffer, so that other work finds its memory free.
+        """Take the gradients back and free their memory until they are lent again, perhaps elsewhere.
 
-        Nothing may be left that writes to it, such as a recorded batch.
+        Nothing may be left that writes to it, such as a recorded batch. All tensors stay who they are, without bytes.
         """
         self.clear()
-        self._lent, self._gradients = [], None
+        self._gradients.untyped_storage().resize_(0)
 
     def scale(self, factor: float) -> None:
-        """Multiply every gradient by `factor`."""
-        if self._gradients is not None:
-            self._gradients.mul_(factor)
+        """Multiply every gradient by `factor`, in one operation."""
+        self._gradients.mul_(factor)
 
     def strays(self) -> list[torch.nn.Parameter]:
-        """Return the parameters whose values or lent gradients lie elsewhere: no step of the optimizer would reach them."""
+        """Return the parameters whose values or gradients, which are lent now, lie elsewhere: no step of the optimizer reaches them."""
         size = self._parameters[0].element_size()
-        found = [parameter for parameter, part in self._lent if parameter.grad is not part]
+        found = [parameter for parameter, part in self._places if parameter.grad is not part]
         for group in self.groups:
             start = group.parameter.data_ptr()
             found += [

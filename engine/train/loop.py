@@ -159,7 +159,7 @@ class Loop:
             self.fence.before_step(supervised, loss, norm, lr)
             clipped = clip(self.gradient.flat, norm, self.run.max_grad_norm)
             self.optimizer.step()
-        self.gradient.flat.clear()
+        self.gradient.clear()
         took = Took(supervised, time.monotonic() - began, data_seconds)
         return Stepped(
             step, self.total, step / self.order.per_epoch, loss, norm, clipped, not finite, lr, **took.told(rows, self.loaded.device)

@@ -55,7 +55,7 @@ class _BitsByGroup:
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return bitsandbytes' settings for one tensor, with the group's own bits."""
         settings: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]  # of the class that it is mixed into
-        return settings | {"optim_bits": group["bits"], "min_8bit_size": 0}
+        return settings | {"optim_bits": group["bits"]}
 
 
 class AdamW8bit(_BitsByGroup, bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]  # bitsandbytes has no types

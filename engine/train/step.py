@@ -122,6 +122,13 @@ class Gradient:
         self.release()
         self.graphs = None if lengths is None else Graphs(self.loaded.model, self.flat, self.losses, lengths)
 
+    def clear(self) -> None:
+        """End a step: take the gradients back, and their memory too unless recorded batches write to that very place."""
+        if self.graphs is None:
+            self.flat.release()
+        else:
+            self.flat.clear()
+
     def release(self) -> None:
         """Let go of recorded batches and of gradients: their memory is free for other work, and what they were made of may change."""
         if self.graphs is not None:
