@@ -77,7 +77,7 @@ def test_the_host_has_few_kernels_to_start(optim: str) -> None:
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     print(f"{optim}: {len(kernels)} kernels")
-    assert len(kernels) < 30
+    assert len(kernels) < 60  # the plain one goes through a large tensor in two parts
 
 
 def test_gradients_come_back_to_the_same_places_after_their_memory_was_let_go() -> None:
