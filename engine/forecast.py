@@ -250,7 +250,7 @@ def _formula(
     """
     known = _spread_evenly([length for length in lengths if length <= run.max_length]) or [tokens]
     batches = [micro_batch(model, run, machine, speed, rows, float(length)).seconds(recomputed) for length in known]
-    update = optimizer_seconds(model, run, machine, speed) / (parts or micro_batches(run, rows))
+    update = optimizer_seconds(model, run, speed) / (parts or micro_batches(run, rows))
     return (statistics.fmean(batches) + update) / (rows * statistics.fmean(known))
 
 

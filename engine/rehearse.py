@@ -49,6 +49,7 @@ class Cast:
         optimizer: fresh; it is fresh again afterwards.
         train_rows, eval_rows: all of them; the longest are chosen here.
         add: adds the gradient of rows, as a step does, divided by a number of supervised tokens.
+        clear: takes the gradients back, as the end of a step does.
         rows_at_once: of training and of evaluation, at the moment they are asked for.
         warm: micro-batches before the clock counts: one, and one more where batches are recorded at their second sight.
         repeats: micro-batches of one step; a second one meets the gradients of the first, which is where a step peaks.
@@ -63,6 +64,7 @@ class Cast:
     train_rows: Sequence[TokenRow]
     eval_rows: Sequence[TokenRow]
     add: Callable[[Sequence[TokenRow], int], object]
+    clear: Callable[[], None]
     rows_at_once: int
     warm: int
     repeats: int
@@ -113,7 +115,7 @@ def rehearse(cast: Cast, meter: Meter) -> Generator[Phase, None, Rehearsed]:
             seconds["train"] = _timed(cast, lambda: _gradients(cast, rows, min(2, cast.repeats))) / min(2, cast.repeats)
             yield _progress(cast, 2)
             seconds["optimizer"] = _timed(cast, cast.optimizer.step)
-            cast.optimizer.zero_grad(set_to_none=True)
+            cast.clear()
         yield _progress(cast, 3)
         with meter.phase("probe eval", fresh=True):
             seconds["eval"] = _timed(cast, lambda: _evaluate(cast, held_out))
@@ -168,7 +170,7 @@ def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
 def _step(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
     _gradients(cast, rows, times)
     cast.optimizer.step()
-    cast.optimizer.zero_grad(set_to_none=True)
+    cast.clear()
 
 
 def _gradients(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
@@ -200,7 +202,7 @@ def _untouched(cast: Cast) -> Iterator[None]:
     try:
         yield
     finally:
-        cast.optimizer.zero_grad(set_to_none=True)
+        cast.clear()
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)

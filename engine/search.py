@@ -63,7 +63,7 @@ class Search:
         self.rows = _rows(run, machine)
         self.chunks = _chunks(model, run, machine)
         self.speed = asked.speed or _stand_in()
-        self._update = optimizer_seconds(model, self.base, machine, self.speed) / (rows_per_step(run) * asked.mean)
+        self._update = optimizer_seconds(model, self.base, self.speed) / (rows_per_step(run) * asked.mean)
         self._budgets: dict[Choice, Budget] = {}
         self._batches: dict[tuple[int, int], MicroBatch] = {}
 

@@ -90,12 +90,17 @@ def adapter_params(model: ModelSpec, run: RunConfig) -> int:
     return model.num_hidden_layers * sum(adapter_tensors(model, run))
 
 
+def flat_params(model: ModelSpec, run: RunConfig) -> int:
+    """Return the numbers in the buffer that the adapter lies in, and in that of its gradients: each tensor begins a block."""
+    return model.num_hidden_layers * sum(map(_padded, adapter_tensors(model, run)))
+
+
 def adapter_bytes(model: ModelSpec, run: RunConfig, width: int) -> int:
     """Return what the adapter takes: 4 bytes a weight, and what its kind remembers of the start.
 
     DoRA keeps the length of each output's base weights; PiSSA the matrices it started from, in the base's type.
     """
-    size = 4 * adapter_params(model, run)
+    size = 4 * flat_params(model, run)
     if run.use_dora:
         size += model.num_hidden_layers * 4 * sum(part.outputs for part in model.targeted(run.lora_target_modules))
     return size + (adapter_params(model, run) * width if run.init_lora_weights == "pissa" else 0)
@@ -106,14 +111,26 @@ def choose_optimizer(run: RunConfig, machine: Machine) -> str:
     return ("paged_adamw_8bit" if machine.kind == "cuda" else "adamw_torch") if run.optim == "auto" else run.optim
 
 
-def optimizer_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
-    """Return the optimizer's state: two numbers for each weight of the adapter, of 4 bytes or of one.
+def update_groups(model: ModelSpec, run: RunConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Return what the optimizer `name` updates at once: of each group the numbers in its buffer, and the bits of their state.
 
-    The 8-bit kind keeps 32 bits in tensors below 4,096 weights, and two constants of 4 bytes for 256 weights.
+    The 8-bit kinds keep 32 bits in tensors below 4,096 weights, and with LoRA+ B goes apart from the rest.
     """
-    if name == "adamw_torch":
-        return adapter_params(model, run) * 8
-    return model.num_hidden_layers * sum(_state_bytes(size) for size in adapter_tensors(model, run))
+    pairs = len(model.targeted(run.lora_target_modules))
+    found: dict[tuple[int, bool], int] = {}
+    for place, size in enumerate(adapter_tensors(model, run)):
+        faster = run.loraplus_lr_ratio != 1 and place < 2 * pairs and place % 2 == 1  # A and B in turn, then DoRA's lengths
+        kind = 32 if name == "adamw_torch" else _bits(size), faster
+        found[kind] = found.get(kind, 0) + model.num_hidden_layers * _padded(size)
+    return tuple((numbers, bits) for (bits, _), numbers in found.items())
+
+
+def optimizer_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
+    """Return the optimizer's state: two numbers for each one in the adapter's buffer, of 4 bytes or of one.
+
+    The 8-bit kind has two constants of 4 bytes for 256 weights beside them.
+    """
+    return sum(_state_bytes(numbers, bits) for numbers, bits in update_groups(model, run, name))
 
 
 def optimizer_room(model: ModelSpec, run: RunConfig, name: str) -> int:
@@ -124,16 +141,17 @@ def optimizer_room(model: ModelSpec, run: RunConfig, name: str) -> int:
     """
     if name == "adamw_torch":
         return optimizer_bytes(model, run, name)
+    sizes, small = adapter_tensors(model, run), _MIN_8BIT - 1
     return model.num_hidden_layers * sum(
-        max(_state_bytes(size), _state_bytes(min(size, _MIN_8BIT - 1))) for size in adapter_tensors(model, run)
+        max(_state_bytes(_padded(size), _bits(size)), _state_bytes(_padded(min(size, small)), _bits(small))) for size in sizes
     )
 
 
 def movable_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
-    """Return the part of the optimizer's state that the driver may move to RAM when the card is full: large tensors, if paged."""
+    """Return the part of the optimizer's state that the driver may move to RAM when the card is full: large groups, if paged."""
     if name != "paged_adamw_8bit":
         return 0
-    return model.num_hidden_layers * sum(2 * size for size in adapter_tensors(model, run) if size >= _MIN_PAGED)
+    return sum(numbers * bits // 4 for numbers, bits in update_groups(model, run, name) if numbers >= _MIN_PAGED)
 
 
 def largest_linear(model: ModelSpec) -> Linear:
@@ -151,5 +169,13 @@ def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int, *,
     return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) and not at_once else 0)
 
 
-def _state_bytes(size: int) -> int:
-    return size * 8 if size < _MIN_8BIT else size * 2 + 2 * 4 * -(-size // _STATE_BLOCK)
+def _padded(size: int) -> int:
+    return -(-size // _STATE_BLOCK) * _STATE_BLOCK
+
+
+def _bits(size: int) -> int:
+    return 8 if size >= _MIN_8BIT else 32
+
+
+def _state_bytes(numbers: int, bits: int) -> int:
+    return numbers * 8 if bits == 32 else numbers * 2 + 2 * 4 * numbers // _STATE_BLOCK

@@ -19,8 +19,6 @@ from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     adapter_params,
-    adapter_tensors,
-    choose_optimizer,
     double_quantized,
     element_bytes,
     four_bit,
@@ -42,7 +40,7 @@ _FUSED_LOGIT_PASSES = 5  # the loss is read off the logits, and its gradient tak
 _LAUNCH_SECONDS = 25e-6  # of a host that nobody measured: 10e-6 is a fast desktop, 35e-6 a virtual machine
 _FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
 _CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
-_TENSOR_LAUNCHES = 1.6  # of 8-bit AdamW for each of its tensors: it has no fused loop
+_UPDATE_LAUNCHES = 12  # of norm, clipping and AdamW over what lies in one buffer; waits for the device are not counted
 _CHUNK_LAUNCHES = 17  # of one chunk of the loss
 _MORE_LAUNCHES = 1.05  # of what is counted with few tokens: large products come in parts
 _OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add them up, without end the slower alone counts
@@ -186,12 +184,9 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool) -> tuple[int, int
     return round(forward), round(forward + backward)
 
 
-def optimizer_seconds(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed) -> float:
-    """Return the time of one update of the adapter: 8-bit AdamW goes tensor by tensor, the plain one does all at once."""
-    moved = adapter_params(model, run) * _OPTIMIZER_BYTES / speed.bandwidth_bytes
-    tensors = model.num_hidden_layers * len(adapter_tensors(model, run))
-    one_by_one = tensors if choose_optimizer(run, machine) != "adamw_torch" else 1
-    return moved + one_by_one * _TENSOR_LAUNCHES * speed.launch_seconds
+def optimizer_seconds(model: ModelSpec, run: RunConfig, speed: Speed) -> float:
+    """Return the time of one update of the adapter: a few kernels over all of it, whatever the number of its tensors."""
+    return adapter_params(model, run) * _OPTIMIZER_BYTES / speed.bandwidth_bytes + _UPDATE_LAUNCHES * speed.launch_seconds
 
 
 def attention_share(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float) -> float:

@@ -101,7 +101,7 @@ class Load:
     def _update(self) -> float:
         if self.update is None:
             speed = forecast.speed_of(self.choices.machine)
-            self.update = optimizer_seconds(self.choices.model, self.choices.run, self.choices.machine, speed) if speed else 0.0
+            self.update = optimizer_seconds(self.choices.model, self.choices.run, speed) if speed else 0.0
         return self.update
 
 

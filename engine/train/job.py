@@ -45,7 +45,7 @@ from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.keeper import Keeper
 from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.loop import Loop
-from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
+from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer, flatten
 from qlora_tui.engine.train.parking import FOLDER
 from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.samples import Samples
@@ -312,11 +312,12 @@ def _sift(
 def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: Tokenized, meter: Meter, folder: Path) -> Loop:
     run, total, device = choices.run, _total(choices.run, tokenized), loaded.device
     halving = partial(Halving, rows=rows_at_once(run), device=device, refuse=choices.refuse)
-    optimizer = build_optimizer(run, trainable(loaded.model), device)
-    fence.attach(optimizer)
+    flat = flatten(run, trainable(loaded.model), device)
+    optimizer = build_optimizer(run, flat, device)
+    fence.attach(optimizer, flat)
     discard(job.folder / FOLDER)  # a pause that was killed
     loaded.model.train()
-    gradient = Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device))
+    gradient = Gradient(loaded, flat, halving("training"), run.loss_chunk_size, Thrash(device))
     gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
     samples = _samples(job, run, loaded, fence, tokenized, meter, folder)
     holdout = Holdout(

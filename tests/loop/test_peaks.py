@@ -26,7 +26,7 @@ from qlora_tui.engine.fast.loss import Head, token_losses
 from qlora_tui.engine.load import Loaded, load, trainable
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train.optim import build_optimizer
+from qlora_tui.engine.train.optim import build_optimizer, flatten
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash
 
 CPU = Machine("cpu", "cpu", 1 << 34, cores=1)
@@ -130,22 +130,20 @@ def make(folder: Path, kind: str, layers: int, rows: int, length: int, changes: 
 def train_peak(run: RunConfig, loaded: Loaded, rows: int, length: int) -> int:
     """The peak of a second optimizer step, through the engine's own gradient and optimizer."""
     loaded.model.train()
-    parameters = trainable(loaded.model)
-    optimizer = build_optimizer(run, parameters, loaded.device)
+    flat = flatten(run, trainable(loaded.model), loaded.device)
+    optimizer = build_optimizer(run, flat, loaded.device)
 
     def refuse(said: str) -> Any:
         raise AssertionError(said)
 
-    gradient = Gradient(
-        loaded, list(parameters.values()), Halving("a test", rows, loaded.device, refuse), run.loss_chunk_size, Thrash(loaded.device)
-    )
+    gradient = Gradient(loaded, flat, Halving("a test", rows, loaded.device, refuse), run.loss_chunk_size, Thrash(loaded.device))
     with LiveBytes(held(loaded.model)) as live:
         for _ in range(2):
             live.reset()
             step = rows_of(rows * run.gradient_accumulation_steps, length)
             gradient.add(step, length * len(step))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradient.clear()
     return live.peak
 
 

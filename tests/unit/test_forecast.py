@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.engine import forecast, machine, measured, models, planner, sizes, steptime
 from qlora_tui.engine.measured import Speed
-from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.spec import RunConfig, rows_per_step
 
 LLAMA = models.find("meta-llama/Llama-3.1-8B-Instruct")
 QWEN_14B = models.find("Qwen/Qwen2.5-14B-Instruct")
@@ -24,6 +24,12 @@ TWO_ROWS = RunConfig(per_device_train_batch_size=2, gradient_accumulation_steps=
 
 def rate(model, run, device, **more):
     return 1 / forecast.seconds_per_token(model, run, device, **more)
+
+
+def one_by_one(model, run, launch_seconds):
+    """Return the seconds that an 8-bit optimizer took of a host while it went through its tensors one by one, as on the days measured."""
+    tensors = model.num_hidden_layers * len(sizes.adapter_tensors(model, run))
+    return 0.0 if run.optim == "adamw_torch" else 1.6 * tensors * launch_seconds
 
 
 def with_(run=TWO_ROWS, **changes):
@@ -45,7 +51,9 @@ def test_the_card_formula_meets_what_was_measured_on_an_h100(changes, tokens_per
     # and two runs of one setting differed by 7 %
     speed = dataclasses.replace(steptime.table_speed(H100), launch_seconds=36e-6)
     monkeypatch.setattr(forecast, "speed_of", lambda _: speed)
-    assert rate(LLAMA, with_(cuda_graphs="off", **changes), H100) == pytest.approx(tokens_per_second, rel=0.12)
+    run = with_(cuda_graphs="off", **changes)
+    update = one_by_one(LLAMA, run, 36e-6) / (rows_per_step(run) * 2048)
+    assert 1 / (1 / rate(LLAMA, run, H100) + update) == pytest.approx(tokens_per_second, rel=0.12)
 
 
 MEASURED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu" / "2026-11-27-h100-graphs.jsonl").read_text().splitlines()]
@@ -58,7 +66,8 @@ def test_the_seconds_of_a_step_meet_every_one_that_was_measured(line, monkeypatc
     run = dataclasses.replace(case.run(Path("x"), tiny=False), **line["choices"])
     monkeypatch.setattr(forecast, "speed_of", lambda _: Speed(**line["speed"]))
     each = forecast.seconds_per_token(models.find(case.shape), run, H100, row_tokens=case.length)
-    assert each * line["tokens_per_step"] == pytest.approx(line["step_seconds"], rel=0.1)
+    update = one_by_one(models.find(case.shape), run, line["speed"]["launch_seconds"])
+    assert each * line["tokens_per_step"] + update == pytest.approx(line["step_seconds"], rel=0.1)
 
 
 def test_a_recorded_step_takes_what_its_kernels_take_whatever_the_host():
@@ -101,7 +110,6 @@ def test_faster_cards_are_faster_and_checkpointing_costs_time():
         ({"gradient_checkpointing": "7"}, {"gradient_checkpointing": "8"}),
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}),
         ({"gradient_accumulation_steps": 8}, {"gradient_accumulation_steps": 1}),
-        ({"optim": "adamw_torch"}, {"optim": "adamw_8bit"}),
         ({"lora_r": 8}, {"lora_r": 256}),
         ({"use_dora": False}, {"use_dora": True}),
         ({"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}),
@@ -137,13 +145,13 @@ def test_short_rows_cost_less_a_token_once_the_batch_is_large_and_the_mean_of_bo
 
     assert epoch([512] * 40) == pytest.approx(short, rel=0.02)
     assert epoch([16_384] * 40) == pytest.approx(long, rel=0.02)
-    assert short < epoch([512] * 39 + [16_384]) < epoch([512] * 20 + [16_384] * 20) < long
+    assert short < epoch([512] * 30 + [16_384] * 10) < epoch([512] * 20 + [16_384] * 20) < long
 
 
 def test_a_step_is_its_micro_batches_and_one_update():
     speed = steptime.table_speed(H100)
     batch = steptime.micro_batch(LLAMA, TWO_ROWS, H100, speed, 2, 2048).seconds(32)
-    update = steptime.optimizer_seconds(LLAMA, TWO_ROWS, H100, speed)
+    update = steptime.optimizer_seconds(LLAMA, TWO_ROWS, speed)
     assert forecast.step_seconds(LLAMA, TWO_ROWS, H100) == pytest.approx(8 * batch + update)
 
 
@@ -246,7 +254,7 @@ def test_what_was_measured_around_the_steps_is_counted():
 def test_a_step_of_few_parts_says_how_its_update_was_spread():
     key, speed = planner.step_key(LLAMA, TWO_ROWS), steptime.table_speed(H100)
     batch = steptime.micro_batch(LLAMA, TWO_ROWS, H100, speed, 2, 2048).seconds(32)
-    update = steptime.optimizer_seconds(LLAMA, TWO_ROWS, H100, speed)
+    update = steptime.optimizer_seconds(LLAMA, TWO_ROWS, speed)
     measured.remember_steps(H100.name, key, 2048, 2, (batch + update) / 4096, parts=1)
     assert forecast.step_seconds(LLAMA, TWO_ROWS, H100, row_tokens=2048) == pytest.approx(8 * batch + update)
 
