@@ -72,7 +72,7 @@ def test_the_host_has_few_kernels_to_start(optim: str) -> None:
         taken[name] = (handed * 100, (time.perf_counter() - began) * 100)
     for name, (handed, done) in taken.items():
         print(f"{optim}, {len(ADAPTER)} tensors {name}: {handed:.2f} ms until handed over, {done:.2f} ms until done")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         held.optimizer.step()
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

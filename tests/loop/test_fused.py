@@ -74,7 +74,7 @@ def gradients(loaded: Loaded, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, Gr
     for parameter in loaded.model.parameters():
         parameter.grad = None
     hidden = loaded.hidden(ids)
-    (hidden.float() * torch.linspace(-1, 1, hidden.shape[-1])).sum().backward()
+    (hidden.float() * torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)).sum().backward()
     return hidden.detach().float(), {name: part.grad.float() for name, part in loaded.model.named_parameters() if part.grad is not None}
 
 
