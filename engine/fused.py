@@ -17,7 +17,7 @@ from qlora_tui.engine.spec import RunConfig
 _QKV, _UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
 
 TILE = 4096
-"""Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.layers`, which needs torch. A test compares them."""
+"""Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.operations`. A test compares them."""
 
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""

@@ -27,9 +27,9 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "kernels", plain_kernels, raising=False)
     monkeypatch.setattr(compiled, "why_not", lambda device: "")
     monkeypatch.setattr(fused, "kernels_run", lambda cuda, width: width == 2)
-    from qlora_tui.engine.fast import layers
+    from qlora_tui.engine.fast import operations
 
-    monkeypatch.setattr(layers, "kernels", plain_kernels)
+    monkeypatch.setattr(operations, "kernels", plain_kernels)
 
 
 @pytest.fixture

@@ -87,9 +87,9 @@ def apart(left: Gradients, right: Gradients) -> float:
 
 @pytest.fixture
 def small_tiles(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_tui.engine.fast import layers
+    from qlora_tui.engine.fast import operations
 
-    monkeypatch.setattr(layers, "TILE", 16)
+    monkeypatch.setattr(operations, "TILE", 16)
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 3])

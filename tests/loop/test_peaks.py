@@ -233,10 +233,10 @@ FUSED = [
 
 @pytest.fixture
 def small_tiles(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_tui.engine.fast import layers
+    from qlora_tui.engine.fast import operations
 
     monkeypatch.setattr(fused, "TILE", 64)
-    monkeypatch.setattr(layers, "TILE", 64)
+    monkeypatch.setattr(operations, "TILE", 64)
 
 
 @pytest.mark.parametrize(("kind", "layers", "rows", "length", "changes"), FUSED)
@@ -273,5 +273,5 @@ def test_what_is_said_of_kernels_without_torch_is_what_they_are(small_tiles: Non
 
 def test_tiles_are_as_long_as_the_budget_says() -> None:
     source = Path(fused.__file__).parent / "fast"
-    assert f"TILE = {fused.TILE}\n" in (source / "layers.py").read_text()
+    assert f"TILE = {fused.TILE}\n" in (source / "operations.py").read_text()
     assert f"WIDEST_ROW = 1 << {fused.WIDEST_ROW.bit_length() - 1}\n" in (source / "kernels.py").read_text()
