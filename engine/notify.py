@@ -155,7 +155,9 @@ def _webhook(hook: Hook, facts: Mapping[str, str]) -> str:
     """Post a small JSON document: `text` is what Slack reads, `content` Discord, `message` Gotify; ntfy.sh gets plain text."""
     from urllib.error import HTTPError
     from urllib.parse import urlsplit
-    from urllib.request import Request, urlopen
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    from qlora_tui.engine.judge.endpoint import is_loopback
 
     address = _address(hook)
     if not hooks.is_address(address):
@@ -169,8 +171,9 @@ def _webhook(hook: Hook, facts: Mapping[str, str]) -> str:
         }
         body, kind = json.dumps({"text": text, "content": text, "message": text, "title": title, **about}).encode(), "application/json"
     request = Request(address, body, {"Content-Type": kind, "Title": title, "User-Agent": "qlora-tui"}, method="POST")
+    opener = build_opener(ProxyHandler({} if is_loopback(address) else None))  # a proxy could not reach this machine, and need not know
     try:
-        with urlopen(request, timeout=WEBHOOK_SECONDS):
+        with opener.open(request, timeout=WEBHOOK_SECONDS):
             return ""
     except HTTPError as error:
         error.close()
