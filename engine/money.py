@@ -172,18 +172,19 @@ def amount(value: Range, currency: str) -> str:
 
 
 def short(found: Bill) -> str:
-    """Return a bill in one line for a screen: what it comes to here and rented, what the first assumes, and the break-even."""
-    sign, parts = found.prices.currency, []
+    """Return a bill in one line for a screen, what counts first: here and rented, then the break-even, and what the first assumes."""
+    sign, parts, assumed = found.prices.currency, [], ""
     if found.power is not None and found.here is not None:
         rest = f" and {amount(found.power.rest, '')} W of the rest" if found.power.rest[1] else ""
-        share = ", with the card's share" if found.share is not None else ""
-        rate = amount(found.prices.electricity, sign)
-        parts.append(f"{amount(found.here, sign)} here ({amount(found.power.device, '')} W{rest}, {rate} a kWh{share})")
+        share = ", the card's share" if found.share is not None else ""
+        parts.append(f"{amount(found.here, sign)} here")
+        assumed = f"here: {amount(found.power.device, '')} W{rest}, {amount(found.prices.electricity, sign)} a kWh{share}"
     if found.rented is not None:
         parts.append(f"{amount(found.rented.cost, sign)} rented ({found.rented.card})")
+    said = [" / ".join(parts)]
     if found.break_even is not None and math.isfinite(found.break_even[0]):
-        parts.append(f"the card is paid for after {_runs(found.break_even)}")
-    return "; ".join(parts)
+        said.append(f"the card is paid for after {_runs(found.break_even)}")
+    return "; ".join(part for part in (*said, assumed) if part)
 
 
 def _here(found: Bill) -> str:

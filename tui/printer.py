@@ -261,7 +261,9 @@ class Printer:
         if event.adapter:
             lines.append(f"adapter: {one_line(self._folder / event.adapter)}")
         if event.report:
-            lines.append(f"report:  {one_line(self._folder / event.report)}")
+            page = Path(event.report).with_suffix(".html").name
+            beside = f", and {one_line(page)}" if (self._folder / page).is_file() else ""
+            lines.append(f"report:  {one_line(self._folder / event.report)}{beside}")
         run = self._folder.name
         if event.outcome in ("stopped", "aborted"):
             lines.append(f"go on:   qlora-tui --resume {run}")

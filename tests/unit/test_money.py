@@ -65,6 +65,16 @@ def test_a_processor_has_no_card_to_pay_for():
     assert "price is not known" not in " ".join(money.lines(found))
 
 
+def test_a_bill_in_one_line_says_here_and_rented_first():
+    """So much of it a terminal of 80 columns shows on its first line."""
+    told = money.short(money.bill(known(), RTX_4090, (10, 31), rented_hours=(5, 19)))
+    first, paid, assumed = told.split("; ")
+    assert first == "$2.54 - 9.90 here / $16.50 - 97.50 rented (A100 80GB)"
+    assert len(first) <= 62
+    assert paid.startswith("the card is paid for after")
+    assert assumed == "here: 450 W and 100 W of the rest, $0.17 - 0.29 a kWh, the card's share"
+
+
 def test_renting_that_costs_less_than_the_electricity_never_pays_for_a_card():
     found = money.bill(known(rent="0.01", setup_hours="0"), RTX_4090, (10, 10), rented_hours=(1, 1))
     assert found.break_even == (math.inf, math.inf)

@@ -95,7 +95,16 @@ def test_a_run_that_never_began_is_compared_by_its_settings(runs: Path, capsys: 
 def test_one_run_twice_is_no_comparison(runs: Path, capsys: Capture) -> None:
     make(runs, "a")
     assert main(["runs", "compare", "a", str(runs / "a")]) == 2
-    assert "name two to 6 different ones" in capsys.readouterr().err
+    assert "only one run is named, a: a comparison takes two to 6" in capsys.readouterr().err
+    assert main(["runs", "compare", "last", "last"]) == 2
+    assert "only one run is named, a:" in capsys.readouterr().err
+
+
+def test_too_many_runs_are_no_comparison_either(runs: Path, capsys: Capture) -> None:
+    for name in "abcdefg":
+        make(runs, name)
+    assert main(["runs", "compare", *"abcdefg"]) == 2
+    assert "7 runs are too many: a comparison takes two to 6" in capsys.readouterr().err
 
 
 def test_a_run_is_deleted_whole_and_named(runs: Path, capsys: Capture) -> None:
