@@ -238,7 +238,10 @@ def _power(known: Prices, device: Machine, watts: float | None) -> Power | None:
     if watts:
         return Power((watts, watts), known.rest_watts, "measured in this run")
     card = machines.card_of(device)
-    return Power((card.power_watts, card.power_watts), known.rest_watts, "what its maker says it may take") if card else None
+    if card is None:
+        return None
+    how = "an estimate of what it may take" if card.power_source.startswith("estimate") else "what it is said to take at most"
+    return Power((card.power_watts, card.power_watts), known.rest_watts, how)
 
 
 def _card_price(known: Prices, device: Machine) -> tuple[Range | None, str]:

@@ -44,6 +44,14 @@ def test_measured_watts_win_over_the_maker_s_and_a_person_s_over_both():
     assert money.bill(known(watts="280"), RTX_4090, (1, 1), watts=312.0).power.device == (280.0, 280.0)
 
 
+def test_an_estimate_is_called_one_and_every_price_says_where_it_was_read():
+    assert money.bill(known(), RTX_4090, (1, 1)).power.how == "what it is said to take at most"
+    assert "an estimate" in money.bill(known(), machine.find_card("RTX 4070"), (1, 1)).power.how
+    assert "its launch price: estimate" in " ".join(money.lines(money.bill(known(), machine.find_card("RTX 4080"), (1, 1))))
+    assert all(row["source"] for name, row in prices.table().items() if name not in ("currency", "rent_card"))
+    assert all(price[1] for price in map(prices.launch_price, [card.name for card in cards.cards()]) if price)
+
+
 def test_what_is_not_known_is_said_and_not_made_up():
     stranger = money.bill(known(), STRANGER, (1, 2))
     assert stranger.power is None
