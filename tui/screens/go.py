@@ -108,7 +108,7 @@ def summary(
         *([("plan", _choices(outlook))] if outlook and outlook.plan.choices else []),
         *([("memory", _memory(outlook))] if outlook else []),
         *([("time", _time(outlook))] if outlook else []),
-        *([("cost", one_line(bill, limit=400))] if bill else []),
+        *(("" if at else "cost", part) for at, part in enumerate(one_line(bill, limit=400).split("; ", 1)) if part),
         ("checkpoints", _checkpoints(run, checkpoint)),
         ("saved in", f"{one_line(run.runs_dir, limit=120)}/DATE-TIME-{slug(run.model_name_or_path)}/"),
         ("watch", _watch(run)),
