@@ -73,15 +73,17 @@ class Profile:
             self.profile.stop()
 
     def told(self, seconds: list[float]) -> dict[str, Any]:
-        """Return milliseconds a step by kind; on a processor the innermost operations stand for kernels."""
+        """Return milliseconds a step by kind; on a processor operations stand for kernels, each by the time of its own."""
         from torch.autograd import DeviceType
 
         steps = len(seconds)
         kernels = []
         for event in self.profile.events() or ():
-            wanted = not event.cpu_children if self.cpu else event.device_type == DeviceType.CUDA and not event.is_user_annotation
-            if wanted:
-                kernels.append((event.name, event.time_range.start, event.time_range.end))
+            start = event.time_range.start
+            if self.cpu:
+                kernels.append((event.name, start, start + event.self_cpu_time_total))
+            elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                kernels.append((event.name, start, event.time_range.end))
         if not kernels:
             raise SystemExit("the profiler saw no kernel")
         found = grouped(kernels, 1e3 * sum(seconds))

@@ -142,6 +142,13 @@ def liger(device: str) -> bool:
     return device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
+def copied(device: str, *, cpu: bool) -> float:
+    """Return the bytes a second, read and written, of copying 1 GiB."""
+    source = torch.zeros((1 << 20) if cpu else (1 << 30), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), cpu=cpu)
+
+
 def main() -> int:
     """Time every kernel and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,10 +160,7 @@ def main() -> int:
         raise SystemExit("no CUDA device: --cpu runs the same code on tiny shapes")
     device = "cpu" if cpu else "cuda"
     tokens, wide, inner, heads, shared = (64, 128, 256, 4, 2) if cpu else (options.tokens, 4096, 14_336, 32, 8)
-    big = torch.zeros((1 << 20) if cpu else (1 << 30), device=device, dtype=torch.uint8)
-    other = torch.empty_like(big)
-    bandwidth = 2 * big.numel() / median_seconds(lambda: other.copy_(big), cpu=cpu)
-    del big, other
+    bandwidth = copied(device, cpu=cpu)
     mine = ours(cpu)
     name = "CPU" if cpu else torch.cuda.get_device_name()
     print(json.dumps({"device": name, "torch": torch.__version__, "tokens": tokens, "bandwidth_gb_s": round(bandwidth / 1e9)}), flush=True)

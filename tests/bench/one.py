@@ -1,7 +1,7 @@
 """One measurement in one process, asked by `step.py`: the last line of its output is `RESULT` and JSON.
 
 usage: python -m tests.bench.one ceiling [--cpu]
-       python -m tests.bench.one make CASE MODEL SIXTEEN [--cpu]     write the checkpoint, 4-bit or (SIXTEEN=1) in bfloat16
+       python -m tests.bench.one make CASE MODEL [--cpu]     write the checkpoint, 4-bit or in bfloat16
        python -m tests.bench.one run CASE MODEL DATA [--cpu]
 """
 
@@ -44,7 +44,7 @@ def ceiling(*, cpu: bool) -> dict[str, Any]:
     return {"device": name, "torch": torch.__version__, "ceiling": 2 * size**3 / statistics.median(seconds[5:])}
 
 
-def make(case: Case, model: Path, *, sixteen: bool, cpu: bool) -> dict[str, Any]:
+def make(case: Case, model: Path, *, cpu: bool) -> dict[str, Any]:
     """Write a random checkpoint of the case's shape: as transformers saves one, or its quantized form without the bf16 detour.
 
     The 4-bit one holds what bitsandbytes' layers put into a state dict, so transformers, PEFT and Unsloth load it like any other.
@@ -57,7 +57,7 @@ def make(case: Case, model: Path, *, sixteen: bool, cpu: bool) -> dict[str, Any]
 
     device = torch.device("cpu" if cpu else "cuda")
     spec = shapes.spec_of(case.shape, tiny=case.tiny)
-    if sixteen:
+    if case.sixteen:
         shapes.write_checkpoint(model, spec, device)
         return {"model": str(model)}
     shapes.write_tokenizer(model)
@@ -84,7 +84,7 @@ def make(case: Case, model: Path, *, sixteen: bool, cpu: bool) -> dict[str, Any]
 
 
 def ours(case: Case, model: Path, data: Path, *, cpu: bool) -> dict[str, Any]:
-    """Train through the product's own job, on a base made on the device, or on `model` where that holds 16-bit weights."""
+    """Train through the product's own job, on a base made on the device, or on `model` where its weights are of 16 bits."""
     with tempfile.TemporaryDirectory() as home:
         return _ours(case, model, data, Path(home), cpu=cpu)
 
@@ -102,14 +102,12 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
     shapes.use_home(home)
     machine = shapes.device_of(cpu)
     spec = shapes.spec_of(case.shape, tiny=case.tiny)
-    saved = (model / "model.safetensors.index.json").exists() or (model / "model.safetensors").exists()
-    quantized = saved and "quantization_config" in json.loads((model / "config.json").read_text())
-    if not saved or quantized:
-        model, saved = home / "model", False
+    if not case.sixteen:
+        model = home / "model"
         shapes.write_small_files(model, spec)
     run = run_of(case, model, data, home, cpu=cpu)
     profile = Profile(cpu=cpu, first=case.warm, last=case.warm + PROFILED) if case.profile else None
-    with contextlib.nullcontext() if saved else shapes.made_here(spec):
+    with contextlib.nullcontext() if case.sixteen else shapes.made_here(spec):
         ran = drive(run, home / "run", machine=machine, rehearse=True, on_step=profile.step if profile else lambda _: None)
     if ran.error is not None:
         raise ran.error
@@ -189,7 +187,7 @@ def main(words: list[str]) -> None:
     if what == "ceiling":
         found = ceiling(cpu=cpu)
     elif what == "make":
-        found = make(Case.of(rest[0]), Path(rest[1]), sixteen=rest[2] == "1", cpu=cpu)
+        found = make(Case.of(rest[0]), Path(rest[1]), cpu=cpu)
     else:
         found = run(Case.of(rest[0]), Path(rest[1]), Path(rest[2]), cpu=cpu)
     print("RESULT " + json.dumps(found), flush=True)

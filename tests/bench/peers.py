@@ -1,7 +1,7 @@
 """One training step of each peer on given rows, in nothing but its own packages: `plain` is the recipe of PEFT's documentation.
 
 `plain-lean` leaves PEFT's preparation out, which makes head and norms float32; `liger` adds Liger's kernels to that; `unsloth` is
-its own loader, kernels and offloading. All read one checkpoint that is quantized already.
+its own loader, kernels and offloading. All read one checkpoint and train on NF4 weights.
 """
 
 from __future__ import annotations
@@ -181,12 +181,17 @@ def unsloth(case: Case, model: Path, device: str) -> Any:
 
 
 def base(model: Path, device: str) -> Any:
-    """Load the checkpoint, whose config says how it is quantized."""
+    """Load the checkpoint: quantized already, as its config says, or else quantized while it is loaded."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     place = {"": 0 if device == "cuda" else "cpu"}
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map=place, attn_implementation="sdpa")
+    more = {}
+    if "quantization_config" not in json.loads((model / "config.json").read_text()):
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map=place, attn_implementation="sdpa", **more)
     net.config.use_cache = False
     for module in net.modules() if device == "cpu" else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -18,6 +18,7 @@ import datetime
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ class Bench:
         self.out: Path = options.out
         self.began = time.monotonic()
         self.done = {line["key"]: line for line in read(self.out) if "key" in line}
-        self.model = Path(options.model or work / "model")
+        self.models = Path(options.model or work / "models")
         self.head: Line = {}
 
     def begin(self) -> None:
@@ -86,11 +87,10 @@ class Bench:
         if not self.head:
             self.begin()
         text = json.dumps(dataclasses.asdict(case))
-        if case.backend != "ours" or self.options.sixteen:
-            self.make(text)
+        model = self.checkpoint(case)
         data = self.work / "rows.jsonl"
         write_rows(case, data)
-        told = self.ask(["run", text, str(self.model), str(data)], self.options.each)
+        told = self.ask(["run", text, str(model), str(data)], self.options.each)
         if told is None:
             print(f"ended: {case.key}: not done after {self.options.each:g} s", flush=True)
             return None
@@ -103,19 +103,25 @@ class Bench:
             print(json.dumps(line["times"]), flush=True)
         return line
 
-    def make(self, text: str) -> None:
-        """Write the checkpoint that all backends of this shape share, where there is none; a folder holds one shape."""
-        if (self.model / "config.json").exists():
-            return
-        if self.ask(["make", text, str(self.model), str(int(self.options.sixteen))], self.options.each) is None:
+    def checkpoint(self, case: Case) -> Path:
+        """Return the folder of the checkpoint that all backends share, written where one is needed and there is none."""
+        kind = "bf16" if case.sixteen else "nf4"
+        folder = self.models / f"{case.shape.split('/')[-1]}-{kind}{'-tiny' if case.tiny else ''}"
+        if folder.exists() or (case.backend == "ours" and not case.sixteen):
+            return folder
+        part = folder.with_suffix(".part")  # what is cut off is not taken for a checkpoint
+        shutil.rmtree(part, ignore_errors=True)
+        words = ["make", json.dumps(dataclasses.asdict(case)), str(part)]
+        if self.ask(words, self.options.each) is None:
             raise SystemExit(f"the checkpoint could not be written within {self.options.each:g} s")
+        return part.rename(folder)
 
     def search(self, case: Case) -> None:
         """Find the longest row that trains; what was tried before is in `out`."""
         grain, most = (16, 128) if case.tiny else (GRAIN, MOST)
         start = max(grain, min(self.options.start, most) // grain * grain)
         tried: dict[int, bool] = {}
-        while (length := next_try(tried, start=start, grain=grain, most=most)) is not None:
+        while (length := next_try(tried, start=start, grain=grain, most=most, near=self.options.near)) is not None:
             line = self.one(dataclasses.replace(case, length=length))
             if line is None or "error" in line:
                 print(f"{case.backend} {case.setting}, {case.limit:g} GiB: not finished, {longest(tried):,} tokens so far", flush=True)
@@ -203,7 +209,8 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=500.0, help="no case begins after so many")
     parser.add_argument("--each", type=float, default=330.0, help="seconds that a process may take")
     parser.add_argument("--start", type=int, default=8192, help="the first length that `long` tries")
-    parser.add_argument("--model", default="", help="folder of the checkpoint; empty: a temporary one")
+    parser.add_argument("--near", type=float, default=0.02, help="`long` finds the longest row to within this share")
+    parser.add_argument("--model", default="", help="folder of the checkpoints; empty: a temporary one")
     parser.add_argument("--sixteen", action="store_true")
     parser.add_argument("--peers", default="")
     parser.add_argument("--profile", action="store_true", help="ours alone: where the time of three steps goes")
@@ -226,7 +233,7 @@ def main(words: list[str]) -> int:
     if options.peers:
         sys.path.append(options.peers)  # so that what is installed there is found
     split = {name: [part for part in getattr(options, name).split(",") if part] for name in ("only", "settings")}
-    wanted = cases(options.workload, **split, limit=options.limit, profile=options.profile, tiny=options.cpu)
+    wanted = cases(options.workload, **split, limit=options.limit, profile=options.profile, sixteen=options.sixteen, tiny=options.cpu)
     if not wanted:
         raise SystemExit(f"nothing to measure: no backend fits --only {options.only} --settings {options.settings}")
     with tempfile.TemporaryDirectory() as folder:

@@ -17,8 +17,6 @@ MEDIAN, SIGMA, SHORTEST = 350, 0.8, 16
 IDS = 256
 """Token ids are below this: all are known to the byte-level tokenizer, and an id costs what any other costs."""
 GIB = 2**30
-NEAR = 0.02
-"""The longest row is found to within this share."""
 OURS = ("full", "none", "auto")
 PEERS = {"plain": "full", "plain-lean": "full", "liger": "full", "liger-nogc": "none", "unsloth": "full", "unsloth-nogc": "none"}
 """Each peer and what of its activations it recomputes."""
@@ -43,13 +41,15 @@ class Case:
     packing: str = ""
     limit: float = 0.0
     profile: bool = False
+    sixteen: bool = False  # the checkpoint's weights are bfloat16, and ours loads it too
     tiny: bool = False
 
     @property
     def key(self) -> str:
         """What names the case in a file of results; a case in it is not run again."""
         parts = [self.workload, self.backend, self.setting, self.packing, f"{self.length}", f"{self.limit:g}GiB" if self.limit else ""]
-        return " ".join(part for part in [*parts, "profile" if self.profile else "", "tiny" if self.tiny else ""] if part)
+        parts += [name for name in ("profile", "sixteen", "tiny") if dataclasses.asdict(self)[name]]
+        return " ".join(part for part in parts if part)
 
     @property
     def package(self) -> str:
@@ -73,14 +73,17 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
 }
 
 
-def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit: float, profile: bool, tiny: bool) -> list[Case]:
-    """Return the processes of a workload: ours in each setting, then the peers; empty `only` or `settings` take all."""
-    pairs = [("ours", setting) for setting in OURS] + ([] if profile else list(PEERS.items()))
+def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit: float, **flags: bool) -> list[Case]:
+    """Return the processes of a workload: ours in each setting, then the peers; empty `only` or `settings` take all.
+
+    `flags` are `profile`, `sixteen` and `tiny` of each case; only ours are profiled.
+    """
+    pairs = [("ours", setting) for setting in OURS] + ([] if flags.get("profile") else list(PEERS.items()))
     kept = [(name, setting) for name, setting in pairs if (not only or name in only) and (not settings or setting in settings)]
     found = []
     for base in WORKLOADS[workload]:
-        shared = dataclasses.replace(base, limit=limit, profile=profile, tiny=tiny)
-        if tiny:
+        shared = dataclasses.replace(base, limit=limit, **flags)
+        if shared.tiny:
             shared = dataclasses.replace(shared, length=min(base.length, 64), rows=min(base.rows, 4), at_once=min(base.at_once, 2), steps=3)
         for name, setting in kept:
             packings = ("padded", "packed") if base.ragged and name != "ours" else ("",)
@@ -143,17 +146,17 @@ def flops(config: Mapping[str, Any], sizes: Sequence[int], supervised: int) -> f
     return layers * (4.0 * a_layer * sum(sizes) + attention) + 4.0 * hidden * config["vocab_size"] * supervised
 
 
-def next_try(tried: Mapping[int, bool], *, start: int, grain: int, most: int) -> int | None:
+def next_try(tried: Mapping[int, bool], *, start: int, grain: int, most: int, near: float = 0.02) -> int | None:
     """Return the next length to try, a multiple of `grain`; None once the longest that trains is known well enough.
 
-    Doubled until one does not train, then halved in between, to `NEAR` or `grain`, whichever is coarser.
+    Doubled until one does not train, then halved in between, to a share of `near` or to `grain`, whichever is coarser.
     `start` and `most` are multiples of `grain`, `start` at most `most`.
     """
     good = max((length for length, trains in tried.items() if trains), default=0)
     bad = min((length for length, trains in tried.items() if not trains and length > good), default=None)
     if bad is None:
         return None if good >= most else min(most, max(start, 2 * good))
-    if bad - good <= max(grain, NEAR * good):
+    if bad - good <= max(grain, near * good):
         return None
     return good + max(grain, (bad - good) // 2 // grain * grain)
 
