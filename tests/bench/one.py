@@ -97,7 +97,7 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
     from tests.bench.kernel_time import Profile
     from tests.bench.peers import memory
 
-    from qlora_tui.engine.events import Planned, Stepped
+    from qlora_tui.engine.events import Finding, Planned, Stepped
 
     shapes.use_home(home)
     machine = shapes.device_of(cpu)
@@ -107,8 +107,15 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
         shapes.write_small_files(model, spec)
     run = run_of(case, model, data, home, cpu=cpu)
     profile = Profile(cpu=cpu, first=case.warm, last=case.warm + PROFILED) if case.profile else None
+    held: list[dict[str, Any]] = []
+
+    def listen(stepped: Stepped) -> None:
+        held.append(memory(cpu=cpu))  # while the model is there, as with the peers
+        if profile:
+            profile.step(stepped)
+
     with contextlib.nullcontext() if case.sixteen else shapes.made_here(spec):
-        ran = drive(run, home / "run", machine=machine, rehearse=True, on_step=profile.step if profile else lambda _: None)
+        ran = drive(run, home / "run", machine=machine, rehearse=True, on_step=listen)
     if ran.error is not None:
         raise ran.error
     if skipped := [step for step in ran.of(Stepped) if step.skipped]:
@@ -119,10 +126,12 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
         "tokens": [step.tokens for step in late],
         "supervised": [step.supervised_tokens for step in late],
         "allocated": max(step.memory_peak_bytes for step in ran.of(Stepped)),
-        "reserved": max(step.memory_reserved_bytes for step in ran.of(Stepped)),
+        "reserved": max(now["reserved"] for now in held),
         "choices": dict(ran.of(Planned)[-1].choices),
+        "findings": [finding.message for finding in ran.of(Finding) if finding.detector == "memory"],  # rows halved, a full cache
         "last_loss": late[-1].loss,
-        "device": memory(cpu=cpu)["device"],
+        "device": max(now["device"] for now in held),
+        "rows": [row for step in late for row in step.rows],
         "config": json.loads((model / "config.json").read_text()),
     }
     if profile:
@@ -175,7 +184,9 @@ def run(case: Case, model: Path, data: Path, *, cpu: bool) -> dict[str, Any]:
     steps = range(len(found["seconds"]))
     rates = {name: statistics.median(found[name][n] / found["seconds"][n] for n in steps) for name in ("tokens", "supervised")}
     sizes = [len(json.loads(line)["input_ids"]) for line in data.read_text().splitlines()]
-    trained = sizes[case.warm * case.rows :]
+    trained = [sizes[row - 1] for row in found.pop("rows")]
+    if sum(trained) != sum(found["tokens"]):
+        raise SystemExit(f"{sum(found['tokens'])} tokens were trained, and the rows named have {sum(trained)}")
     work = flops(found.pop("config"), trained, sum(found["supervised"])) / sum(found["tokens"])  # a token of these rows, on average
     return found | {"tokens_per_second": rates["tokens"], "supervised_per_second": rates["supervised"], "flops": work * rates["tokens"]}
 

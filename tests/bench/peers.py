@@ -61,7 +61,8 @@ def measure(case: Case, model: Path, data: Path, *, cpu: bool) -> dict[str, Any]
             torch.cuda.synchronize()
         steps.append((time.monotonic() - began, part, last))
     more = {"load_seconds": round(loaded, 1), "last_loss": steps[-1][2], "config": json.loads((model / "config.json").read_text())}
-    return told(steps[case.warm :]) | more | memory(cpu=cpu)
+    numbers = {"rows": list(range(case.warm * case.rows + 1, len(rows) + 1))}
+    return told(steps[case.warm :]) | more | numbers | memory(cpu=cpu)
 
 
 def told(steps: list[tuple[float, list[Row], float]]) -> dict[str, Any]:
