@@ -64,7 +64,7 @@ def dequantizations(mine: Any, wide: int, inner: int, device: str) -> Iterator[T
     moved = weight.numel() * 2 + packed.numel() + weight.numel() // 64
     yield "dequantize", "bitsandbytes", moved, lambda: dequantize_4bit(packed, state)
     if mine:
-        yield "dequantize", "ours", moved, lambda: mine.dequantize(packed, state, torch.bfloat16)
+        yield "dequantize", "ours", moved, lambda: mine.dequantize(packed, state)
 
 
 def norms(mine: Any, tokens: int, wide: int, device: str) -> Iterator[Timed]:
@@ -75,9 +75,8 @@ def norms(mine: Any, tokens: int, wide: int, device: str) -> Iterator[Timed]:
     yield "rms_norm", "torch", moved, lambda: functional.rms_norm(x, (wide,), weight, EPS)
     yield "rms_norm_backward", "torch", moved * 3 // 2, backward(lambda leaf: functional.rms_norm(leaf, (wide,), weight, EPS), x, dy)
     if mine:
-        _, rstd = mine.rms_norm(x, weight, EPS, 0.0)
-        yield "rms_norm", "ours", moved, lambda: mine.rms_norm(x, weight, EPS, 0.0)
-        yield "rms_norm_backward", "ours", moved * 3 // 2, lambda: mine.rms_norm_backward(dy, x, weight, rstd, 0.0)
+        yield "rms_norm", "ours", moved, lambda: mine.rms_norm(x, weight, EPS)
+        yield "rms_norm_backward", "ours", moved * 3 // 2, lambda: mine.rms_norm_backward(dy, x, weight, EPS)
     if liger(device):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -96,13 +95,28 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
     yield "swiglu", "torch", 3 * one, lambda: functional.silu(gate) * up
     yield "swiglu_backward", "torch", 5 * one, backward(lambda leaf, other: functional.silu(leaf) * other, gate, dh, up)
     if mine:
-        yield "swiglu", "ours", 3 * one, lambda: mine.swiglu(gate, up)
-        yield "swiglu_backward", "ours", 6 * one, lambda: mine.swiglu_backward(dh, gate.clone(), up.clone())
+        written = [part.clone() for part in (dh, gate, up)]  # it writes over what it is given; other numbers cost the same
+        yield "swiglu", "ours", 3 * one, lambda: mine.gated(gate, up, "silu")
+        yield "swiglu_backward", "ours", 6 * one, lambda: mine.gated_backward_(*written, "silu")
     if liger(device):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         yield "swiglu", "liger", 3 * one, lambda: LigerSiLUMulFunction.apply(gate, up)
         yield "swiglu_backward", "liger", 5 * one, backward(LigerSiLUMulFunction.apply, gate, dh, up)
+
+
+def losses(mine: Any, tokens: int, words: int, device: str) -> Iterator[Timed]:
+    """Cross-entropy of a chunk of logits, and their gradient: each read twice and written once."""
+    logits = torch.randn(tokens, words, device=device, dtype=torch.bfloat16)
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)
+
+    def plain() -> None:
+        leaf = logits.detach().requires_grad_()
+        functional.cross_entropy(leaf.float(), labels, reduction="sum").backward()
+
+    yield "loss", "torch", 3 * 2 * logits.numel(), plain
+    if mine:
+        yield "loss", "ours", 3 * 2 * logits.numel(), lambda: mine.cross_entropy_(logits, labels, None, gradient=True)
 
 
 def rotations(mine: Any, tokens: int, heads: int, shared: int, device: str) -> Iterator[Timed]:
@@ -114,7 +128,7 @@ def rotations(mine: Any, tokens: int, heads: int, shared: int, device: str) -> I
     moved = 2 * 2 * (q.numel() + k.numel())
     yield "rotate", "torch", moved, lambda: [rotated(x, cos, sin) for x in (q, k)]
     if mine:
-        yield "rotate", "ours", moved, lambda: mine.rotate_(q, k, cos, sin, False)
+        yield "rotate", "ours", moved, lambda: [mine.turn_heads(x[0], cos, sin) for x in (q, k)]
     if liger(device):
         from liger_kernel.ops.rope import LigerRopeFunction
 
@@ -170,6 +184,7 @@ def main() -> int:
         *dequantizations(mine, wide, inner, device),
         *norms(mine, tokens, wide, device),
         *gates(mine, tokens, inner, device),
+        *losses(mine, 32 if cpu else 512, 320 if cpu else 128_256, device),
         *rotations(mine, tokens, heads, shared, device),
     )
     for kernel, whose, moved, call in work:
