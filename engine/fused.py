@@ -87,7 +87,7 @@ class FusedLayer:
         tokens = min(self.tokens, TILE)
         share = self.model.intermediate_size * tokens * self.width
         small = self._hidden() * tokens // self.tokens
-        mlp = max(2 * share + self._widened(*_UP) + small, 3 * share, share + small + self._widened("down_proj"))
+        mlp = max(2 * share + self._widened(*_UP) + small, 3 * share, share + self._widened("down_proj"))
         attention = self._hidden() + 2 * self._query() + 2 * self._keys()
         return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
 

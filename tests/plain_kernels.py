@@ -44,8 +44,9 @@ def rms_norm_backward(
     epsilon: float,
     offset: float = 0.0,
     beside: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.empty_like(grad_NH)
+    out = torch.empty_like(grad_NH) if out is None else out
     with _disable_current_modes(), torch.enable_grad():
         x = x_NH.detach().float().requires_grad_()
         (result,) = torch.autograd.grad(_norm(x, weight_H, epsilon, offset), x, grad_NH.float())

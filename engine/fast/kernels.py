@@ -116,13 +116,14 @@ def rms_norm_backward(
     epsilon: float,
     offset: float = 0.0,
     beside: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the gradient of a norm's input [N, H], plus `beside`: the gradient that went around the norm.
+    """Return the gradient of a norm's input [N, H], plus `beside`: the gradient that went around the norm; in `out`, if there is one.
 
     With g = grad * (weight + offset) and r = 1 / rms(x) it is r * (g - x * r^2 * mean(g * x)).
     """
     rows, width = x_NH.shape
-    out = torch.empty_like(grad_NH)
+    out = torch.empty_like(grad_NH) if out is None else out
     block = triton.next_power_of_2(width)
     other = grad_NH if beside is None else beside
     _norm_backward[(rows,)](

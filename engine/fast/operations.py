@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn import functional as F
 
 from qlora_tui.engine.fast import kernels
 from qlora_tui.engine.fast.kernels import Activation
@@ -34,9 +33,11 @@ class Norm:
         """Return the norm of each row, plus `beside`."""
         return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, beside)
 
-    def back(self, grad_NH: torch.Tensor, x_NH: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the gradient of its input, plus `beside`."""
-        return kernels.rms_norm_backward(grad_NH, x_NH, self.weight_H, self.epsilon, self.offset, beside)
+    def back(
+        self, grad_NH: torch.Tensor, x_NH: torch.Tensor, beside: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the gradient of its input, plus `beside`; in `out`, if there is one."""
+        return kernels.rms_norm_backward(grad_NH, x_NH, self.weight_H, self.epsilon, self.offset, beside, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +144,19 @@ def _forward(
 
 
 def _widened_product(
-    x_NI: torch.Tensor, linear: Linear, adapter: Adapter | None, low_NR: torch.Tensor | None, residual_NO: torch.Tensor | None
+    x_NI: torch.Tensor,
+    linear: Linear,
+    adapter: Adapter | None,
+    low_NR: torch.Tensor | None,
+    residual_NO: torch.Tensor | None,
+    out_NO: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return one product; its weight in full width is gone before the next one's is made."""
-    weight_OI = full_weight(linear.weight)
-    if residual_NO is None:
-        out = F.linear(x_NI, weight_OI, linear.bias)
-    else:
-        out = torch.addmm(residual_NO, x_NI, weight_OI.t())
-        out = out if linear.bias is None else out.add_(linear.bias)
+    """Return one product, in `out_NO` if there is one; its weight in full width is gone before the next one's is made."""
+    weight_IO = full_weight(linear.weight).t()
+    added = linear.bias if residual_NO is None else residual_NO
+    out = torch.mm(x_NI, weight_IO, out=out_NO) if added is None else torch.addmm(added, x_NI, weight_IO, out=out_NO)
+    if linear.bias is not None and residual_NO is not None:
+        out.add_(linear.bias)
     if adapter is not None and low_NR is not None:
         out.addmm_(low_NR, adapter[1].t(), alpha=linear.scaling)
     return out
@@ -281,7 +286,7 @@ class _Mlp(torch.autograd.Function):
             made, lows = _forward(norm.of(x_NH[part]), linears[:-1], adapters[:-1])
             kept = [*made, *lows] if keep else []
             del lows
-            out[part] = _gated_down(made, linears[-1], adapters[-1], kind, x_NH[part] if residual else None)
+            _gated_down(made, linears[-1], adapters[-1], kind, x_NH[part] if residual else None, out[part])
         ctx.save_for_backward(x, *pairs, *kept)
         return out.view(x.shape)
 
@@ -296,7 +301,7 @@ class _Mlp(torch.autograd.Function):
         for part in _tiles(len(x_NH), whole=keep):
             made = (kept[:number], kept[number:]) if keep else None
             grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, linears, _joined(linears, pairs, x.dtype), kind, made)
-            out[part] = norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None)
+            norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
             trained = _of_trained(found, pairs)
             sums = trained if not sums else [None if a is None or b is None else a.add_(b) for a, b in zip(sums, trained, strict=True)]
             del grad_x, found, trained
@@ -304,13 +309,18 @@ class _Mlp(torch.autograd.Function):
 
 
 def _gated_down(
-    made: list[torch.Tensor], down: Linear, adapter: Adapter | None, kind: Activation, residual_NH: torch.Tensor | None
-) -> torch.Tensor:
-    """Return the third product of the gated two, which are let go of as soon as they were read."""
+    made: list[torch.Tensor],
+    down: Linear,
+    adapter: Adapter | None,
+    kind: Activation,
+    residual_NH: torch.Tensor | None,
+    out_NH: torch.Tensor,
+) -> None:
+    """Write the third product, of the gated two, which are let go of as soon as they were read."""
     inner = kernels.gated(*_halves(made), kind)
     made.clear()
     low = None if adapter is None else inner @ adapter[0].t()
-    return _widened_product(inner, down, adapter, low, residual_NH)
+    _widened_product(inner, down, adapter, low, residual_NH, out_NH)
 
 
 def _back_through(
