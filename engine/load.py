@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
+from qlora_tui.engine.compat import TOWER_LAYERS
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.fast import compiled, pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
@@ -201,7 +202,7 @@ def _without_layers_that_see(config: Any) -> Any:
 
     The loader must find the tower, or it would not know the names of the text part.
     """
-    for name in ("num_hidden_layers", "depth"):
+    for name in TOWER_LAYERS:
         if hasattr(config.vision_config, name):  # a tower calls its number of layers by one of the two
             setattr(config.vision_config, name, 0)  # by the name found
     return config

@@ -22,6 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_tui.engine.compat import CACHES
 from qlora_tui.engine.fast.kernels import WIDEST_ROW, Activation
 from qlora_tui.engine.fast.lora import ADAPTER
 from qlora_tui.engine.fast.operations import Norm, added_norm, gated_mlp, normed_heads, product, projections
@@ -50,7 +51,6 @@ FORMS: Mapping[str, Form] = {
 }
 """By `model_type`; every other family goes the plain way, layer by layer as transformers has it."""
 
-_CACHES = ("cache", "past_key_values")  # the name differs between versions of transformers
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -113,7 +113,7 @@ class FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output [B, T, H]; with a cache of earlier tokens, by the class's own forward."""
-        if any(kwargs.get(name) is not None for name in _CACHES):
+        if any(kwargs.get(name) is not None for name in CACHES):
             plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, **kwargs)
             return plain
         mlp, kind, output = self.layer.mlp, self.form.activation, (self.layer.self_attn.o_proj,)
