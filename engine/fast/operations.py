@@ -197,12 +197,9 @@ def _of_trained(grads: Sequence[torch.Tensor | None], pairs: Pairs) -> list[torc
     """Return the gradients in the adapters' own type, without those of what an adapter started from."""
     found = list[torch.Tensor | None]()
     for index, (grad, trained) in enumerate(zip(grads, pairs, strict=True)):
-        if grad is None or trained is None:
-            found.append(None)
-        elif index % 2:
-            found.append(grad[:, : trained.shape[1]].to(trained.dtype))
-        else:
-            found.append(grad[: len(trained)].to(trained.dtype))
+        if grad is not None and trained is not None:
+            grad = (grad[:, : trained.shape[1]] if index % 2 else grad[: len(trained)]).to(trained.dtype)
+        found.append(grad)
     return found
 
 

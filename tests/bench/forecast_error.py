@@ -5,9 +5,9 @@ usage: forecast_error.py run OUT.jsonl [--gpu [--tiny]] [--seconds N] [--only TE
 
 Without --gpu: tiny models on the processor, about 15 s a run (run with OMP_NUM_THREADS as it shall be used). With it: random
 weights in the shapes of the catalogue, about a minute a run; with --tiny as well, their families alone on the processor, which
-proves the script. Each run has a home of its own, so that it knows nothing but what its own test run of 50 rows measured. Everything happens in one
-process through the trainer itself; a run that would begin after N seconds is named and left out, and runs when the command is
-given again. Time counts from after loading and rehearsal, with the first measurement, to the written adapter; what the estimate
+proves the script. Each run has a home of its own, so that it knows nothing but what its own test run of 50 rows measured. Everything
+happens in one process through the trainer itself; a run that would begin after N seconds is named and left out, and runs when the command
+is given again. Time counts from after loading and rehearsal, with the first measurement, to the written adapter; what the estimate
 before the start says of loading is left out on both sides.
 """
 
