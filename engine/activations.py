@@ -31,6 +31,7 @@ class Batch:
     rows: int
     length: int
     cuda: bool
+    kernels: bool = False  # ours, which compute in 16 bits
 
     @property
     def tokens(self) -> int:
@@ -40,7 +41,7 @@ class Batch:
     @property
     def fused(self) -> bool:
         """Whether layers are a few fused operations; else they are transformers' own."""
-        return fused.fused_layers(self.model, self.run, cuda=self.cuda, width=self.width)
+        return fused.fused_layers(self.model, self.run, self.kernels)
 
     @property
     def hidden(self) -> int:
@@ -353,7 +354,7 @@ class _Parts:
 
 
 def _widened(batch: Batch, part: Linear) -> int:
-    return widened_bytes(batch.model, batch.run, part, batch.width, at_once=fused.kernels_run(batch.cuda, batch.width))
+    return widened_bytes(batch.model, batch.run, part, batch.width, at_once=batch.kernels)
 
 
 def _post_norm(model: ModelSpec) -> bool:

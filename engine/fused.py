@@ -23,16 +23,14 @@ WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
 
 
-def kernels_run(cuda: bool, width: int) -> bool:
-    """Say whether the Triton kernels run: on cards that compute in bfloat16, in which they are used alone."""
-    return cuda and width == 2
+def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
+    """Say whether a model's layers are fused: where `kernels` run, for its family, attention and adapter.
 
-
-def fused_layers(model: ModelSpec, run: RunConfig, *, cuda: bool, width: int) -> bool:
-    """Say whether a model's layers are fused: kernels for its family, fused attention, and a plain adapter without dropout."""
+    Those are a family with a form in `fast.layers`, fused attention, and an adapter without dropout and lengths of its own.
+    """
     plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
     covered = has_kernels(model.family, model.wrapper) and model.hidden_size <= WIDEST_ROW
-    return run.fused_layers != "off" and kernels_run(cuda, width) and plain and covered
+    return run.fused_layers != "off" and kernels and plain and covered
 
 
 @dataclass(frozen=True, slots=True)

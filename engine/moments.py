@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qlora_tui.engine import fused
 from qlora_tui.engine.activations import Batch, Layer, Peak, final_norm, forward_peak, mask_bytes, norm_backward, stack
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
@@ -71,7 +70,8 @@ class Moments:
         self.cuda = machine.kind == "cuda"
         self.graphs = self.cuda and run.cuda_graphs == "on" and recordable(model, run)
         self.width = element_bytes(run, machine)
-        self.batch = Batch(model, run, self.width, rows_at_once(run), min(run.max_length, longest or run.max_length), self.cuda)
+        length = min(run.max_length, longest or run.max_length)
+        self.batch = Batch(model, run, self.width, rows_at_once(run), length, self.cuda, machine.kernels and self.width == 2)
         self.tokens = self.batch.tokens
         self.recomputed = checkpointed_layers(model, run)
         self.params = adapter_params(model, run)
@@ -274,7 +274,7 @@ class Moments:
         each = 4 + narrow
         if trained and not self.model.sdpa:
             each = 8  # capped logits: their slope too
-        at_once = fused.kernels_run(self.cuda, width)  # the loss is read off the logits, and its gradient takes their place
+        at_once = self.batch.kernels  # the loss is read off the logits, and its gradient takes their place
         if at_once:
             each = width
         around = 2 * self.batch.hidden + (rows * self.model.hidden_size * width if trained and not at_once else 0)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import fused_layers, kernels_run
+from qlora_tui.engine.fused import fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -111,6 +111,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
         ConfigError: `lora_target_modules` names a layer that the model does not have.
     """
     width, cuda = element_bytes(run, machine), machine.kind == "cuda"
+    kernels = machine.kernels and width == 2
     flops = _product_flops(machine, speed, width)
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
@@ -118,7 +119,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     share = _PRODUCT_SHARE if cuda else 1.0
     products = max(2.0 * weights * batch / flops * share, weights * width / speed.bandwidth_bytes)
     products += 2.0 * _low_rank(model, run) * batch / flops
-    fused = fused_layers(model, run, cuda=cuda, width=width)
+    fused = fused_layers(model, run, kernels)
     there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
     full = _full_weights(model, run, width, speed)
@@ -134,17 +135,16 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     chunks = math.ceil(batch / chunk)
     head = 2 * model.vocab_size * model.hidden_size
     loss = max(2.0 * head * batch / flops * share, chunks * head * width / speed.bandwidth_bytes)
-    at_once = kernels_run(cuda, width)
-    passes = _FUSED_LOGIT_PASSES / _FUSED_MOVE_SHARE if at_once else _LOGIT_PASSES / _MOVE_SHARE
+    passes = _FUSED_LOGIT_PASSES / _FUSED_MOVE_SHARE if kernels else _LOGIT_PASSES / _MOVE_SHARE
     loss += batch * model.vocab_size * passes * width / speed.bandwidth_bytes
     again, both = launches(model, run, fused=fused)
-    kernels, again_kernels = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
+    started, again_started = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
     between = _KERNEL_SECONDS if cuda else 0.0
     return MicroBatch(
-        device_seconds=layers * (forward + backward) + loss + kernels * between,
-        host_seconds=kernels * speed.launch_seconds,
-        again_device_seconds=once_more + again_kernels * between,
-        again_host_seconds=again_kernels * speed.launch_seconds,
+        device_seconds=layers * (forward + backward) + loss + started * between,
+        host_seconds=started * speed.launch_seconds,
+        again_device_seconds=once_more + again_started * between,
+        again_host_seconds=again_started * speed.launch_seconds,
         graphs=run.cuda_graphs if cuda and recordable(model, run) else "off",
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 import plain_kernels
 import pytest
 
-from qlora_tui.engine import fast, fused
+from qlora_tui.engine import fast
 from qlora_tui.engine.fast import compiled
+from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, from_values
 
 
@@ -26,7 +27,7 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qlora_tui.engine.fast.kernels", plain_kernels)
     monkeypatch.setattr(fast, "kernels", plain_kernels, raising=False)
     monkeypatch.setattr(compiled, "why_not", lambda device: "")
-    monkeypatch.setattr(fused, "kernels_run", lambda cuda, width: width == 2)
+    monkeypatch.setattr(Machine, "kernels", True)
     from qlora_tui.engine.fast import operations
 
     monkeypatch.setattr(operations, "kernels", plain_kernels)

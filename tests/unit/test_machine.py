@@ -459,3 +459,11 @@ def test_every_question_exists_in_the_real_bindings():
     }
     assert len(asked) > 20
     assert sorted(asked - set(real)) == []
+
+
+def test_kernels_run_on_cards_that_compute_in_bfloat16_and_where_triton_is(monkeypatch):
+    asked, old = machine.find_card("RTX 4090"), machine.find_card("T4")
+    assert (asked.kernels, old.kernels, machine.cpu_machine().kernels) == (True, False, False)
+    here = dataclasses.replace(asked, driver="580.65")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert (asked.kernels, here.kernels) == (True, False)
