@@ -317,7 +317,7 @@ def _tokens_of_a_step(run: RunConfig, tokens_per_epoch: int, steps: int, steps_p
 
 
 def _method(run: RunConfig) -> str:
-    return "lora" if run.method == "lora" else "qlora"
+    return run.method if run.method in ("lora", "lora-8bit") else "qlora"
 
 
 def forward_share(model: ModelSpec, run: RunConfig) -> float:

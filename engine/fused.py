@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qlora_tui.engine.families import has_kernels
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.sizes import four_bit
+from qlora_tui.engine.sizes import widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
 _QKV, _UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
@@ -140,7 +140,6 @@ class FusedLayer:
         return self.tokens * self.width * self._rank() * count
 
     def _widened(self, *names: str) -> int:
-        """Return the largest weight of those called `names` in full width, if the base is in 4 bits."""
-        if not four_bit(self.model, self.run):
-            return 0
-        return max((part.weights * self.width for part in self.model.linears() if part.name in names), default=0)
+        """Return the largest weight of those called `names` in full width, if the base is held in fewer bits."""
+        parts = [part for part in self.model.linears() if part.name in names]
+        return max((widened_bytes(self.model, self.run, part, self.width, at_once=True) for part in parts), default=0)

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_tui.engine.compat import TOWER_LAYERS
 from qlora_tui.engine.errors import ModelError
-from qlora_tui.engine.fast import compiled, pissa
+from qlora_tui.engine.fast import compiled, eightload, pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.recompute import recompute
@@ -133,7 +133,7 @@ def adapter_config(run: RunConfig, base: Any) -> LoraConfig:
 
 def quantization(run: RunConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return how the base is quantized, or None for a 16-bit base."""
-    if run.method == "lora":
+    if run.method in ("lora", "lora-8bit"):
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -171,6 +171,8 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             text_alone = config.get_text_config() is config
             stored = config.to_dict().get("quantization_config")
+            if run.method == "lora-8bit":
+                return eightload.read(folder, config, device, dtype, run.attn_implementation)
             base = (AutoModelForCausalLM if text_alone else AutoModelForImageTextToText).from_pretrained(
                 folder,
                 config=config if text_alone else _without_layers_that_see(config),

@@ -19,6 +19,7 @@ from qlora_tui.engine.sizes import (
     choose_optimizer,
     constant_bytes,
     double_quantized,
+    eight_bit,
     element_bytes,
     flat_params,
     four_bit,
@@ -86,6 +87,8 @@ class Moments:
         size, how = 0, "weights arrive in the type they are kept in"
         if four_bit(self.model, self.run):
             size, how = largest * self.width + largest // 16, "the largest weight in full width while it is quantized"
+        if eight_bit(self.model, self.run):
+            size, how = largest * (self.width + 8), "the largest weight in full width and in 32 bits while it is quantized"
         if self.run.init_lora_weights == "pissa":
             size, how = max(size, largest * 4), "the largest weight in 32 bits, while PiSSA looks for its main directions"
         return self._items(workspace=(size, how), gradients=False, trained=False)
@@ -221,6 +224,8 @@ class Moments:
 
     def _weights(self) -> Sized:
         model, run = self.model, self.run
+        if eight_bit(model, run):
+            return quantized_bytes(model, run), f"{count(model.quantized_params)} weights of one byte, and 4 bytes for each output"
         if not four_bit(model, run):
             return model.linear_params * self.width, f"{count(model.linear_params)} weights of the layers, {self.width} bytes each"
         kind = model.quantized or run.bnb_4bit_quant_type
@@ -231,7 +236,7 @@ class Moments:
 
     def _parts(self) -> Sized:
         size = full_width_bytes(self.model, self.run, self.machine)
-        if not four_bit(self.model, self.run):
+        if not (four_bit(self.model, self.run) or eight_bit(self.model, self.run)):
             size -= self.model.linear_params * self.width
         head = "embeddings, which are the head too" if self.model.tie_word_embeddings else "embeddings, head"
         return size, f"{count(size // self.width)} weights of {self.width} bytes: {head}, norms, biases"

@@ -21,7 +21,7 @@ from qlora_tui.engine import evaluate
 from qlora_tui.engine.batches import longest, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Phase
-from qlora_tui.engine.fast.lora import widened
+from qlora_tui.engine.fast.base import widened
 from qlora_tui.engine.fast.recompute import recomputed
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.measured import Speed

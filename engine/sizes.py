@@ -14,6 +14,9 @@ from qlora_tui.engine.spec import RunConfig, checkpointed_of
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits that the loss holds at once; the same figure as in `fast.loss`, which needs torch. A test compares them."""
 
+EIGHT_BIT_PIECE = 1 << 24
+"""Weights of an 8-bit base that are in 32 bits at once; the same figure as in `fast.eightbit`. A test compares them."""
+
 BLOCK = 64
 """Weights that share one constant in a 4-bit base."""
 
@@ -31,7 +34,12 @@ def checkpointed_layers(model: ModelSpec, run: RunConfig) -> int:
 def four_bit(model: ModelSpec, run: RunConfig) -> bool:
     """Say whether the base is held in 4 bits: asked for, still to be chosen, or how the checkpoint is stored anyway."""
     chosen = "lora" if run.method == "auto" and run.init_lora_weights == "pissa" else run.method  # the planner can choose nothing else
-    return chosen != "lora" or bool(model.quantized)
+    return chosen not in ("lora", "lora-8bit") or bool(model.quantized)
+
+
+def eight_bit(model: ModelSpec, run: RunConfig) -> bool:
+    """Say whether the base is held at one byte a weight."""
+    return run.method == "lora-8bit" and not model.quantized
 
 
 def double_quantized(model: ModelSpec, run: RunConfig) -> bool:
@@ -57,7 +65,9 @@ def constant_bytes(model: ModelSpec, run: RunConfig) -> float:
 
 
 def quantized_bytes(model: ModelSpec, run: RunConfig) -> int:
-    """Return the bytes of the weights that are held in 4 bits, with their constants; 0 on a 16-bit base."""
+    """Return the bytes of the weights that are held in 4 or 8 bits, with their constants; 0 on a 16-bit base."""
+    if eight_bit(model, run):  # and one scale an output
+        return model.quantized_params + 4 * model.num_hidden_layers * sum(part.outputs for part in model.linears())
     if not four_bit(model, run):
         return 0
     tables = 64 + (1024 + 8 if double_quantized(model, run) else 0)  # of one module: its 16 values, and 256 for the constants
@@ -66,7 +76,7 @@ def quantized_bytes(model: ModelSpec, run: RunConfig) -> int:
 
 def full_width_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
     """Return the bytes of the weights in the type of computation: all of a 16-bit base, else embeddings, head, norms, biases."""
-    narrow = model.quantized_params if four_bit(model, run) else 0
+    narrow = model.quantized_params if four_bit(model, run) or eight_bit(model, run) else 0
     return (model.params - narrow) * element_bytes(run, machine)
 
 
@@ -160,10 +170,12 @@ def largest_linear(model: ModelSpec) -> Linear:
 
 
 def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int, *, at_once: bool = False) -> int:
-    """Return what one 4-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
+    """Return what one 4-bit or 8-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
 
-    Doubly quantized constants are widened to 32 bits first, unless a kernel does both `at_once`.
+    Doubly quantized constants are widened to 32 bits first, unless a kernel does both `at_once`; 8-bit weights are, a piece at a time.
     """
+    if eight_bit(model, run):
+        return part.weights * width + 8 * min(part.weights, EIGHT_BIT_PIECE)
     if not four_bit(model, run):
         return 0
     return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) and not at_once else 0)

@@ -68,7 +68,10 @@ class RunConfig:
     model_name_or_path: str = _key("", "model", "Base model: a local folder, a hub id, or builtin:smollm2-135m.")
     revision: str = _key("main", "model", "Branch, tag or commit of a hub model.")
     method: str = _key(
-        "qlora", "model", "qlora: 4-bit base. lora: 16-bit base. auto: 16-bit where it fits.", choices=("qlora", "lora", "auto")
+        "qlora",
+        "model",
+        "qlora: 4-bit base. lora-8bit: one byte a weight, far closer to the original. lora: 16-bit base. auto: 16-bit where it fits.",
+        choices=("qlora", "lora-8bit", "lora", "auto"),
     )
     bnb_4bit_quant_type: str = _key(
         "nf4", "model", "4-bit type of a qlora base; fp4 loses about twice as much as nf4.", choices=("nf4", "fp4")

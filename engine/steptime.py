@@ -20,6 +20,7 @@ from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     adapter_params,
     double_quantized,
+    eight_bit,
     element_bytes,
     four_bit,
 )
@@ -47,6 +48,7 @@ _OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add t
 _GRAPHS_PAY = 0.5  # of the device's seconds that the host needs, from where a recorded step is worth its rounded lengths
 _SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}  # read one input
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
+_EIGHT_BIT_BYTES = 23  # of one weight: read as a byte, twice through 32 bits, written in 16
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
 
@@ -168,7 +170,7 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool) -> tuple[int, int
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
     if fused:  # counted from `fast.layers`
-        products = (2 if four_bit(model, run) else 1) * len(parts)
+        products = (2 if four_bit(model, run) else 6 if eight_bit(model, run) else 1) * len(parts)
         there = 15 + model.norms_per_layer + products + 3 * len(targeted) + 2 * model.qk_norm
         back = 25 + model.norms_per_layer + products + 10 * len(targeted) + 2 * model.qk_norm
         return round(there if model.norms_per_layer > 2 else 0.75 * there), there + back
@@ -246,9 +248,11 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) ->
 
 
 def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed) -> float:
-    """Return the seconds that one layer's weights take as a whole, whatever the batch: made from 4 bits, measured for DoRA."""
+    """Return the seconds that one layer's weights take as a whole, whatever the batch: made from fewer bits, measured for DoRA."""
     small = model.quantized_params / model.num_hidden_layers if four_bit(model, run) else 0.0
     seconds = small * _DEQUANT_BYTES / speed.dequant_bytes
+    if eight_bit(model, run):
+        seconds = model.quantized_params / model.num_hidden_layers * _EIGHT_BIT_BYTES / speed.bandwidth_bytes
     if run.use_dora:  # the base is made whole once more, for the length of every row of it with its adapter
         targeted = sum(part.weights for part in model.targeted(run.lora_target_modules))
         seconds += seconds + targeted * 4 * width / (speed.bandwidth_bytes * _MOVE_SHARE)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qlora_tui.engine.fast import kernels
+from qlora_tui.engine.fast import base, kernels
 from qlora_tui.engine.fast.kernels import Activation
-from qlora_tui.engine.fast.lora import ADAPTER, Start, full_weight, joined
+from qlora_tui.engine.fast.lora import ADAPTER, Start, joined
 from qlora_tui.engine.fast.recompute import Pass, current_pass
 
 TILE = 4096
@@ -44,8 +44,7 @@ class Norm:
 class Linear:
     """One frozen product and what its adapter started from; A and B go beside it, since autograd has to see them."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    layer: torch.nn.Module
     start: Start | None
     scaling: float
 
@@ -65,9 +64,9 @@ def _parts(modules: Sequence[Any]) -> tuple[tuple[Linear, ...], list[torch.Tenso
     linears, pairs = list[Linear](), list[torch.Tensor | None]()
     for module in modules:
         adapted = isinstance(module, LoraLayer)
-        base = module.get_base_layer() if adapted else module
         on = adapted and not module.disable_adapters
-        linears.append(Linear(base.weight, base.bias, module.forward.start if on else None, module.scaling[ADAPTER] if on else 0.0))
+        layer = module.get_base_layer() if adapted else module
+        linears.append(Linear(layer, module.forward.start if on else None, module.scaling[ADAPTER] if on else 0.0))
         pairs += [module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight] if on else [None, None]
     return tuple(linears), pairs
 
@@ -140,10 +139,10 @@ def _forward(
     """Return each product with its adapter's part, plus `residual_NO`, and what the adapters' gradients read."""
     lows = _low(x_NI, adapters)
     each = zip(linears, adapters, lows, strict=True)
-    return [_widened_product(x_NI, linear, adapter, low, residual_NO) for linear, adapter, low in each], lows
+    return [_adapted_product(x_NI, linear, adapter, low, residual_NO) for linear, adapter, low in each], lows
 
 
-def _widened_product(
+def _adapted_product(
     x_NI: torch.Tensor,
     linear: Linear,
     adapter: Adapter | None,
@@ -151,12 +150,8 @@ def _widened_product(
     residual_NO: torch.Tensor | None,
     out_NO: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return one product, in `out_NO` if there is one; its weight in full width is gone before the next one's is made."""
-    weight_IO = full_weight(linear.weight).t()
-    added = linear.bias if residual_NO is None else residual_NO
-    out = torch.mm(x_NI, weight_IO, out=out_NO) if added is None else torch.addmm(added, x_NI, weight_IO, out=out_NO)
-    if linear.bias is not None and residual_NO is not None:
-        out.add_(linear.bias)
+    """Return one product with its adapter's part."""
+    out = base.product(x_NI, linear.layer, residual_NO, out_NO)
     if adapter is not None and low_NR is not None:
         out.addmm_(low_NR, adapter[1].t(), alpha=linear.scaling)
     return out
@@ -185,9 +180,9 @@ def _backward(
         grads[::2] = [None if grad is None else next(parts) for grad in grads[::2]]
     if not wanted:
         return None, grads
-    grad_NI = grads_NO[0] @ full_weight(linears[0].weight)
+    grad_NI = base.input_gradient(grads_NO[0], linears[0].layer)
     for grad_NO, linear in zip(grads_NO[1:], linears[1:], strict=True):
-        grad_NI.addmm_(grad_NO, full_weight(linear.weight))
+        base.input_gradient(grad_NO, linear.layer, grad_NI)
     if slope_NR is not None:
         grad_NI.addmm_(slope_NR, torch.cat([adapter[0] for adapter in adapters if adapter is not None]))
     return grad_NI, grads
@@ -317,7 +312,7 @@ def _gated_down(
     inner = kernels.gated(*_halves(made), kind)
     made.clear()
     low = None if adapter is None else inner @ adapter[0].t()
-    _widened_product(inner, down, adapter, low, residual_NH, out_NH)
+    _adapted_product(inner, down, adapter, low, residual_NH, out_NH)
 
 
 def _back_through(
@@ -334,7 +329,7 @@ def _back_through(
     *adapters, last = adapters
     normed = norm.of(x_NH)
     wide, lows = made or _forward(normed, ups, adapters)
-    inner = grad_NH @ full_weight(down.weight)
+    inner = base.input_gradient(grad_NH, down.layer)
     slope = None if last is None else (grad_NH @ last[1]).mul_(down.scaling)
     if slope is not None and last is not None:
         inner.addmm_(slope, last[0])

@@ -210,9 +210,9 @@ def no_bias(ledger: Ledger, path: str, value: Any) -> None:
 
 
 def eight_bits(ledger: Ledger, path: str, value: Any) -> None:
-    """Give a base of 8 bits, which is not here: 16 bits where they fit are nearer to the model than 4."""
+    """Give a base of 8 bits: one byte a weight, by other arithmetic than bitsandbytes'."""
     if value is True or number(value) == 8:
-        ledger.change(path, "method", "auto", "a base of 8 bits is not here: 16 bits where they fit, else 4")
+        ledger.map(path, "method", "lora-8bit")
     else:
         ledger.drop(path, "off: it does nothing")
 

@@ -77,6 +77,8 @@ GRID = [
     settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
     settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
     settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),
+    settings("llama", 4, 2, 128, ALL, method="lora-8bit"),
+    settings("qwen2", 4, 2, 128, NONE, method="lora-8bit"),
     settings("qwen3", 4, 4, 128, ALL, loss_chunk_size=64),
     settings("qwen3", 4, 2, 128, NONE, bnb_4bit_use_double_quant=False),
 ]
@@ -165,8 +167,9 @@ def test_a_step_takes_what_the_formulas_say(
         ("gemma3_text", {}),
         ("gemma2", {"attn_implementation": "eager"}),
         ("llama", {"dtype": "float32", "loss_chunk_size": 64}),
+        ("llama", {"method": "lora-8bit"}),
     ],
-    ids=["llama", "phi3 in 16 bits", "gemma3", "gemma2", "llama in 32 bits, small chunks"],
+    ids=["llama", "phi3 in 16 bits", "gemma3", "gemma2", "llama in 32 bits, small chunks", "llama in 8 bits"],
 )
 def test_loading_and_measuring_take_what_the_formulas_say(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     run, parts = make(tmp_path, kind, 4, 2, 256, dict(changes))
@@ -198,10 +201,10 @@ def test_a_loss_that_goes_back_twice_raises_and_is_never_wrong() -> None:
 
 
 def test_a_recomputed_input_is_gone_before_its_gradient_is_made() -> None:
-    x, weight = torch.randn(16, 4, requires_grad=True), torch.randn(4, 4000)
+    x, base = torch.randn(16, 4, requires_grad=True), torch.nn.Linear(4000, 4, bias=False).requires_grad_(False)
     a, b = torch.randn(2, 4000, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    with LiveBytes([x, weight, a, b]) as live:
-        out = checkpoint(lambda x: _product(x.repeat(1, 1000), None, weight, None, a, b, None, 1.0), x, use_reentrant=False)
+    with LiveBytes([x, base.weight, a, b]) as live:
+        out = checkpoint(lambda x: _product(x.repeat(1, 1000), None, base, None, a, b, None, 1.0), x, use_reentrant=False)
         out.sum().backward()
     assert live.peak - live.held < 1.4 * 16 * 4000 * 4
 
@@ -224,6 +227,7 @@ FUSED = [
     settings("qwen2", 4, 8, 32, ALL, lora_r=4),
     settings("qwen2", 4, 1, 384, NONE, lora_r=64),
     settings("llama", 4, 2, 128, NONE, method="lora"),
+    settings("llama", 4, 2, 128, ALL, method="lora-8bit"),
     settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
     settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
     settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),

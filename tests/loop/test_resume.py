@@ -54,6 +54,7 @@ VARIANTS = {
     "lora": {"lora_dropout": 0.1},
     "lora plus": {"lora_dropout": 0.1, "loraplus_lr_ratio": 4.0, "lr_scheduler_type": "linear"},
     "qlora, 8-bit optimizer": {"method": "qlora", "optim": "adamw_8bit"},
+    "8-bit base": {"method": "lora-8bit"},
     "fused layers": {"method": "qlora", "dtype": "bfloat16", "gradient_checkpointing": "1"},
 }
 

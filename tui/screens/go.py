@@ -97,7 +97,8 @@ def summary(
     `checkpoint` is about the bytes of one; 0: not known. `bill` is what the run costs.
     """
     planned = outlook.plan.run if outlook else run
-    base = "16-bit base" if planned.method == "lora" else f"4-bit {planned.bnb_4bit_quant_type} base"
+    bits = {"lora": "16-bit base", "lora-8bit": "8-bit base"}
+    base = bits.get(planned.method, f"4-bit {planned.bnb_4bit_quant_type} base")
     size = f" · {units.billions(spec.params)} weights" if spec else ""
     rows, held = _rows(run, outlook, look)
     facts = [
