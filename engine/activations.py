@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine import fused
+from qlora_tui.engine.models import Linear, ModelSpec
 from qlora_tui.engine.sizes import widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
@@ -30,11 +31,17 @@ class Batch:
     rows: int
     length: int
     cuda: bool
+    kernels: bool = False  # ours, which compute in 16 bits
 
     @property
     def tokens(self) -> int:
         """Tokens of all rows, padding included."""
         return self.rows * self.length
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers are a few fused operations; else they are transformers' own."""
+        return fused.fused_layers(self.model, self.run, self.kernels)
 
     @property
     def hidden(self) -> int:
@@ -97,18 +104,32 @@ def stack(batch: Batch) -> Stack:
 
 def _layer(batch: Batch, *, masked: bool) -> Layer:
     parts = _Parts(batch, masked)
+    if batch.fused:
+        form = _fused(batch, parts)
+        kept, again = (max((Peak(*stage) for stage in stages), key=lambda stage: stage.bytes) for stages in (form.backward(), form.again()))
+        return Layer(form.attention() + form.mlp(), kept, again, batch.hidden, form.before_gradients())
     shared = batch.hidden if batch.width == 4 or (_post_norm(batch.model) and parts.source) else 0
     kept, again = (max(stages, key=lambda stage: stage.bytes) for stages in (parts.stages(), parts.stages_again()))
     return Layer(parts.kept, kept, again, shared, parts.before_gradients())
 
 
+def _fused(batch: Batch, parts: _Parts) -> fused.FusedLayer:
+    scores = batch.tokens * batch.model.num_attention_heads * 4
+    scores += batch.rows * batch.length**2 * batch.width if parts.masked else 0
+    return fused.FusedLayer(batch.model, batch.run, batch.tokens, batch.width, parts.repeated, scores, parts._kernel())
+
+
 def final_norm(batch: Batch) -> int:
     """Return what the norm after the last layer keeps."""
+    if batch.fused:
+        return batch.hidden
     return _norm(batch, batch.model.hidden_size, 1)
 
 
 def norm_backward(batch: Batch) -> int:
     """Return what the backward pass of a norm over the hidden size holds beyond what was kept and what it is given."""
+    if batch.fused:
+        return batch.hidden
     return batch.tokens * (16 * batch.model.hidden_size + (batch.model.hidden_size * batch.width if batch.width < 4 else 0))
 
 
@@ -131,9 +152,11 @@ def forward_peak(batch: Batch) -> Peak:
 
     Four hidden states are there all along: the embeddings, the layer's input, what is added later, and the norm's output.
     """
+    if batch.fused:
+        return Peak(_fused(batch, _Parts(batch, windowed(batch))).forward())
     model, run, width, tokens = batch.model, batch.run, batch.width, batch.tokens
     inner, query = tokens * model.intermediate_size * width, tokens * model.query_size * width
-    widened = max(widened_bytes(model, run, part, width) for part in model.linears())
+    widened = max(_widened(batch, part) for part in model.linears())
     wide = 2 * inner + widened  # one half of the pair, and the other as it is made
     if run.use_dora:
         wide = max(wide, 2 * inner + tokens * model.intermediate_size * 4)
@@ -250,7 +273,7 @@ class _Parts:
         """The layer was computed again up to its last output: that, what it is added to, and the gradient that waits for both."""
         batch = self.batch
         part = next(part for part in batch.model.linears() if part.name == "down_proj")
-        beside = 3 * self.hidden + widened_bytes(batch.model, batch.run, part, batch.width)
+        beside = 3 * self.hidden + _widened(batch, part)
         if part.name in self.targets and batch.width < 4:
             beside += batch.run.lora_r * (part.inputs + part.outputs) * batch.width
         if batch.run.lora_dropout:  # inputs from before it are named until their module is done
@@ -265,7 +288,7 @@ class _Parts:
         """The gradient of the inner product appears beside everything kept, and the widest weight in full width."""
         batch = self.batch
         part = next(part for part in batch.model.linears() if part.name == "down_proj")
-        beside = widened_bytes(batch.model, batch.run, part, batch.width)
+        beside = _widened(batch, part)
         if batch.run.lora_dropout and self.product:  # the gradient goes two ways, through the base and through what was dropped
             beside = max(beside, self.inner)
         return Peak(self.hidden + self.inner + beside + self._gradients(part.name))
@@ -282,7 +305,7 @@ class _Parts:
         done = [self.targets[name] for name in ("down_proj", "gate_proj") if name in self.targets]
         first = batch.run.gradient_accumulation_steps == 1  # else a batch before has made them
         gradients = first * 4 * batch.run.lora_r * sum(each.inputs + each.outputs for each in done)
-        return Peak(flowing - gone + widened_bytes(batch.model, batch.run, part, batch.width) + self._gradients(part.name) + gradients)
+        return Peak(flowing - gone + _widened(batch, part) + self._gradients(part.name) + gradients)
 
     def _scaled_down(self) -> Peak:
         """DoRA's lengths of the last module are learned: its output, the gradient and their product, in 32 bits."""
@@ -328,6 +351,10 @@ class _Parts:
             return 0
         part, batch = self.targets[name], self.batch
         return batch.run.lora_r * (part.inputs + part.outputs) * (4 + (batch.width if batch.width < 4 else 0))
+
+
+def _widened(batch: Batch, part: Linear) -> int:
+    return widened_bytes(batch.model, batch.run, part, batch.width, at_once=batch.kernels)
 
 
 def _post_norm(model: ModelSpec) -> bool:

@@ -25,7 +25,7 @@ class Card:
     """A known card: memory in bytes, bytes and operations a second, and how far to trust them.
 
     `flops` are dense bf16 products with 32-bit accumulation, or 32-bit products where `bf16` is false.
-    `power_watts` is what the board may take, as its maker publishes it.
+    `power_watts` is what the board may take, `power_source` where that was read, or that it is an estimate.
     `capability` is CUDA's and None for a card of another maker. `note` is a warning for people, mostly empty.
     """
 
@@ -36,6 +36,7 @@ class Card:
     bf16: bool
     capability: tuple[int, int] | None
     power_watts: float = 0.0
+    power_source: str = ""
     source: str = ""
     tested: bool = False
     note: str = ""
@@ -54,6 +55,7 @@ def cards() -> tuple[Card, ...]:
             bf16=row["bf16"],
             capability=tuple(row["capability"]) if row["capability"] else None,
             power_watts=float(row["power_watts"]),
+            power_source=str(row["power_source"]),
             source=row["source"],
             tested=row["tested"],
             note=row.get("note", ""),

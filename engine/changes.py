@@ -117,7 +117,7 @@ def _same_result(asked: Asked) -> Iterator[Change]:
     model, run, cuda = asked.model, asked.run, asked.machine.kind == "cuda"
     if cuda and choose_optimizer(run, asked.machine) == "adamw_torch":
         yield Change({"optim": "paged_adamw_8bit"}, "keep the optimizer's state in 8 bits")
-    if run.method != "lora" and not model.quantized and not double_quantized(model, run):
+    if four_bit(model, run) and not model.quantized and not double_quantized(model, run):
         yield Change({"bnb_4bit_use_double_quant": True}, "quantize the block constants too")
     if run.attn_implementation == "eager" and model.sdpa:
         yield Change({"attn_implementation": "sdpa"}, "attention that does not hold all scores")
@@ -185,7 +185,7 @@ def _smaller_adapter(asked: Asked) -> Iterator[Change]:
 def _narrower(asked: Asked) -> Iterator[Change]:
     """Yield changes of the type that numbers are kept in."""
     model, run, machine = asked.model, asked.run, asked.machine
-    if run.method == "lora" and not model.quantized and run.init_lora_weights != "pissa":
+    if not four_bit(model, run) and run.init_lora_weights != "pissa":
         yield Change(
             {"method": "qlora", "bnb_4bit_quant_type": "nf4"}, "the base in 4 bits (nf4)", 2, "a little worse, most in small models"
         )

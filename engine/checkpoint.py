@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,14 +26,12 @@ from safetensors.torch import save as to_bytes
 from qlora_tui.engine import shelf
 from qlora_tui.engine.data import Tokenizer
 from qlora_tui.engine.errors import CheckpointError, SpaceError
-from qlora_tui.engine.fast import pissa
+from qlora_tui.engine.fast import pissa, states
 from qlora_tui.engine.fast.lora import adapter_parts
 from qlora_tui.engine.places import discard, published
 from qlora_tui.engine.shelf import ADAPTER_WEIGHTS, CHECKPOINTS, OPTIMIZER, RANDOM, STATE, last_healthy
 
 __all__ = ["dry_save", "folder_bytes", "last_healthy", "read_adapter", "read_state", "restore", "save", "write_adapter"]
-
-_MOMENTS = 2  # of every optimizer that can be chosen
 
 
 def save(folder: Path, step: int, model: PeftModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], kind: str = "step") -> Path:
@@ -75,7 +72,7 @@ def dry_save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, s
         with _lent(home) as partial:
             digests = _write_parts(partial, model, optimizer, {"step": 0, **state})
             if not optimizer.state:
-                _write_tensors(partial / OPTIMIZER, _zeros(optimizer), digests)
+                _write_tensors(partial / OPTIMIZER, states.zeros(optimizer), digests)
             shelf.write_manifest(partial, 0, digests)
             shelf.verify(partial)
             return folder_bytes(partial)
@@ -90,15 +87,15 @@ def restore(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> d
         CheckpointError: something is missing, damaged or does not belong to this model.
     """
     shelf.verify(path)
-    weights, tensors, states = (_read_tensors(path / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER, RANDOM))
+    weights, tensors, generators = (_read_tensors(path / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER, RANDOM))
     state = read_state(path)
     _check_adapter(path, model, weights)
-    _check_optimizer(optimizer, tensors, state["optimizer"], str(path))
-    if "cpu" not in states:
+    states.check(optimizer, tensors, state["optimizer"], str(path))
+    if "cpu" not in generators:
         raise CheckpointError("the state of the random generator is missing from the checkpoint", where=str(path))
     set_peft_model_state_dict(model, pissa.split(model, weights))
-    _restore_optimizer(optimizer, tensors, state["optimizer"])
-    _restore_random(states, state["python_random"])
+    states.restore(optimizer, tensors, state["optimizer"])
+    _restore_random(generators, state["python_random"])
     return state
 
 
@@ -203,7 +200,7 @@ def _write_parts(folder: Path, model: PeftModel, optimizer: torch.optim.Optimize
         torch.cuda.synchronize()  # paged optimizer state is read from the host below
     digests: dict[str, str] = {}
     _write_peft(folder, model, str(model.peft_config["default"].base_model_name_or_path), digests)
-    tensors, rest = _split_optimizer(optimizer)
+    tensors, rest = states.split(optimizer)
     _write_tensors(folder / OPTIMIZER, tensors, digests)
     _write_tensors(folder / RANDOM, _random_tensors(), digests)
     state = state | {"optimizer": rest, "python_random": _plain_random()}
@@ -253,77 +250,11 @@ def _check_adapter(path: Path, model: PeftModel, weights: Mapping[str, torch.Ten
         raise CheckpointError("the adapter in the checkpoint has other layers or another rank than this run", where=str(path))
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], where: str) -> None:
-    """Refuse an optimizer's state of another kind, of other parameters or of other sizes."""
-    if rest["kind"] != type(optimizer).__name__:
-        raise CheckpointError(f"the checkpoint's optimizer is {rest['kind']}, this run's is {type(optimizer).__name__}", where=where)
-    parameters = _parameters(optimizer)
-    held = {int(name.split(".", 1)[0]) for name in tensors}
-    if held and held != set(range(len(parameters))):
-        told = f"the optimizer's state in the checkpoint is of {len(held)} tensors, and this run trains {len(parameters)}"
-        raise CheckpointError(told, where=where)
-    for name, part in tensors.items():
-        index, kind = name.split(".", 1)
-        known = optimizer.state.get(parameters[int(index)], {}).get(kind)
-        wrong = isinstance(known, torch.Tensor) and known.shape != part.shape
-        if wrong or (kind.startswith("exp_avg") and part.shape != parameters[int(index)].shape):
-            raise CheckpointError(f"the optimizer's {kind} of tensor {index} has another shape than in this run", where=where)
-
-
-def _zeros(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    kind = torch.uint8 if isinstance(optimizer, Optimizer8bit) else torch.float32
-    sizes = enumerate(parameter.numel() for parameter in _parameters(optimizer))
-    return {f"{index}.{moment}": torch.zeros(size, dtype=kind) for index, size in sizes for moment in range(_MOMENTS)}
-
-
-def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors by `index.name`, and the numbers beside them.
-
-    bitsandbytes shares its quantization maps between parameters, and safetensors stores no shared memory, so
-    every tensor is cloned on the way.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                numbers.setdefault(str(index), {})[name] = value
-    return tensors, {"numbers": numbers, "kind": type(optimizer).__name__}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-    """Fill the optimizer's state in place of what its first step would make.
-
-    bitsandbytes makes its state through `init_state` (paged where asked), so its tensors are made that way
-    and filled: loading them as plain tensors would silently give up paging.
-    """
-    places = [(number, within) for number, group in enumerate(optimizer.param_groups) for within in range(len(group["params"]))]
-    for index, (number, within) in enumerate(places):
-        group = optimizer.param_groups[number]
-        parameter = group["params"][within]
-        saved = {name.split(".", 1)[1]: part for name, part in tensors.items() if name.startswith(f"{index}.")}
-        if saved and isinstance(optimizer, Optimizer8bit) and not optimizer.state.get(parameter):  # a paged buffer is never freed
-            optimizer.init_state(group, parameter, number, within)
-        state = optimizer.state[parameter]
-        for name, part in saved.items():
-            if name in state:
-                state[name].copy_(part)
-            else:
-                state[name] = part.clone() if name == "step" else part.to(parameter.device, copy=True)  # not a view of the file
-        state.update(rest["numbers"].get(str(index), {}))
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _random_tensors() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+    generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+        generators["cuda"] = torch.cuda.get_rng_state()
+    return generators
 
 
 def _plain_random() -> list[Any]:
@@ -331,8 +262,8 @@ def _plain_random() -> list[Any]:
     return [version, list(numbers), gauss]
 
 
-def _restore_random(states: dict[str, torch.Tensor], python: list[Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _restore_random(generators: dict[str, torch.Tensor], python: list[Any]) -> None:
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
     random.setstate((python[0], tuple(python[1]), python[2]))

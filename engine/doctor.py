@@ -155,6 +155,8 @@ def compute(driver: Driver) -> Iterator[Check]:
             fact = said.get(name, {})
             why = fact.get("error") or f"the process ended with code {ended.code}: {ended.last_words}"
             yield Check(name, bool(fact.get("ok")), fact.get("found") or one_line(why, limit=300), install("-U", f"{package}>=0.49"))
+    if "fused layers" in said:
+        yield Check("fused layers", True, one_line(said["fused layers"]["found"], limit=300))
 
 
 def torch_check(fact: Mapping[str, Any] | None, driver: Driver, ended: child.Ended) -> Check:
@@ -316,6 +318,11 @@ def _try_all() -> None:
             _tell(name, ok=True, found=trial("cuda" if usable else "cpu"))
         except Exception as error:  # noqa: BLE001  # whatever a foreign kernel raises is the finding
             _tell(name, ok=False, error=f"{type(error).__name__}: {error}")
+    if usable:
+        from qlora_tui.engine.fast import compiled
+
+        why_not = compiled.why_not(torch.device("cuda", 0))
+        _tell("fused layers", ok=True, found=f"off, so steps take longer: {why_not}" if why_not else "their Triton kernels compile and run")
 
 
 def _try_kernels(device: str) -> str:

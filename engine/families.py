@@ -31,21 +31,29 @@ class Family:
     default_head_dim: int | None = None
     biased: bool = True  # reads attention_bias and mlp_bias
     defaults: Mapping[str, int] = field(default_factory=dict)  # sizes that published configs leave out
+    kernels: bool = False  # its layers have a fused form in `fast.layers`
 
 
 _GEMMA3 = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131_072}
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(default_window=4096, biased=False),
+    "llama": Family(kernels=True),
+    "mistral": Family(default_window=4096, biased=False, kernels=True),
     "ministral3": Family(biased=False),
-    "qwen2": Family(qkv_bias=True, biased=False),
-    "qwen3": Family(qk_norm="head", default_head_dim=128),
-    "smollm3": Family(default_tied=True),
-    "phi3": Family(fused=True, biased=False),
+    "qwen2": Family(qkv_bias=True, biased=False, kernels=True),
+    "qwen3": Family(qk_norm="head", default_head_dim=128, kernels=True),
+    "smollm3": Family(default_tied=True, kernels=True),
+    "phi3": Family(fused=True, biased=False, kernels=True),
     "gemma2": Family(extra_norms=2, windowed=True, soft_caps=True, default_window=4096, default_tied=True, default_head_dim=256),
     "gemma3_text": Family(
-        extra_norms=2, qk_norm="head", windowed=True, default_window=4096, default_tied=True, default_head_dim=256, defaults=_GEMMA3
+        extra_norms=2,
+        qk_norm="head",
+        windowed=True,
+        default_window=4096,
+        default_tied=True,
+        default_head_dim=256,
+        defaults=_GEMMA3,
+        kernels=True,
     ),
     "olmo2": Family(qk_norm="full"),
     "granite": Family(),
@@ -64,6 +72,7 @@ WRAPPERS: Mapping[str, Mapping[str, str]] = {
 The parts that see are left out while loading; a test builds one of each, and the adapter's names fit the whole model.
 """
 
+_TURNED_OTHERWISE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # places in them have three parts, for which no kernel is written
 _TIED_WRAPPERS = ("gemma3", "mistral3")  # what transformers takes for granted where config.json is silent
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SIGHT = ("vision", "visual", "audio", "projector", "merger", "projection", "embed_tokens", "lm_head")  # names of parts outside the layers
@@ -99,6 +108,11 @@ def text_part(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], 
             tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", kind in _TIED_WRAPPERS))
             return {**text, "tie_word_embeddings": tied}, family, kind
     raise ModelError(_refusal(config, kind, text), hint=_supported(), where=name)
+
+
+def has_kernels(family: str, wrapper: str) -> bool:
+    """Say whether layers of `family`, inside a model of type `wrapper` or none, have a fused form."""
+    return FAMILIES[family].kernels and wrapper not in _TURNED_OTHERWISE
 
 
 def read_quantization(config: Mapping[str, Any], name: str) -> Quantization | None:

@@ -70,6 +70,18 @@ def is_address(text: str) -> bool:
         return False
 
 
+def is_loopback(url: str) -> bool:
+    """Say whether `url` names this machine itself."""
+    import ipaddress
+    from urllib.parse import urlsplit
+
+    host = urlsplit(url.strip()).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def carries_secret(address: str) -> bool:
     """Say whether whoever reads `address` could post there too: a known kind of host, a password, a query, or a part like a token."""
     from urllib.parse import urlsplit

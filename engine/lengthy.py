@@ -212,7 +212,7 @@ def _about_size(model: ModelSpec, run: RunConfig, device: Machine) -> str:
     left = device.free_bytes - small
     if left < _LEAST_LEFT:
         return f"{said}, and rightly: even in 4 bits they take {gib(small)} of {gib(device.free_bytes)}; take a smaller model."
-    how = "" if run.method != "lora" else "set method=qlora: "
+    how = "" if run.method in ("qlora", "auto") else "set method=qlora: "
     return (
         f"{said}; {how}in 4 bits they take {gib(small)} and leave {gib(left)}, so short rows fit "
         "with gradient_checkpointing=true and per_device_train_batch_size=1."

@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
+from qlora_tui.engine.compat import TOWER_LAYERS
 from qlora_tui.engine.errors import ModelError
-from qlora_tui.engine.fast import pissa
+from qlora_tui.engine.fast import compiled, eightload, pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.offload import Offload, streams_of
@@ -43,6 +44,7 @@ class Loaded:
     head: Head
     device: torch.device
     dtype: torch.dtype
+    why_plain: str = ""  # why layers run as transformers has them; empty where they are fused
 
     def hidden(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states [B, T, H].
@@ -79,12 +81,13 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    why_plain = _fuse_layers(run, model, base.get_decoder(), device, dtype)
     settle_layers(run, base.get_decoder().layers, device)
     fuse(model)
     start_lengths(model)
     if run.init_lora_weights == "pissa":
         pissa.start(model)
-    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype)
+    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype, why_plain)
     _check_head(loaded, base)
     return loaded
 
@@ -93,6 +96,22 @@ def settle_layers(run: RunConfig, layers: torch.nn.ModuleList, device: torch.dev
     """Make as many layers recompute their inside as `run` says, with their inputs where it says; may be called again."""
     offload = Offload(streams_of(device)) if offloads(run) else None
     recompute(layers, checkpointed_of(run, len(layers)), dropout=run.lora_dropout > 0, offload=offload)
+
+
+def _fuse_layers(run: RunConfig, model: PeftModel, decoder: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Fuse the decoder's layers where that can be done, and return why not elsewhere."""
+    if run.fused_layers == "off":
+        return "fused_layers=off"
+    if reason := compiled.why_not(device):
+        return reason
+    if dtype != torch.bfloat16:
+        return "they compute in bfloat16 alone"
+    from qlora_tui.engine.fast import layers  # imports Triton
+
+    if reason := layers.why_not(model):
+        return reason
+    layers.fuse_layers(decoder)
+    return ""
 
 
 def attend_without_mask(loaded: Loaded) -> None:
@@ -120,7 +139,7 @@ def adapter_config(run: RunConfig, base: Any) -> LoraConfig:
 
 def quantization(run: RunConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return how the base is quantized, or None for a 16-bit base."""
-    if run.method == "lora":
+    if run.method in ("lora", "lora-8bit"):
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -158,6 +177,8 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             text_alone = config.get_text_config() is config
             stored = config.to_dict().get("quantization_config")
+            if run.method == "lora-8bit":
+                return eightload.read(folder, config, device, dtype, run.attn_implementation)
             base = (AutoModelForCausalLM if text_alone else AutoModelForImageTextToText).from_pretrained(
                 folder,
                 config=config if text_alone else _without_layers_that_see(config),
@@ -189,7 +210,7 @@ def _without_layers_that_see(config: Any) -> Any:
 
     The loader must find the tower, or it would not know the names of the text part.
     """
-    for name in ("num_hidden_layers", "depth"):
+    for name in TOWER_LAYERS:
         if hasattr(config.vision_config, name):  # a tower calls its number of layers by one of the two
             setattr(config.vision_config, name, 0)  # by the name found
     return config

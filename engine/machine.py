@@ -7,6 +7,7 @@ sensor that does not answer is None, never a made-up zero, and no GPU is not an 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import re
@@ -64,6 +65,15 @@ class Machine:
     def free_bytes(self) -> int:
         """What a run may use: all of the device but what others hold."""
         return max(self.total_bytes - self.others_bytes, 0)
+
+    @property
+    def kernels(self) -> bool:
+        """Whether our Triton kernels run here, as far as can be said without trying: on cards that compute in bfloat16.
+
+        A card that is only asked about is taken to have Triton; this machine's own is looked at.
+        """
+        there = not self.driver or importlib.util.find_spec("triton") is not None
+        return self.kind == "cuda" and self.bf16 and there
 
     def holders(self, most: int = 3) -> str:
         """Return who holds `others_bytes` in words, such as "Xorg 412 MiB, other programs 1.2 GiB"; "" if nobody does.

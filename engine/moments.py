@@ -15,12 +15,13 @@ from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     adapter_bytes,
     adapter_params,
-    adapter_tensors,
     checkpointed_layers,
     choose_optimizer,
     constant_bytes,
     double_quantized,
+    eight_bit,
     element_bytes,
+    flat_params,
     four_bit,
     full_width_bytes,
     largest_linear,
@@ -29,6 +30,7 @@ from qlora_tui.engine.sizes import (
     optimizer_bytes,
     optimizer_room,
     quantized_bytes,
+    update_groups,
 )
 from qlora_tui.engine.spec import RunConfig, rows_at_once
 from qlora_tui.engine.steptime import recordable
@@ -70,7 +72,8 @@ class Moments:
         self.cuda = machine.kind == "cuda"
         self.graphs = self.cuda and run.cuda_graphs == "on" and recordable(model, run)
         self.width = element_bytes(run, machine)
-        self.batch = Batch(model, run, self.width, rows_at_once(run), min(run.max_length, longest or run.max_length), self.cuda)
+        length = min(run.max_length, longest or run.max_length)
+        self.batch = Batch(model, run, self.width, rows_at_once(run), length, self.cuda, machine.kernels and self.width == 2)
         self.tokens = self.batch.tokens
         self.recomputed = checkpointed_layers(model, run)
         self.params = adapter_params(model, run)
@@ -89,9 +92,11 @@ class Moments:
         size, how = 0, "weights arrive in the type they are kept in"
         if four_bit(self.model, self.run):
             size, how = largest * self.width + largest // 16, "the largest weight in full width while it is quantized"
+        if eight_bit(self.model, self.run):
+            size, how = largest * (self.width + 8), "the largest weight in full width and in 32 bits while it is quantized"
         if self.run.init_lora_weights == "pissa":
             size, how = max(size, largest * 4), "the largest weight in 32 bits, while PiSSA looks for its main directions"
-        return self._items(workspace=(size, how), gradients=0, trained=False)
+        return self._items(workspace=(size, how), gradients=False, trained=False)
 
     def at_loss(self) -> tuple[Item, ...]:
         """Logits exist: everything kept for the backward pass is there, no layer is recomputed."""
@@ -100,7 +105,6 @@ class Moments:
             activations=(self.kept + final_norm(self.batch), self._kept_how()),
             loss=(peak.tensors, how),
             kernels=peak.kernels,
-            gradients=self._waiting(0),
         )
 
     def at_norm(self) -> tuple[Item, ...]:
@@ -109,7 +113,6 @@ class Moments:
             activations=(self.kept + final_norm(self.batch), self._kept_how()),
             loss=(self.batch.hidden, "the gradient of the last hidden states"),
             workspace=(norm_backward(self.batch), "the gradient of the last norm, in 32 bits"),
-            gradients=self._waiting(0),
         )
 
     def at_last_layer(self) -> tuple[Item, ...]:
@@ -120,16 +123,12 @@ class Moments:
             # Keeping the last layer saves its input, and nothing is lost by it; not counted, so that keeping more never looks smaller.
             beside, layer = self.batch.hidden, replace(layer, backward=max(layer.backward, layer.again, key=lambda peak: peak.bytes))
         beside += self.arriving if self.recomputed > last else 0
-        return self._in_layer(self.kept + beside, layer, self.recomputed > last, self._waiting(0))
+        return self._in_layer(self.kept + beside, layer, self.recomputed > last)
 
     def at_recomputed_layer(self) -> tuple[Item, ...]:
         """The backward pass has come to the last layer that is recomputed; the layers after it are done."""
         kept = self.inputs + self.arriving + self.masks
-        return self._in_layer(kept, self.stack.at(self.recomputed - 1), True, self._waiting(self.stack.number - self.recomputed))
-
-    def at_first_layer(self) -> tuple[Item, ...]:
-        """The backward pass ends; what it made of gradients is all there."""
-        return self._in_layer(self.batch.hidden + self.masks, self.stack.at(0), True, self._waiting(self.stack.number - 1))
+        return self._in_layer(kept, self.stack.at(self.recomputed - 1), True)
 
     def at_step(self) -> tuple[Item, ...]:
         """The optimizer works; activations are gone."""
@@ -140,22 +139,22 @@ class Moments:
         moments = [self.at_loss(), self.at_norm(), self.at_last_layer(), self.at_step()]
         if 0 < self.recomputed < self.stack.number:
             moments.append(self.at_recomputed_layer())
-        return moments if self._accumulated() else [*moments, self.at_first_layer()]
+        return moments
 
     def evaluating(self) -> list[tuple[Item, ...]]:
         """Return the moments of a measurement of the hold-out; no gradient is kept."""
         passing = forward_peak(self.batch)
         peak, how = self._logits(trained=False)
-        inside = self._items(activations=(passing.tensors + self.masks, "one layer at a time, nothing is kept"), gradients=0)
-        measured = [inside, self._items(loss=(peak.tensors, how), kernels=peak.kernels, gradients=0)]
+        inside = self._items(activations=(passing.tensors + self.masks, "one layer at a time, nothing is kept"), gradients=False)
+        measured = [inside, self._items(loss=(peak.tensors, how), kernels=peak.kernels, gradients=False)]
         return [*measured, *self.training()] if self.graphs else measured  # recorded batches keep their memory, and lend it
 
     def saving(self) -> tuple[Item, ...]:
         """A checkpoint is written; from a card it is copied to RAM tensor by tensor."""
         copied = 0 if self.cuda else max(self.params * 4, optimizer_bytes(self.model, self.run, choose_optimizer(self.run, self.machine)))
-        return self._items(workspace=(copied, "a copy of the adapter, then of the optimizer's state"), gradients=0)
+        return self._items(workspace=(copied, "a copy of the adapter, then of the optimizer's state"), gradients=False)
 
-    def _in_layer(self, kept: int, layer: Layer, again: bool, gradients: int) -> tuple[Item, ...]:
+    def _in_layer(self, kept: int, layer: Layer, again: bool) -> tuple[Item, ...]:
         """The backward pass is inside `layer`, computed `again` or kept."""
         how = self._kept_how()
         if again:
@@ -166,7 +165,6 @@ class Moments:
             activations=(kept + min(backward.tensors, 0), how),
             workspace=(flowing, "gradients on their way through one layer, and its widest weight in full width"),
             kernels=backward.kernels,
-            gradients=gradients,
         )
 
     def _items(
@@ -176,11 +174,10 @@ class Moments:
         loss: Sized = (0, "no logits"),
         workspace: Sized = (0, "none"),
         kernels: int = 0,
-        gradients: int | None = None,
+        gradients: bool = True,
         trained: bool = True,
     ) -> tuple[Item, ...]:
-        weights, parts, adapter, optimizer, data, libraries, context = self.fixed
-        gradients = self.params * 4 if gradients is None else gradients
+        weights, parts, adapter, lent, optimizer, data, libraries, context = self.fixed
         slack, idle = self._slack(activations[0] + workspace[0], loss[0] + kernels)
         if self.graphs and activations[0]:  # their memory is apart, so that nothing of it is free for the optimizer
             workspace = (workspace[0] + self._copies(), workspace[1])
@@ -188,7 +185,7 @@ class Moments:
             weights,
             parts,
             adapter,
-            Item("gradients", gradients, "4 bytes for each weight of the adapter" if gradients else "none at this moment"),
+            lent if gradients else Item("gradients", 0, "none at this moment"),
             optimizer if trained else Item("optimizer", 0, "not made yet"),
             Item("activations", *activations),
             Item("loss", *loss),
@@ -211,7 +208,7 @@ class Moments:
             return int(min(_CUDA_MOST_IDLE * moving, _CUDA_IDLE + largest + _CUDA_IDLE_SHARE * moving)), how
         return int(_CPU_SLACK * passing + _CPU_LOSS_SLACK * loss), "freed blocks that the C library keeps, and what products pack"
 
-    def _fixed(self) -> tuple[Item, Item, Item, Item, Item, int, Item]:
+    def _fixed(self) -> tuple[Item, Item, Item, Item, Item, Item, int, Item]:
         """Return what is the same at every moment; the last number is what libraries hold for themselves."""
         model, run = self.model, self.run
         name = choose_optimizer(run, self.machine)
@@ -224,6 +221,7 @@ class Moments:
             Item("weights", *self._weights()),
             Item("embeddings", *self._parts()),
             Item("adapter", adapter_bytes(model, run, self.width), self._adapter_how()),
+            Item("gradients", 4 * flat_params(model, run), "4 bytes for each weight of the adapter, while a step lasts"),
             Item("optimizer", optimizer_room(model, run, name), self._optimizer_how(name)),
             Item("data", ids, f"{count(self.tokens)} tokens, their places and labels, 8 bytes each"),
             workspace,
@@ -232,6 +230,8 @@ class Moments:
 
     def _weights(self) -> Sized:
         model, run = self.model, self.run
+        if eight_bit(model, run):
+            return quantized_bytes(model, run), f"{count(model.quantized_params)} weights of one byte, and 4 bytes for each output"
         if not four_bit(model, run):
             return model.linear_params * self.width, f"{count(model.linear_params)} weights of the layers, {self.width} bytes each"
         kind = model.quantized or run.bnb_4bit_quant_type
@@ -242,14 +242,15 @@ class Moments:
 
     def _parts(self) -> Sized:
         size = full_width_bytes(self.model, self.run, self.machine)
-        if not four_bit(self.model, self.run):
+        if not (four_bit(self.model, self.run) or eight_bit(self.model, self.run)):
             size -= self.model.linear_params * self.width
         head = "embeddings, which are the head too" if self.model.tie_word_embeddings else "embeddings, head"
         return size, f"{count(size // self.width)} weights of {self.width} bytes: {head}, norms, biases"
 
     def _adapter_how(self) -> str:
         dora = ", and a length for each output" if self.run.use_dora else ""
-        return f"{count(self.params)} weights of 4 bytes: rank {self.run.lora_r} x (inputs + outputs){dora}"
+        padded = ", each tensor rounded up to 256" if flat_params(self.model, self.run) > self.params else ""
+        return f"{count(self.params)} weights of 4 bytes: rank {self.run.lora_r} x (inputs + outputs){dora}{padded}"
 
     def _optimizer_how(self, name: str) -> str:
         if name == "adamw_torch":
@@ -258,18 +259,12 @@ class Moments:
         movable = movable_bytes(self.model, self.run, name) if self.cuda else 0
         return f"{how}; {gib(movable)} of it may move to RAM when the card is full" if movable else how
 
-    def _accumulated(self) -> bool:
-        return self.run.gradient_accumulation_steps > 1 or self.graphs  # a recorded batch adds to gradients that lie there
-
     def _copies(self) -> int:
         """Return what the plain optimizer copies while it works."""
         if choose_optimizer(self.run, self.machine) != "adamw_torch":
             return 0
-        return 4 * (self.params if self.cuda else max(adapter_tensors(self.model, self.run)))
-
-    def _waiting(self, layers_done: int) -> int:
-        """Return the gradients that exist: all of them after a step's first batch, else those of the layers that are done."""
-        return self.params * 4 if self._accumulated() else self.params * 4 * layers_done // self.model.num_hidden_layers
+        at_once = max(numbers for numbers, _ in update_groups(self.model, self.run, "adamw_torch"))
+        return 4 * at_once * (1 if self.cuda else 2)  # on a processor one more, while a root is divided
 
     def _kept_how(self) -> str:
         """Say what the forward pass keeps for the backward pass."""
@@ -293,9 +288,12 @@ class Moments:
         each = 4 + narrow
         if trained and not self.model.sdpa:
             each = 8  # capped logits: their slope too
-        around = 2 * self.batch.hidden + (rows * self.model.hidden_size * width if trained else 0)
+        at_once = self.batch.kernels  # the loss is read off the logits, and its gradient takes their place
+        if at_once:
+            each = width
+        around = 2 * self.batch.hidden + (rows * self.model.hidden_size * width if trained and not at_once else 0)
         how = f"logits of {count(rows)} tokens x {count(words)} words at a time, and hidden states around them"
-        return Peak(rows * words * each + around, rows * words * max(0, 8 - each)), how
+        return Peak(rows * words * each + around, 0 if at_once else rows * words * max(0, 8 - each)), how
 
 
 def total(items: tuple[Item, ...]) -> int:

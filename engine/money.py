@@ -172,18 +172,19 @@ def amount(value: Range, currency: str) -> str:
 
 
 def short(found: Bill) -> str:
-    """Return a bill in one line for a screen: what it comes to here and rented, what the first assumes, and the break-even."""
-    sign, parts = found.prices.currency, []
+    """Return a bill in one line for a screen, what counts first: here and rented, then the break-even, and what the first assumes."""
+    sign, parts, assumed = found.prices.currency, [], ""
     if found.power is not None and found.here is not None:
         rest = f" and {amount(found.power.rest, '')} W of the rest" if found.power.rest[1] else ""
-        share = ", with the card's share" if found.share is not None else ""
-        rate = amount(found.prices.electricity, sign)
-        parts.append(f"{amount(found.here, sign)} here ({amount(found.power.device, '')} W{rest}, {rate} a kWh{share})")
+        share = ", the card's share" if found.share is not None else ""
+        parts.append(f"{amount(found.here, sign)} here")
+        assumed = f"here: {amount(found.power.device, '')} W{rest}, {amount(found.prices.electricity, sign)} a kWh{share}"
     if found.rented is not None:
         parts.append(f"{amount(found.rented.cost, sign)} rented ({found.rented.card})")
+    said = [" / ".join(parts)]
     if found.break_even is not None and math.isfinite(found.break_even[0]):
-        parts.append(f"the card is paid for after {_runs(found.break_even)}")
-    return "; ".join(parts)
+        said.append(f"the card is paid for after {_runs(found.break_even)}")
+    return "; ".join(part for part in (*said, assumed) if part)
 
 
 def _here(found: Bill) -> str:
@@ -237,7 +238,10 @@ def _power(known: Prices, device: Machine, watts: float | None) -> Power | None:
     if watts:
         return Power((watts, watts), known.rest_watts, "measured in this run")
     card = machines.card_of(device)
-    return Power((card.power_watts, card.power_watts), known.rest_watts, "what its maker says it may take") if card else None
+    if card is None:
+        return None
+    how = "an estimate of what it may take" if card.power_source.startswith("estimate") else "what it is said to take at most"
+    return Power((card.power_watts, card.power_watts), known.rest_watts, how)
 
 
 def _card_price(known: Prices, device: Machine) -> tuple[Range | None, str]:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_tui.engine import child, hooks
 from qlora_tui.engine.errors import Problem
@@ -22,6 +22,9 @@ from qlora_tui.engine.events import Evaluated, Event, Finished, Stepped
 from qlora_tui.engine.hooks import Hook
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.text import one_line, redact
+
+if TYPE_CHECKING:
+    from urllib.request import OpenerDirector
 
 TERMINAL = "/dev/tty"
 WEBHOOK_SECONDS = 10.0
@@ -155,7 +158,7 @@ def _webhook(hook: Hook, facts: Mapping[str, str]) -> str:
     """Post a small JSON document: `text` is what Slack reads, `content` Discord, `message` Gotify; ntfy.sh gets plain text."""
     from urllib.error import HTTPError
     from urllib.parse import urlsplit
-    from urllib.request import Request, urlopen
+    from urllib.request import Request
 
     address = _address(hook)
     if not hooks.is_address(address):
@@ -170,11 +173,25 @@ def _webhook(hook: Hook, facts: Mapping[str, str]) -> str:
         body, kind = json.dumps({"text": text, "content": text, "message": text, "title": title, **about}).encode(), "application/json"
     request = Request(address, body, {"Content-Type": kind, "Title": title, "User-Agent": "qlora-tui"}, method="POST")
     try:
-        with urlopen(request, timeout=WEBHOOK_SECONDS):
+        with _opener(address).open(request, timeout=WEBHOOK_SECONDS):
             return ""
     except HTTPError as error:
         error.close()
         return f"the server answered {error.code} {error.reason}"
+
+
+def _opener(address: str) -> OpenerDirector:
+    """Return what posts to `address` alone: it follows nothing, since a post that is sent on arrives as a question without its text.
+
+    This machine is asked without a proxy, which could not reach it.
+    """
+    from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
+
+    class Nowhere(HTTPRedirectHandler):
+        def redirect_request(self, *_: object) -> None:
+            """Leave the answer as it is: an error."""
+
+    return build_opener(ProxyHandler({} if hooks.is_loopback(address) else None), Nowhere)
 
 
 def _address(hook: Hook) -> str:

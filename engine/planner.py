@@ -110,22 +110,20 @@ def _best(asked: Asked) -> tuple[Search, Choice]:
 
     Inputs of layers wait in RAM only where nothing fits without.
     """
-    search: Search | None = None
-    last: list[tuple[Search, Choice]] = []
+    tried: list[Search] = []
     for method in _methods(asked.model, asked.run, asked.machine):
         found: tuple[Search, Choice] | None = None
         for optim in _optimizers(asked.run, asked.machine):
             search = Search(asked, method, optim)
-            away = search.leanest_away()
-            last += [(search, away)] if away is not None else []
+            tried.append(search)
             if found is not None and search.need(found[1]) >= found[0].need(found[1]):
                 continue
             choice = search.find(math.inf if found is None else found[0].rank(found[1]) - 1)
             found = (search, choice) if choice is not None else found
         if found is not None:
             return found
-    assert search is not None
-    return next((one for one in last if one[0].roomy(one[1])), last[-1] if last else (search, search.leanest()))
+    last = [(one, away) for one in tried if (away := one.leanest_away()) is not None]
+    return next((one for one in last if one[0].roomy(one[1])), last[-1] if last else (tried[-1], tried[-1].leanest()))
 
 
 def _methods(model: ModelSpec, run: RunConfig, machine: Machine) -> tuple[str, ...]:

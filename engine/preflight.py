@@ -20,7 +20,7 @@ from qlora_tui.engine import builtin, data, fixes, hub, machine, models, notify,
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
-from qlora_tui.engine.errors import WontFit, ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError
+from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError, WontFit
 from qlora_tui.engine.export import planned as exports
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
@@ -238,7 +238,7 @@ def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
         found.append(error.problem)
     if run.attn_implementation == "sdpa" and not spec.sdpa:
         found.append(Problem("attn_implementation", f"sdpa does not exist for the family {spec.family}", "say eager"))
-    return [*found, *_start_problems(run, spec), *stored_problems(run, spec)]
+    return [*found, *_start_problems(run, spec), *stored_problems(run, spec), *_other_parts(run, spec)]
 
 
 def _start_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
@@ -256,6 +256,12 @@ def narrowest(spec: ModelSpec, run: RunConfig) -> int | None:
         return None
 
 
+def _other_parts(run: RunConfig, spec: ModelSpec) -> list[Problem]:
+    if run.method != "lora-8bit" or not spec.wrapper:
+        return []
+    return [Problem("method", f"an 8-bit base is made of text models alone, and this one is of type {spec.wrapper}", "say qlora, or lora")]
+
+
 def stored_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
     """Return where `run` asks for another base than the one in 4 bits that the checkpoint holds; nothing to see for other checkpoints."""
     if not spec.quantized:
@@ -263,8 +269,8 @@ def stored_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
     if run.init_lora_weights == "pissa":
         told = f"pissa starts from 16-bit weights, and this checkpoint holds them in 4 bits ({spec.quantized})"
         return [Problem("init_lora_weights", told, "say default, or name the 16-bit original with method=lora")]
-    if run.method == "lora":
-        told = f"this checkpoint holds its weights in 4 bits ({spec.quantized}), so there is no 16-bit base"
+    if run.method in ("lora", "lora-8bit"):
+        told = f"this checkpoint holds its weights in 4 bits ({spec.quantized}), so there is nothing closer to the original"
         return [Problem("method", told, "say qlora, or name the 16-bit original")]
     held: dict[str, Value] = {"bnb_4bit_quant_type": spec.quantized, "bnb_4bit_use_double_quant": spec.double_quant}
     asked = values_of(run)

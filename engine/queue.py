@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from qlora_tui.engine.errors import ConfigError, ExitCode, JournalError
 from qlora_tui.engine.places import locked, place, replace_file
@@ -25,6 +25,7 @@ from qlora_tui.engine.values import read_value
 
 _VERSION = 1
 _KEPT = 50
+_ASKED_SECONDS = 0.01
 _WORST_LAST = (ExitCode.DONE, ExitCode.TERMINATED, ExitCode.INTERRUPTED, ExitCode.USAGE, ExitCode.WILL_NOT_FIT, ExitCode.DIVERGED)
 State = Literal["waiting", "running", "ended"]
 
@@ -117,15 +118,24 @@ def runner() -> Iterator[None]:
     path = _runner_file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            hint = "what you add is run when its turn comes; qlora-tui queue stop ends it"
-            raise JournalError(f"process {runner_pid() or '?'} works through the queue already", hint=hint) from None
+        _hold(file)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _hold(file: IO[str]) -> None:
+    """Take the runner's lock; whoever only asks who runs holds it for a moment too, and that is waited for."""
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pid = runner_pid()
+        if pid is not None:
+            hint = "what you add is run when its turn comes; qlora-tui queue stop ends it"
+            raise JournalError(f"process {pid or '?'} works through the queue already", hint=hint)
+        time.sleep(_ASKED_SECONDS)
 
 
 def runner_pid() -> int | None:

@@ -21,6 +21,7 @@ from qlora_tui.engine import evaluate
 from qlora_tui.engine.batches import longest, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Phase
+from qlora_tui.engine.fast.base import widened
 from qlora_tui.engine.fast.recompute import recomputed
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.measured import Speed
@@ -48,6 +49,7 @@ class Cast:
         optimizer: fresh; it is fresh again afterwards.
         train_rows, eval_rows: all of them; the longest are chosen here.
         add: adds the gradient of rows, as a step does, divided by a number of supervised tokens.
+        clear: takes the gradients back, as the end of a step does.
         rows_at_once: of training and of evaluation, at the moment they are asked for.
         warm: micro-batches before the clock counts: one, and one more where batches are recorded at their second sight.
         repeats: micro-batches of one step; a second one meets the gradients of the first, which is where a step peaks.
@@ -62,6 +64,7 @@ class Cast:
     train_rows: Sequence[TokenRow]
     eval_rows: Sequence[TokenRow]
     add: Callable[[Sequence[TokenRow], int], object]
+    clear: Callable[[], None]
     rows_at_once: int
     warm: int
     repeats: int
@@ -112,7 +115,7 @@ def rehearse(cast: Cast, meter: Meter) -> Generator[Phase, None, Rehearsed]:
             seconds["train"] = _timed(cast, lambda: _gradients(cast, rows, min(2, cast.repeats))) / min(2, cast.repeats)
             yield _progress(cast, 2)
             seconds["optimizer"] = _timed(cast, cast.optimizer.step)
-            cast.optimizer.zero_grad(set_to_none=True)
+            cast.clear()
         yield _progress(cast, 3)
         with meter.phase("probe eval", fresh=True):
             seconds["eval"] = _timed(cast, lambda: _evaluate(cast, held_out))
@@ -167,7 +170,7 @@ def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
 def _step(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
     _gradients(cast, rows, times)
     cast.optimizer.step()
-    cast.optimizer.zero_grad(set_to_none=True)
+    cast.clear()
 
 
 def _gradients(cast: Cast, rows: Sequence[TokenRow], times: int) -> None:
@@ -199,7 +202,7 @@ def _untouched(cast: Cast) -> Iterator[None]:
     try:
         yield
     finally:
-        cast.optimizer.zero_grad(set_to_none=True)
+        cast.clear()
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
@@ -274,7 +277,7 @@ def _dequantization(loaded: Loaded) -> float:
     weight = torch.randn(_WIDENED, device=loaded.device, dtype=loaded.dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
     del weight
-    return _NF4_BYTES * _WIDENED / _best(loaded.device, lambda: bnb.dequantize_4bit(packed, state))
+    return _NF4_BYTES * _WIDENED / _best(loaded.device, lambda: widened(packed, state))
 
 
 def _launch_seconds(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> float:
@@ -285,7 +288,7 @@ def _launch_seconds(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> float:
     """
     layers = loaded.decoder.layers
     assert isinstance(layers, torch.nn.ModuleList)
-    forward, both = launches(spec, run)
+    forward, both = launches(spec, run, fused=not loaded.why_plain)
     ids_BT = torch.zeros(1, _FEW_TOKENS, dtype=torch.long, device=loaded.device)
     taken = []
     try:

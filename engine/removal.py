@@ -6,6 +6,7 @@ What such a kill left is cleared away by the next deletion.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -76,7 +77,8 @@ def remove(doomed: Doomed) -> None:
     try:
         aside = Path(tempfile.mkdtemp(dir=parent, prefix=_ASIDE))
         doomed.target.rename(aside / doomed.target.name)
-        shutil.rmtree(aside)
+        with contextlib.suppress(FileNotFoundError):  # another deletion clears it away at the same time
+            shutil.rmtree(aside)
     except OSError as error:
         told = f"it could not be deleted: {error.strerror or error}"
         raise SpaceError(told, where=one_line(doomed.target), hint=f"what was moved aside lies in {one_line(parent)}/{_ASIDE}*") from None
@@ -100,7 +102,9 @@ def _is_ours(folder: Path) -> bool:
 def _sizes(folder: Path) -> Iterator[int]:
     """Yield the bytes of every file below `folder`; a link counts as itself."""
     for root, _, files in os.walk(folder):
-        yield from (os.lstat(os.path.join(root, name)).st_size for name in files)  # noqa: PTH118  a Path a file costs ten times as much
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # a run that runs, and is refused later, removes checkpoints meanwhile
+                yield os.lstat(os.path.join(root, name)).st_size  # noqa: PTH118  a Path a file costs ten times as much
 
 
 def _clear(parent: Path) -> None:

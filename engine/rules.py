@@ -124,8 +124,8 @@ def _without_effect(run: RunConfig) -> list[Problem]:
 def _combinations(run: RunConfig) -> list[Problem]:
     """Return kinds of adapter that do not go together, whatever the model."""
     found = []
-    if run.init_lora_weights == "pissa" and run.method == "qlora":
-        told = "pissa starts from the main directions of 16-bit weights, which a 4-bit base no longer holds"
+    if run.init_lora_weights == "pissa" and run.method in ("qlora", "lora-8bit"):
+        told = "pissa starts from the main directions of 16-bit weights, which a base in fewer bits no longer holds"
         found.append(Problem("init_lora_weights", told, "say method=lora, or init_lora_weights=default"))
     if run.init_lora_weights == "pissa" and run.use_dora:
         told = "DoRA and pissa both take the base's weights apart, each in its own way"

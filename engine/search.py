@@ -64,7 +64,7 @@ class Search:
         self.rows = _rows(run, machine)
         self.chunks = _chunks(model, run, machine)
         self.speed = asked.speed or _stand_in()
-        self._update = optimizer_seconds(model, self.base, machine, self.speed) / (rows_per_step(run) * asked.mean)
+        self._update = optimizer_seconds(model, self.base, self.speed) / (rows_per_step(run) * asked.mean)
         self._budgets: dict[Choice, Budget] = {}
         self._batches: dict[tuple[int, int, bool], MicroBatch] = {}
 
@@ -154,8 +154,9 @@ class Search:
     def _pieces(self, choice: Choice) -> MicroBatch:
         pieces = self._batches.get((choice.rows, choice.chunk, choice.away))
         if pieces is None:
-            away = {"offload_checkpoints": "on", "cuda_graphs": "off"} if self._away(choice) else {}
-            run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk, **away)
+            run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk)
+            if self._away(choice):
+                run = dataclasses.replace(run, offload_checkpoints="on", cuda_graphs="off")
             pieces = micro_batch(self.asked.model, run, self.asked.machine, self.speed, choice.rows, self.asked.mean)
             self._batches[choice.rows, choice.chunk, choice.away] = pieces
         return pieces

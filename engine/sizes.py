@@ -14,6 +14,9 @@ from qlora_tui.engine.spec import RunConfig, checkpointed_of, offloads
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits that the loss holds at once; the same figure as in `fast.loss`, which needs torch. A test compares them."""
 
+EIGHT_BIT_PIECE = 1 << 24
+"""Weights of an 8-bit base that are in 32 bits at once; the same figure as in `fast.eightbit`. A test compares them."""
+
 BLOCK = 64
 """Weights that share one constant in a 4-bit base."""
 
@@ -36,7 +39,12 @@ def offloaded_layers(model: ModelSpec, run: RunConfig) -> int:
 def four_bit(model: ModelSpec, run: RunConfig) -> bool:
     """Say whether the base is held in 4 bits: asked for, still to be chosen, or how the checkpoint is stored anyway."""
     chosen = "lora" if run.method == "auto" and run.init_lora_weights == "pissa" else run.method  # the planner can choose nothing else
-    return chosen != "lora" or bool(model.quantized)
+    return chosen not in ("lora", "lora-8bit") or bool(model.quantized)
+
+
+def eight_bit(model: ModelSpec, run: RunConfig) -> bool:
+    """Say whether the base is held at one byte a weight."""
+    return run.method == "lora-8bit" and not model.quantized
 
 
 def double_quantized(model: ModelSpec, run: RunConfig) -> bool:
@@ -62,7 +70,9 @@ def constant_bytes(model: ModelSpec, run: RunConfig) -> float:
 
 
 def quantized_bytes(model: ModelSpec, run: RunConfig) -> int:
-    """Return the bytes of the weights that are held in 4 bits, with their constants; 0 on a 16-bit base."""
+    """Return the bytes of the weights that are held in 4 or 8 bits, with their constants; 0 on a 16-bit base."""
+    if eight_bit(model, run):  # and one scale an output
+        return model.quantized_params + 4 * model.num_hidden_layers * sum(part.outputs for part in model.linears())
     if not four_bit(model, run):
         return 0
     tables = 64 + (1024 + 8 if double_quantized(model, run) else 0)  # of one module: its 16 values, and 256 for the constants
@@ -71,7 +81,7 @@ def quantized_bytes(model: ModelSpec, run: RunConfig) -> int:
 
 def full_width_bytes(model: ModelSpec, run: RunConfig, machine: Machine) -> int:
     """Return the bytes of the weights in the type of computation: all of a 16-bit base, else embeddings, head, norms, biases."""
-    narrow = model.quantized_params if four_bit(model, run) else 0
+    narrow = model.quantized_params if four_bit(model, run) or eight_bit(model, run) else 0
     return (model.params - narrow) * element_bytes(run, machine)
 
 
@@ -95,12 +105,17 @@ def adapter_params(model: ModelSpec, run: RunConfig) -> int:
     return model.num_hidden_layers * sum(adapter_tensors(model, run))
 
 
+def flat_params(model: ModelSpec, run: RunConfig) -> int:
+    """Return the numbers in the buffer that the adapter lies in, and in that of its gradients: each tensor begins a block."""
+    return model.num_hidden_layers * sum(map(_padded, adapter_tensors(model, run)))
+
+
 def adapter_bytes(model: ModelSpec, run: RunConfig, width: int) -> int:
     """Return what the adapter takes: 4 bytes a weight, and what its kind remembers of the start.
 
     DoRA keeps the length of each output's base weights; PiSSA the matrices it started from, in the base's type.
     """
-    size = 4 * adapter_params(model, run)
+    size = 4 * flat_params(model, run)
     if run.use_dora:
         size += model.num_hidden_layers * 4 * sum(part.outputs for part in model.targeted(run.lora_target_modules))
     return size + (adapter_params(model, run) * width if run.init_lora_weights == "pissa" else 0)
@@ -111,14 +126,26 @@ def choose_optimizer(run: RunConfig, machine: Machine) -> str:
     return ("paged_adamw_8bit" if machine.kind == "cuda" else "adamw_torch") if run.optim == "auto" else run.optim
 
 
-def optimizer_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
-    """Return the optimizer's state: two numbers for each weight of the adapter, of 4 bytes or of one.
+def update_groups(model: ModelSpec, run: RunConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Return what the optimizer `name` updates at once: of each group the numbers in its buffer, and the bits of their state.
 
-    The 8-bit kind keeps 32 bits in tensors below 4,096 weights, and two constants of 4 bytes for 256 weights.
+    The 8-bit kinds keep 32 bits in tensors below 4,096 weights, and with LoRA+ B goes apart from the rest.
     """
-    if name == "adamw_torch":
-        return adapter_params(model, run) * 8
-    return model.num_hidden_layers * sum(_state_bytes(size) for size in adapter_tensors(model, run))
+    pairs = len(model.targeted(run.lora_target_modules))
+    found: dict[tuple[int, bool], int] = {}
+    for place, size in enumerate(adapter_tensors(model, run)):
+        faster = run.loraplus_lr_ratio != 1 and place < 2 * pairs and place % 2 == 1  # A and B in turn, then DoRA's lengths
+        kind = 32 if name == "adamw_torch" else _bits(size), faster
+        found[kind] = found.get(kind, 0) + model.num_hidden_layers * _padded(size)
+    return tuple((numbers, bits) for (bits, _), numbers in found.items())
+
+
+def optimizer_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
+    """Return the optimizer's state: two numbers for each one in the adapter's buffer, of 4 bytes or of one.
+
+    The 8-bit kind has two constants of 4 bytes for 256 weights beside them.
+    """
+    return sum(_state_bytes(numbers, bits) for numbers, bits in update_groups(model, run, name))
 
 
 def optimizer_room(model: ModelSpec, run: RunConfig, name: str) -> int:
@@ -129,16 +156,17 @@ def optimizer_room(model: ModelSpec, run: RunConfig, name: str) -> int:
     """
     if name == "adamw_torch":
         return optimizer_bytes(model, run, name)
+    sizes, small = adapter_tensors(model, run), _MIN_8BIT - 1
     return model.num_hidden_layers * sum(
-        max(_state_bytes(size), _state_bytes(min(size, _MIN_8BIT - 1))) for size in adapter_tensors(model, run)
+        max(_state_bytes(_padded(size), _bits(size)), _state_bytes(_padded(min(size, small)), _bits(small))) for size in sizes
     )
 
 
 def movable_bytes(model: ModelSpec, run: RunConfig, name: str) -> int:
-    """Return the part of the optimizer's state that the driver may move to RAM when the card is full: large tensors, if paged."""
+    """Return the part of the optimizer's state that the driver may move to RAM when the card is full: large groups, if paged."""
     if name != "paged_adamw_8bit":
         return 0
-    return model.num_hidden_layers * sum(2 * size for size in adapter_tensors(model, run) if size >= _MIN_PAGED)
+    return sum(numbers * bits // 4 for numbers, bits in update_groups(model, run, name) if numbers >= _MIN_PAGED)
 
 
 def largest_linear(model: ModelSpec) -> Linear:
@@ -146,15 +174,25 @@ def largest_linear(model: ModelSpec) -> Linear:
     return max(model.linears(), key=lambda part: part.weights)
 
 
-def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int) -> int:
-    """Return what one 4-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
+def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int, *, at_once: bool = False) -> int:
+    """Return what one 4-bit or 8-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
 
-    Doubly quantized constants are widened to 32 bits first.
+    Doubly quantized constants are widened to 32 bits first, unless a kernel does both `at_once`; 8-bit weights are, a piece at a time.
     """
+    if eight_bit(model, run):
+        return part.weights * width + 8 * min(part.weights, EIGHT_BIT_PIECE)
     if not four_bit(model, run):
         return 0
-    return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) else 0)
+    return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) and not at_once else 0)
 
 
-def _state_bytes(size: int) -> int:
-    return size * 8 if size < _MIN_8BIT else size * 2 + 2 * 4 * -(-size // _STATE_BLOCK)
+def _padded(size: int) -> int:
+    return -(-size // _STATE_BLOCK) * _STATE_BLOCK
+
+
+def _bits(size: int) -> int:
+    return 8 if size >= _MIN_8BIT else 32
+
+
+def _state_bytes(numbers: int, bits: int) -> int:
+    return numbers * 8 if bits == 32 else numbers * 2 + 2 * 4 * numbers // _STATE_BLOCK

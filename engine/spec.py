@@ -68,7 +68,10 @@ class RunConfig:
     model_name_or_path: str = _key("", "model", "Base model: a local folder, a hub id, or builtin:smollm2-135m.")
     revision: str = _key("main", "model", "Branch, tag or commit of a hub model.")
     method: str = _key(
-        "qlora", "model", "qlora: 4-bit base. lora: 16-bit base. auto: 16-bit where it fits.", choices=("qlora", "lora", "auto")
+        "qlora",
+        "model",
+        "qlora: 4-bit base. lora-8bit: one byte a weight, far closer to the original. lora: 16-bit base. auto: 16-bit where it fits.",
+        choices=("qlora", "lora-8bit", "lora", "auto"),
     )
     bnb_4bit_quant_type: str = _key(
         "nf4", "model", "4-bit type of a qlora base; fp4 loses about twice as much as nf4.", choices=("nf4", "fp4")
@@ -180,6 +183,12 @@ class RunConfig:
         "memory",
         "On CUDA, record micro-batches once and replay them: on, off, or auto: where launching kernels would take longer.",
         choices=("auto", "on", "off"),
+    )
+    fused_layers: str = _key(
+        "auto",
+        "memory",
+        "On CUDA, run each layer as a few fused operations: auto: for families that have them, off: as transformers has it.",
+        choices=("auto", "off"),
     )
     rehearsal: bool = _key(True, "memory", "Before step 1, run the longest batch and measure it; off only to save seconds on CUDA.")
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)

@@ -12,15 +12,15 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
+from qlora_tui.engine.fused import fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     adapter_params,
-    adapter_tensors,
-    choose_optimizer,
     double_quantized,
+    eight_bit,
     element_bytes,
     four_bit,
 )
@@ -35,17 +35,21 @@ _MOVE_SHARE = 0.54  # of a large copy's rate that a layer's many element-wise ke
 _ATTENTION_SHARE = 0.6  # of large products' rate that fused attention reaches
 _KERNEL_SECONDS = 3e-6  # of a card between one kernel and the next
 _LOGIT_PASSES = 17.5  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
-_DEQUANT_SHARE = 0.63  # of the bandwidth that bitsandbytes' 4-bit kernels reach: 52 GB in 24.5 ms, same card
+_DEQUANT_SHARE = 0.8  # of the bandwidth that widening of 4-bit weights reaches: 35 GB in 12.6 ms on an H100, 2026-11-27
+_FUSED_MOVE_SHARE = 0.85  # of a large copy's rate that fused kernels and low-rank products reach together
+_FUSED_LOGIT_PASSES = 5  # the loss is read off the logits, and its gradient takes their place
 _LAUNCH_SECONDS = 25e-6  # of a host that nobody measured: 10e-6 is a fast desktop, 35e-6 a virtual machine
 _FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
 _CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
-_TENSOR_LAUNCHES = 1.6  # of 8-bit AdamW for each of its tensors: it has no fused loop
+_UPDATE_LAUNCHES = 12  # of norm, clipping and AdamW over what lies in one buffer; waits for the device are not counted
 _CHUNK_LAUNCHES = 17  # of one chunk of the loss
 _MORE_LAUNCHES = 1.05  # of what is counted with few tokens: large products come in parts
 _OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add them up, without end the slower alone counts
 _GRAPHS_PAY = 0.5  # of the device's seconds that the host needs, from where a recorded step is worth its rounded lengths
 _BUS_BYTES = 12e9  # a second between card and pinned RAM, each way: PCIe 3.0 with 16 lanes; 4.0 and 5.0 reach two and four times that
+_SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}  # read one input
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
+_EIGHT_BIT_BYTES = 23  # of one weight: read as a byte, twice through 32 bits, written in 16
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
 
@@ -110,6 +114,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
         ConfigError: `lora_target_modules` names a layer that the model does not have.
     """
     width, cuda = element_bytes(run, machine), machine.kind == "cuda"
+    kernels = machine.kernels and width == 2
     flops = _product_flops(machine, speed, width)
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
@@ -117,27 +122,35 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     share = _PRODUCT_SHARE if cuda else 1.0
     products = max(2.0 * weights * batch / flops * share, weights * width / speed.bandwidth_bytes)
     products += 2.0 * _low_rank(model, run) * batch / flops
-    moved = batch * _moved_per_token(model, run, width, tokens) / (speed.bandwidth_bytes * _MOVE_SHARE)
-    moved += _full_weights(model, run, width, speed)
+    fused = fused_layers(model, run, kernels)
+    there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
+    rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
+    full = _full_weights(model, run, width, speed)
     attention = batch * _attention(model, tokens) / (flops * _ATTENTION_SHARE)
-    forward = products + attention + moved
-    backward = products + 2.0 * _low_rank(model, run) * batch / flops + 2.5 * attention + moved
+    forward = products + attention + batch * there / rate + full
+    backward = products + 2.0 * _low_rank(model, run) * batch / flops + 2.5 * attention + batch * back / rate + full
+    once_more = forward
+    if fused and model.norms_per_layer == 2:  # the third product of the MLP is not made again, nor widened, nor what it reads
+        third = next(part.weights for part in model.linears() if part.name == "down_proj") / weights
+        once_more = (products + full) * (1 - third) + attention + batch * there / rate / 2
     layers = model.num_hidden_layers
     chunk = run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // model.vocab_size)
     chunks = math.ceil(batch / chunk)
     head = 2 * model.vocab_size * model.hidden_size
     loss = max(2.0 * head * batch / flops * share, chunks * head * width / speed.bandwidth_bytes)
-    loss += batch * model.vocab_size * _LOGIT_PASSES * width / (speed.bandwidth_bytes * _MOVE_SHARE)
-    again, both = launches(model, run)
+    passes = _FUSED_LOGIT_PASSES / _FUSED_MOVE_SHARE if kernels else _LOGIT_PASSES / _MOVE_SHARE
+    loss += batch * model.vocab_size * passes * width / speed.bandwidth_bytes
+    again, both = launches(model, run, fused=fused)
     copied = batch * model.hidden_size * width / _BUS_BYTES if cuda and offloads(run) else 0.0
-    stalled = max(0.0, copied - forward) + max(0.0, copied - forward - backward)  # beside a layer's pass forward, and both in the backward
-    kernels, again_kernels = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
+    # beside a layer's pass forward, and both in the backward
+    stalled = max(0.0, copied - forward) + max(0.0, copied - once_more - backward)
+    started, again_started = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
     between = _KERNEL_SECONDS if cuda else 0.0
     return MicroBatch(
-        device_seconds=layers * (forward + backward) + loss + kernels * between,
-        host_seconds=kernels * speed.launch_seconds,
-        again_device_seconds=forward + again_kernels * between + stalled,
-        again_host_seconds=again_kernels * speed.launch_seconds,
+        device_seconds=layers * (forward + backward) + loss + started * between,
+        host_seconds=started * speed.launch_seconds,
+        again_device_seconds=once_more + again_started * between + stalled,
+        again_host_seconds=again_started * speed.launch_seconds,
         graphs=run.cuda_graphs if cuda and recordable(model, run) else "off",
     )
 
@@ -152,14 +165,19 @@ def recordable(model: ModelSpec, run: RunConfig) -> bool:
     return not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
 
 
-def launches(model: ModelSpec, run: RunConfig) -> tuple[int, int]:
-    """Return the kernels that one layer starts in a forward pass, and in a forward and a backward pass together.
+def launches(model: ModelSpec, run: RunConfig, *, fused: bool) -> tuple[int, int]:
+    """Return the kernels that one layer starts when it is computed again, and in a forward and a backward pass together.
 
     Counted with torch's profiler on an H100 for 17 settings of five shapes (2026-11-27): to 0.2 % for four, 6 % too low
     for one. A norm is six operations, an adapted module casts A and B, multiplies three times forward and five times
     backward, and its 4-bit base is widened in three steps (in one where its constants are plain).
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
+    if fused:  # counted from `fast.layers`
+        products = (2 if four_bit(model, run) else 6 if eight_bit(model, run) else 1) * len(parts)
+        there = 15 + model.norms_per_layer + products + 3 * len(targeted) + 2 * model.qk_norm
+        back = 25 + model.norms_per_layer + products + 10 * len(targeted) + 2 * model.qk_norm
+        return round(there if model.norms_per_layer > 2 else 0.75 * there), there + back
     widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
     forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
     backward = 45 + 15 * model.norms_per_layer + 30 * model.qk_norm + len(parts) + 11 * len(targeted) + widened
@@ -172,12 +190,9 @@ def launches(model: ModelSpec, run: RunConfig) -> tuple[int, int]:
     return round(forward), round(forward + backward)
 
 
-def optimizer_seconds(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed) -> float:
-    """Return the time of one update of the adapter: 8-bit AdamW goes tensor by tensor, the plain one does all at once."""
-    moved = adapter_params(model, run) * _OPTIMIZER_BYTES / speed.bandwidth_bytes
-    tensors = model.num_hidden_layers * len(adapter_tensors(model, run))
-    one_by_one = tensors if choose_optimizer(run, machine) != "adamw_torch" else 1
-    return moved + one_by_one * _TENSOR_LAUNCHES * speed.launch_seconds
+def optimizer_seconds(model: ModelSpec, run: RunConfig, speed: Speed) -> float:
+    """Return the time of one update of the adapter: a few kernels over all of it, whatever the number of its tensors."""
+    return adapter_params(model, run) * _OPTIMIZER_BYTES / speed.bandwidth_bytes + _UPDATE_LAUNCHES * speed.launch_seconds
 
 
 def attention_share(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float) -> float:
@@ -207,8 +222,8 @@ def _low_rank(model: ModelSpec, run: RunConfig) -> int:
     return sum(run.lora_r * (part.inputs + part.outputs) for part in model.targeted(run.lora_target_modules))
 
 
-def _moved_per_token(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> float:
-    """Return the bytes that element-wise work moves for one token, one layer and one pass.
+def _moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> tuple[float, float]:
+    """Return the bytes that element-wise work moves for one token and one layer, forward and backward.
 
     Counted from the operations, each reading and writing once: norms are made of six in 32 bits, an adapter
     adds to every output, the gated MLP multiplies twice, positions turn queries and keys.
@@ -219,13 +234,29 @@ def _moved_per_token(model: ModelSpec, run: RunConfig, width: int, tokens: float
     copied = 3 * (2 * model.intermediate_size + model.query_size + 2 * model.key_value_size) * model.fused  # taken apart, and joined again
     rest = copied + 5 * model.intermediate_size + 6 * model.hidden_size + 6 * (model.query_size + model.key_value_size)
     scores = 10 * model.num_attention_heads * tokens if run.attn_implementation == "eager" or not model.sdpa else 0.0
-    return width * (norms + adapter + rest + scores)
+    each = width * (norms + adapter + rest + scores)
+    return each, each
+
+
+def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> tuple[float, float]:
+    """Return the same of fused layers: each kernel reads and writes once, and low-rank products read what they share once."""
+    targeted = model.targeted(run.lora_target_modules)
+    hidden, inner, turned = model.hidden_size, model.intermediate_size, 2 * (model.query_size + model.key_value_size)
+    outputs = sum(part.outputs for part in targeted)
+    inputs = sum({_SHARED.get(part.name, part.name): part.inputs for part in targeted}.values())
+    sandwich = model.norms_per_layer > 2
+    turned *= 2 if model.qk_norm else 1
+    forward = 8 * hidden + 6 * hidden * sandwich + 2 * outputs + inputs + turned + 3 * inner
+    backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * inputs + turned + 6 * inner
+    return width * forward, width * backward
 
 
 def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed) -> float:
-    """Return the seconds that one layer's weights take as a whole, whatever the batch: made from 4 bits, measured for DoRA."""
+    """Return the seconds that one layer's weights take as a whole, whatever the batch: made from fewer bits, measured for DoRA."""
     small = model.quantized_params / model.num_hidden_layers if four_bit(model, run) else 0.0
     seconds = small * _DEQUANT_BYTES / speed.dequant_bytes
+    if eight_bit(model, run):
+        seconds = model.quantized_params / model.num_hidden_layers * _EIGHT_BIT_BYTES / speed.bandwidth_bytes
     if run.use_dora:  # the base is made whole once more, for the length of every row of it with its adapter
         targeted = sum(part.weights for part in model.targeted(run.lora_target_modules))
         seconds += seconds + targeted * 4 * width / (speed.bandwidth_bytes * _MOVE_SHARE)

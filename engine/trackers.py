@@ -130,7 +130,7 @@ def figures_of(record: Record) -> dict[str, float]:
                 "perf/tokens_per_second": step.tokens / step.seconds if step.seconds > 0 else None,
                 "perf/memory_peak_gib": step.memory_peak_bytes / 2**30,
             }
-        case Evaluated() as measured:
+        case Evaluated(manner=False) as measured:  # a verdict said anew has no new figures
             found = {"eval/loss": measured.loss, "eval/base_loss": measured.base_loss, "eval/drop": measured.drop}
         case _:
             found = {}

@@ -81,7 +81,7 @@ def _adapter(run: RunConfig, known: Known) -> Iterator[Unusual]:
         yield Unusual("lora_r", "high for so few rows", why)
     if run.lora_dropout > _MUCH_DROPOUT:
         yield Unusual("lora_dropout", "much; 0-0.1 is usual", "Above 0.2 dropout holds learning back more than it keeps from overfitting.")
-    if run.bnb_4bit_quant_type == "fp4" and run.method != "lora":
+    if run.bnb_4bit_quant_type == "fp4" and run.method in ("qlora", "auto"):
         yield Unusual("method", "nf4 loses half as much", "fp4 takes the memory of nf4 and loses about twice as much quality.")
 
 

@@ -36,6 +36,7 @@ from qlora_tui.engine.events import (
     encode,
     plain,
 )
+from qlora_tui.engine.places import is_here
 from qlora_tui.engine.text import one_line, redact, safe_text
 from qlora_tui.engine.units import count, gib, words
 from qlora_tui.tui.descriptors import hold_descriptors
@@ -261,7 +262,9 @@ class Printer:
         if event.adapter:
             lines.append(f"adapter: {one_line(self._folder / event.adapter)}")
         if event.report:
-            lines.append(f"report:  {one_line(self._folder / event.report)}")
+            page = f"{event.report.removesuffix('.md')}.html"
+            beside = f", and {one_line(page)}" if is_here(self._folder / page) else ""
+            lines.append(f"report:  {one_line(self._folder / event.report)}{beside}")
         run = self._folder.name
         if event.outcome in ("stopped", "aborted"):
             lines.append(f"go on:   qlora-tui --resume {run}")

@@ -9,7 +9,7 @@ from qlora_tui.engine.events import Evaluated, Probed
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count, percent
 
-PROBES: Mapping[str, str] = {"general": "general text", "train": "training rows", "other_question": "other questions"}
+PROBES: Mapping[str, str] = {"general": "general text", "train": "training rows", "other_question": "after another row's question"}
 _FIGURES = ("row", "base_loss", "loss")
 _TEXT = 70
 

@@ -92,7 +92,8 @@ def at_the_end(run: RunConfig, folder: Path, look: Look, say: Callable[[Event], 
         _log.exception("the export failed")
         stopped = isinstance(error, Stopped)
         told = "was stopped" if stopped else f"failed: {one_line(error) if isinstance(error, EngineError) else type(error).__name__}"
-        left = [target for target, _ in chosen if target.name == done or not done]
+        names = [target.name for target, _ in chosen]
+        left = [target for target, _ in chosen[names.index(done) if done else 0 :]]  # none after it was begun
         advice = tuple(_again(folder, target) for target in left)
         yield Finding("export", "warn", step, redact(f"the export{f' to {done}' if done else ''} {told}; the adapter is whole"), advice)
 

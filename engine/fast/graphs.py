@@ -5,7 +5,7 @@ Python needs 25 to 50 microseconds for each kernel of a forward and backward pas
 replayed, a micro-batch takes what the card takes. The numbers are the same kernels' on the same tensors.
 
 A graph reads and writes fixed addresses. So inputs are copied into tensors of its own, gradients lie in one buffer
-that is lent to the parameters, and lengths and numbers of supervised tokens are rounded up to a few sizes. All graphs
+that is lent to the parameters (`flat`), and lengths and numbers of supervised tokens are rounded up to a few sizes. All graphs
 share one pool of memory, which is as large as the largest of them needs, and only one of them runs at a time.
 
 Shapes: B rows, T tokens of the longest row, N supervised tokens.
@@ -18,11 +18,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from qlora_tui.engine.batches import Batch
+from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.text import one_line
 
@@ -76,21 +77,19 @@ class _Recorded:
 class Graphs:
     """Records micro-batches by shape and replays them; falls back to the plain way where one cannot be recorded."""
 
-    def __init__(self, module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], losses: Losses, lengths: Sequence[int]) -> None:
+    def __init__(self, module: torch.nn.Module, flat: Flat[Any], losses: Losses, lengths: Sequence[int]) -> None:
         """Serve rows of `lengths` tokens; nothing is recorded and no memory is taken before the first batch.
 
         Args:
             module: what the losses come from; a batch that changes its buffers cannot be recorded.
-            parameters: those that are trained.
+            flat: the parameters that are trained; it lends them their gradients before any batch of a step.
             losses: the work of a forward pass.
             lengths: tokens of every row.
         """
-        self._module, self._parameters, self._losses = module, list(parameters), losses
+        self._module, self._device, self._losses = module, flat.device, losses
         self._sizes = sizes(lengths)
         self._held: dict[Shape, _Recorded] = {}
         self._pool: _Pool | None = None
-        self._gradients: torch.Tensor | None = None
-        self._views: list[torch.Tensor] = []
         self.why_not = ""
         self.recordings = 0
 
@@ -110,7 +109,6 @@ class Graphs:
             RuntimeError: a recording failed for another reason, which `why_not` names; the plain way is left.
         """
         shape = self.shape(batch)
-        self.lend()
         recorded = self._held.pop(shape, None) or self._record(shape)
         self._held[shape] = recorded  # the last used is last
         if len(self._held) > MOST_HELD:
@@ -128,7 +126,7 @@ class Graphs:
         if self._pool is None:
             yield
             return
-        here, stream = torch.cuda.current_stream(), _stream(self._parameters[0].device)
+        here, stream = torch.cuda.current_stream(), _stream(self._device)
         stream.wait_stream(here)
         try:
             with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):  # type: ignore[arg-type]  # it reads the id alone
@@ -137,28 +135,15 @@ class Graphs:
             here.wait_stream(stream)
 
     def release(self) -> None:
-        """Let go of every graph and of the gradients' buffer, so that other work finds their memory free."""
-        if self._gradients is None:
+        """Let go of every graph, so that other work finds their memory free; until then gradients must stay where they are."""
+        if self._pool is None:
             return
-        device = self._gradients.device
         self._held.clear()
-        self._views, self._gradients, self._pool = [], None, None
-        empty_cache(device)
-
-    def lend(self) -> None:
-        """Give every parameter its part of the buffer, emptied, unless this step has done so; before any batch of a step."""
-        if self._gradients is None:
-            first = self._parameters[0]
-            self._gradients = torch.zeros(sum(each.numel() for each in self._parameters), dtype=first.dtype, device=first.device)
-            parts = self._gradients.split([each.numel() for each in self._parameters])
-            self._views = [part.view(each.shape) for part, each in zip(parts, self._parameters, strict=True)]
-        if self._parameters[0].grad is None:
-            self._gradients.zero_()
-            for parameter, view in zip(self._parameters, self._views, strict=True):
-                parameter.grad = view
+        self._pool = None
+        empty_cache(self._device)
 
     def _record(self, shape: Shape) -> _Recorded:
-        device = self._parameters[0].device
+        device = self._device
         here, stream = torch.cuda.current_stream(device), _stream(device)
         if self._pool is None:
             self._pool = _Pool(torch.cuda.graph_pool_handle())

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from qlora_tui.engine.errors import ModelError
+from qlora_tui.engine.fast.base import full_weight
 
 ADAPTER = "default"
 _SHORTEST = 1e-12  # squared length of an output's weights below which it counts as this: a row of zeros has no direction
@@ -80,24 +80,24 @@ class _Forward:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer, base = self.layer, self.layer.get_base_layer()
         if layer.disable_adapters:
-            return F.linear(x, full_weight(base.weight), base.bias)
+            return F.linear(x, full_weight(base, x.dtype), base.bias)
         dropout = layer.lora_dropout[ADAPTER]
         dropped = None if isinstance(dropout, torch.nn.Identity) or not dropout.training else dropout(x)
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         magnitude, scaling = _magnitude(layer), layer.scaling[ADAPTER]
         if magnitude is None:
-            return _product(x, dropped, base.weight, base.bias, a, b, self.start, scaling)
+            return _product(x, dropped, base, base.bias, a, b, self.start, scaling)
         # The lengths are constants for the gradient, as in section 4.3 of the DoRA paper; the product is scaled in
         # float32, where small changes of a length would be lost in bfloat16.
         scale_O = magnitude / self._lengths(a.detach(), b.detach(), scaling)
-        out = (_product(x, None, base.weight, None, a, b, None, scaling) * scale_O).to(x.dtype)
+        out = (_product(x, None, base, None, a, b, None, scaling) * scale_O).to(x.dtype)
         return out if base.bias is None else out + base.bias
 
     @torch.no_grad()
     def base_squares(self) -> torch.Tensor:
         """Return the squared length of each output's base weights [O] in float32; the base is frozen, so once is enough."""
         if self._squares is None:
-            weight = full_weight(self.layer.get_base_layer().weight)
+            weight = full_weight(self.layer.get_base_layer(), torch.float32)
             self._squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_().clamp_(min=_SHORTEST)
         return self._squares
 
@@ -108,7 +108,7 @@ class _Forward:
         |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, a product of the rank's width; it costs one more
         dequantization of a 4-bit base.
         """
-        weight = full_weight(self.layer.get_base_layer().weight)
+        weight = full_weight(self.layer.get_base_layer(), torch.float32)
         cross_OR = (weight @ a_RI.to(weight.dtype).t()).float()
         squares_O = self.base_squares() + ((2 * scaling * cross_OR + scaling**2 * (b_OR @ (a_RI @ a_RI.t()))) * b_OR).sum(1)
         return squares_O.clamp_(min=_SHORTEST).sqrt_()
@@ -120,30 +120,21 @@ def _magnitude(layer: LoraLayer) -> torch.nn.Parameter | None:
     return held[ADAPTER].weight if ADAPTER in held else None
 
 
-def full_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Return the base weight [O, I] as numbers, dequantized if it is stored in 4 bits."""
-    state = weight.quant_state if hasattr(weight, "quant_state") else None  # only bitsandbytes' parameters carry one
-    if state is None:
-        return weight.detach()
-    full: torch.Tensor = bnb.dequantize_4bit(weight.data, state)
-    return full
-
-
 def _product(
     x: torch.Tensor,
     dropped: torch.Tensor | None,
-    weight: torch.Tensor,
+    base: torch.nn.Module,
     bias: torch.Tensor | None,
     a_RI: torch.Tensor,
     b_OR: torch.Tensor,
     start: Start | None,
     scaling: float,
 ) -> torch.Tensor:
-    out: torch.Tensor = _LoraLinear.apply(x, dropped, weight, bias, a_RI, b_OR, start, scaling)  # type: ignore[no-untyped-call]  # torch leaves it bare
+    out: torch.Tensor = _LoraLinear.apply(x, dropped, base, bias, a_RI, b_OR, start, scaling)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return out
 
 
-def _joined(a_RI: torch.Tensor, b_OR: torch.Tensor, start: Start | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(a_RI: torch.Tensor, b_OR: torch.Tensor, start: Start | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and B in `dtype`; with a start, of twice the rank: B A - B0 A0 in one product, so that equal parts cancel exactly."""
     a, b = a_RI.to(dtype), b_OR.to(dtype)
     if start is None:
@@ -159,7 +150,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         dropped: torch.Tensor | None,
-        weight: torch.Tensor,
+        base: torch.nn.Module,
         bias: torch.Tensor | None,
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
@@ -167,22 +158,22 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         source = x if dropped is None else dropped
-        a, b = _joined(a_RI, b_OR, start, x.dtype)
+        a, b = joined(a_RI, b_OR, start, x.dtype)
         low = F.linear(source, a)
-        out = F.linear(x, full_weight(weight), bias)
+        out = F.linear(x, full_weight(base, x.dtype), bias)
         flat = out.view(-1, out.shape[-1])
         flat.addmm_(low.reshape(-1, low.shape[-1]), b.t(), alpha=scaling)
         if start is not None:
             low = low[..., : len(a_RI)].clone()  # the frozen half needs no gradient, so it is not kept
         ctx.save_for_backward(source, low, a_RI, b_OR)
-        ctx.weight, ctx.start, ctx.scaling, ctx.has_dropout = weight, start, scaling, dropped is not None
+        ctx.base, ctx.start, ctx.scaling, ctx.has_dropout = base, start, scaling, dropped is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source, low, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grads[0].reshape(-1, grads[0].shape[-1])
-        a, b = _joined(a_RI, b_OR, ctx.start, grad_NO.dtype)
+        a, b = joined(a_RI, b_OR, ctx.start, grad_NO.dtype)
         low_NR = low.reshape(-1, low.shape[-1])
         grad_low_NR = (grad_NO @ b).mul_(ctx.scaling)
         trained_NR = grad_low_NR[:, : len(a_RI)]
@@ -191,7 +182,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_b = (grad_NO.t() @ low_NR).mul_(ctx.scaling).to(b_OR.dtype)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_NI = grad_NO @ full_weight(ctx.weight)
+            grad_NI = grad_NO @ full_weight(ctx.base, grad_NO.dtype)
             if not ctx.has_dropout:
                 grad_NI.addmm_(grad_low_NR, a)
             grad_x = grad_NI.view(shape)

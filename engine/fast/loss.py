@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from qlora_tui.engine.fast import compiled
+
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits held at once unless a chunk is asked for: 256 MiB in float32, so 523 tokens at a vocabulary of 128,256."""
 
@@ -70,6 +72,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(hidden_nH: torch.Tensor, labels_n: torch.Tensor, head: Head, losses_n: torch.Tensor, grad_nH: torch.Tensor | None) -> None:
     """Write a chunk's losses, and its hidden gradient where one is wanted; its logits are gone before the next chunk's are made."""
+    if hidden_nH.dtype != torch.float32 and not compiled.why_not(hidden_nH.device):
+        from qlora_tui.engine.fast import kernels  # imports Triton
+
+        logits_nV = torch.nn.functional.linear(hidden_nH, head.weight_VH, head.bias_V)
+        losses_n.copy_(kernels.cross_entropy_(logits_nV, labels_n, head.softcap, gradient=grad_nH is not None))
+        if grad_nH is not None:
+            torch.mm(logits_nV, head.weight_VH, out=grad_nH)
+        return
     logits_nV = head.logits(hidden_nH)
     lse_n = torch.logsumexp(logits_nV, dim=-1)
     losses_n.copy_(lse_n - logits_nV.gather(1, labels_n[:, None]).squeeze(1))

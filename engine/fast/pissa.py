@@ -20,7 +20,8 @@ from collections.abc import Mapping
 import torch
 from peft import LoraConfig
 
-from qlora_tui.engine.fast.lora import ADAPTER, full_weight, fused
+from qlora_tui.engine.fast.base import full_weight
+from qlora_tui.engine.fast.lora import ADAPTER, fused
 
 _MORE, _ROUNDS = 16, 8  # extra directions and power rounds of the randomized decomposition: within 1 % of the exact one
 
@@ -31,7 +32,7 @@ def start(model: torch.nn.Module) -> None:
     A and B begin at exactly what is subtracted, in the base's type, so the first forward pass is the base's.
     """
     for _, layer in fused(model):
-        weight = full_weight(layer.get_base_layer().weight)
+        weight = full_weight(layer.get_base_layer(), torch.float32)
         a, b = main_directions(weight.float(), layer.r[ADAPTER], layer.scaling[ADAPTER])
         frozen = (a.to(weight.dtype), b.to(weight.dtype))
         for part, value in zip((layer.lora_A, layer.lora_B), frozen, strict=True):

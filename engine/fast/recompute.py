@@ -6,14 +6,47 @@ all layers or none. Non-reentrant: a fault between forward and backward raises i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from qlora_tui.engine.fast.offload import Offload
+
+
+class Pass(Enum):
+    """Which pass a layer is in: one that keeps, the first of two, or the second, of which only what is kept is wanted."""
+
+    KEEP = 0
+    FIRST = 1
+    AGAIN = 2
+
+
+class _Now(threading.local):
+    """A layer is computed again by the thread that goes back, which is autograd's own on a card."""
+
+    which = Pass.KEEP
+
+
+_NOW = _Now()
+
+
+def current_pass() -> Pass:
+    """Return the pass of the layer that this thread computes."""
+    return _NOW.which
+
+
+@contextmanager
+def _within(which: Pass) -> Iterator[None]:
+    before, _NOW.which = _NOW.which, which
+    try:
+        yield
+    finally:
+        _NOW.which = before
 
 
 def recompute(layers: torch.nn.ModuleList, number: int, *, dropout: bool, offload: Offload | None = None) -> None:
@@ -51,4 +84,8 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
         with nullcontext() if self.offload is None else self.offload.hooks(args[0], *self.place):  # hidden states come first
-            return checkpoint(self.inner, *args, use_reentrant=False, preserve_rng_state=self.dropout, **kwargs)
+            return checkpoint(self.inner, *args, use_reentrant=False, preserve_rng_state=self.dropout, context_fn=_passes, **kwargs)
+
+
+def _passes() -> tuple[Any, Any]:
+    return _within(Pass.FIRST), _within(Pass.AGAIN)

@@ -16,24 +16,25 @@ PROGRAMS = ("trl", "sft.py", "llamafactory-cli", "train_bash.py", "axolotl", "un
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 _SETTING = re.compile(r"([A-Za-z_]\w*)=(.*)")
 _NUMBER = re.compile(r"-?(\d|\.\d)")
+_LONGEST = 10_000
 
 
 def read(path: Path, text: str, where: str) -> Source:
     """Return the options of the first command of a known tool in `text`.
 
     Raises:
-        ConfigError: there is none, or its quotes do not close.
+        ConfigError: there is none, its quotes do not close, or a word of it grows too long.
     """
     variables: dict[str, str] = {}
     for line in text.replace("\\\n", " ").splitlines():
         words = _words(line, where)
         while words and (setting := _SETTING.fullmatch(words[0])):
-            variables[setting[1]] = _filled(setting[2], variables)
+            variables[setting[1]] = _filled(setting[2], variables, where)
             words = words[1:]
         place = next((place for place, word in enumerate(words) if PurePath(word).name in PROGRAMS), None)
         if place is not None and len(words) > place + 1:
             program = PurePath(words[place]).name
-            options = _options([_filled(word, variables) for word in words[place + 1 :]])
+            options = _options([_filled(word, variables, where) for word in words[place + 1 :]])
             return Source(path, "command line", options, hints=frozenset({program}))
     raise ConfigError(
         "no command of a known tool stands in it", hint=f"one that starts {', '.join(PROGRAMS[:3])} with its options", where=where
@@ -49,8 +50,15 @@ def _words(line: str, where: str) -> list[str]:
         return []
 
 
-def _filled(word: str, variables: dict[str, str]) -> str:
-    """Put the values of variables that the same file sets into `word`; others stay as they are."""
+def _filled(word: str, variables: dict[str, str], where: str) -> str:
+    """Put the values of variables that the same file sets into `word`; others stay as they are.
+
+    Raises:
+        ConfigError: it becomes longer than any setting: variables made of each other double with every line.
+    """
+    long = len(word) + sum(len(variables.get(match[1], "")) for match in _VARIABLE.finditer(word))
+    if long > _LONGEST:
+        raise ConfigError(f"a word of it stands for {long} characters, and no setting has so many", where=where)
     return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
 
 

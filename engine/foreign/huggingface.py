@@ -55,28 +55,25 @@ _WORD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 def optimizer(ledger: Ledger, path: str, value: Any) -> None:
     """Give the optimizer by its usual names; another one than AdamW is not here."""
-    known = _OPTIMIZERS.get(str(value))
-    if isinstance(value, Code):
-        ledger.map(path, "optim", value)
-    elif known is None:
-        ledger.change(path, "optim", "auto", f"{shown(path, value)} is not here, AdamW is; another learning rate may suit it")
-    elif known[1]:
-        ledger.change(path, "optim", *known)
-    else:
-        ledger.map(path, "optim", known[0])
+    _by_name(ledger, path, "optim", value, _OPTIMIZERS, ("auto", "is not here, AdamW is; another learning rate may suit it"))
 
 
 def schedule(ledger: Ledger, path: str, value: Any) -> None:
     """Give the course of the learning rate by its usual names."""
-    known = _SCHEDULES.get(str(value))
+    _by_name(ledger, path, "lr_scheduler_type", value, _SCHEDULES, ("cosine", "is not here; cosine falls to zero over the run"))
+
+
+def _by_name(ledger: Ledger, path: str, key: str, value: Any, names: Mapping[str, tuple[str, str]], other: tuple[str, str]) -> None:
+    """Give `key` the name that stands for `value` here, and say what differs; one without takes `other`, a name and the reason."""
+    known = names.get(str(value))
     if isinstance(value, Code):
-        ledger.map(path, "lr_scheduler_type", value)
+        ledger.map(path, key, value)
     elif known is None:
-        ledger.change(path, "lr_scheduler_type", "cosine", f"{shown(path, value)} is not here; cosine falls to zero over the run")
+        ledger.change(path, key, other[0], f"{shown(path, value)} {other[1]}")
     elif known[1]:
-        ledger.change(path, "lr_scheduler_type", *known)
+        ledger.change(path, key, *known)
     else:
-        ledger.map(path, "lr_scheduler_type", known[0])
+        ledger.map(path, key, known[0])
 
 
 def warmup(schedule_name: str, place: str = "") -> tuple[Rule, Rule]:
@@ -213,9 +210,9 @@ def no_bias(ledger: Ledger, path: str, value: Any) -> None:
 
 
 def eight_bits(ledger: Ledger, path: str, value: Any) -> None:
-    """Give a base of 8 bits, which is not here: 16 bits where they fit are nearer to the model than 4."""
+    """Give a base of 8 bits: one byte a weight, by other arithmetic than bitsandbytes'."""
     if value is True or number(value) == 8:
-        ledger.change(path, "method", "auto", "a base of 8 bits is not here: 16 bits where they fit, else 4")
+        ledger.map(path, "method", "lora-8bit")
     else:
         ledger.drop(path, "off: it does nothing")
 

@@ -144,6 +144,9 @@ class Ledger:
             told = EXPRESSION if isinstance(value, Code) else one_line(error.problem.message)
             self.drop(path, f"{told}; {key} is what it would be without it", CHANGES)
             return
+        if read == "" and KEYS[key].default != "":
+            self.drop(path, f"it is empty; {key} is what it would be without it")
+            return
         if key in self.values and self.values[key] != read:
             self.drop(path, f"{key} is already {shown(key, self.values[key])} by another setting", CHANGES)
             return

@@ -5,7 +5,8 @@ endpoint does. Everything is kept in the run folder, line by line, so that nothi
 imports torch, and nothing here opens a connection but `Endpoint.ask`.
 """
 
-from qlora_tui.engine.judge.endpoint import USUAL_KEY, Endpoint, address, is_loopback, key_from
+from qlora_tui.engine.hooks import is_loopback
+from qlora_tui.engine.judge.endpoint import USUAL_KEY, Endpoint, address, key_from
 from qlora_tui.engine.judge.judging import Judged, Todo, judge, todo
 from qlora_tui.engine.judge.kept import (
     ANSWER_TOKENS,

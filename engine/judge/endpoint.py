@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 
 from qlora_tui.engine.aside import aside
 from qlora_tui.engine.errors import ConfigError, EngineError, FetchError
+from qlora_tui.engine.hooks import is_loopback
 from qlora_tui.engine.judge.question import Message
 from qlora_tui.engine.text import one_line, redact
 
@@ -247,15 +247,6 @@ def address(text: str, *, plain_http: bool = False) -> str:
         raise ConfigError(told, hint="say https://, or --allow-plain-http in a network of your own", where=where)
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}{'' if path.endswith(_PATH) else _PATH}"
-
-
-def is_loopback(url: str) -> bool:
-    """Say whether `url` names this machine itself."""
-    host = urlsplit(url.strip()).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def key_from(name: str, *, loopback: bool) -> str:

@@ -12,7 +12,7 @@ from qlora_tui.engine.events import Finished, Record
 from qlora_tui.engine.places import replace_file
 from qlora_tui.engine.report import markdown, page
 from qlora_tui.engine.report.markdown import md
-from qlora_tui.engine.report.sections import outcome, sections
+from qlora_tui.engine.report.sections import all_sections, outcome
 from qlora_tui.engine.report.seen import Seen, see
 from qlora_tui.engine.text import redact
 
@@ -33,12 +33,12 @@ def write(folder: Path, records: Iterable[Record], word: Finished | None = None)
 
 def render(seen: Seen, folder: Path) -> str:
     """Return the report as Markdown."""
-    return markdown.write(_title(seen, folder), outcome(seen), sections(seen, folder))
+    return markdown.write(_title(seen, folder), outcome(seen), all_sections(seen, folder))
 
 
 def render_page(seen: Seen, folder: Path) -> str:
     """Return the report as one HTML page."""
-    return page.write(_title(seen, folder), outcome(seen), sections(seen, folder))
+    return page.write(_title(seen, folder), outcome(seen), all_sections(seen, folder))
 
 
 def _title(seen: Seen, folder: Path) -> str:

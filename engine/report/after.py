@@ -29,9 +29,13 @@ def judged(seen: Seen, folder: Path) -> Iterator[Block]:
 
 
 def exports(seen: Seen, folder: Path) -> Iterator[Block]:
-    """Say what was exported and how far it is from the adapter."""
+    """Say what was exported and how far it is from the adapter; a record that another version or a hand left odd is said to be so."""
     for record in records.read_list(folder):
-        yield Points([f"{word}: {text}" for word, text in words.lines(record)])
+        try:
+            told = [f"{word}: {text}" for word, text in words.lines(record)]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            told = [f"{records.LIST} holds a record that this version cannot read"]
+        yield Points(told)
 
 
 def _judge(found: judge.Tally) -> str:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.engine import spent
 from qlora_tui.engine.events import Evaluated, Finding, Phase, Probed
-from qlora_tui.engine.report import after
+from qlora_tui.engine.report import after, cost
 from qlora_tui.engine.report.blocks import Bars, Block, Code, Curves, Figure, Figures, Line, Points, Quote, Section, Table, Text, Tone
 from qlora_tui.engine.report.seen import Seen
 from qlora_tui.engine.score import IMPROVEMENT_NATS
@@ -38,7 +37,7 @@ _PLANNED = (
 )
 
 
-def sections(seen: Seen, folder: Path) -> list[Section]:
+def all_sections(seen: Seen, folder: Path) -> list[Section]:
     """Return everything that can be said of the run in `folder`; a section without anything to say is left out."""
     made = [Section(title, list(tell(seen, folder))) for title, tell in _SECTIONS]
     return [section for section in made if section.blocks]
@@ -271,8 +270,8 @@ def _samples(seen: Seen, folder: Path) -> Iterator[Block]:
 
 
 def _cost(seen: Seen, folder: Path) -> Iterator[Block]:
-    if lines := spent.section(folder):
-        yield Points(lines)
+    if told := cost.lines(seen):
+        yield Points(told)
 
 
 def _loading(seen: Seen, folder: Path) -> Iterator[Block]:

@@ -31,7 +31,11 @@ _SAMPLES = 400
 
 @dataclass(slots=True)
 class Seen:
-    """What a report or a summary needs of a journal."""
+    """What a report or a summary needs of a journal.
+
+    `made` are all steps that cost time, those included that a resume made void; `watts` are those that the device was seen to take;
+    `spans` are the first and last moment of each attempt.
+    """
 
     started: Started | None = None
     began: float = 0.0
@@ -47,6 +51,9 @@ class Seen:
     findings: list[Finding] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     device_peak_bytes: int = 0
+    made: list[Stepped] = field(default_factory=list)
+    watts: list[float] = field(default_factory=list)
+    spans: dict[int, tuple[float, float]] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
     finished: Finished | None = None
 
@@ -74,6 +81,7 @@ def see(records: Iterable[Record]) -> Seen:
         seen.began = seen.began or record.t
         seen.ended = record.t
         seen.attempts = record.attempt
+        seen.spans[record.attempt] = seen.spans.get(record.attempt, (record.t, 0.0))[0], record.t
         _see_one(seen, record.event)
     return seen
 
@@ -89,6 +97,8 @@ def _see_one(seen: Seen, event: Event) -> None:
             seen.phases[event.name] = event if known is None or (known.peak_bytes or 0) < (event.peak_bytes or 0) else known
         case Device():
             seen.device_peak_bytes = max(seen.device_peak_bytes, event.memory_ours_bytes or 0)
+            if isinstance(event.power_watts, (float, int)):
+                seen.watts.append(float(event.power_watts))
         case Resumed() | RolledBack():
             _cut(seen, event.to_step)
         case Prepared():
@@ -103,6 +113,7 @@ def _append(seen: Seen, event: Stepped | Evaluated | Probed | Sampled | Saved | 
     match event:
         case Stepped():
             seen.steps.append(event)
+            seen.made.append(event)
         case Evaluated():
             seen.evaluations = [item for item in seen.evaluations if not (event.manner and item.step == event.step)] + [event]
         case Probed():

@@ -26,7 +26,7 @@ from qlora_tui.engine.pace import Pace, Triple
 from qlora_tui.engine.rehearse import Rehearsed
 from qlora_tui.engine.sizes import checkpointed_layers
 from qlora_tui.engine.steptime import micro_batch, optimizer_seconds
-from qlora_tui.engine.timetable import EVALS, SAVES, cadence, measurements, saves
+from qlora_tui.engine.timetable import EVALS, LAST_WORDS, SAVES, cadence, measurements, saves
 from qlora_tui.engine.train.choices import Choices
 from qlora_tui.engine.train.limits import SAVING_SECONDS
 from qlora_tui.engine.train.loop import Loop
@@ -41,11 +41,6 @@ _TELL_SECONDS = 1.0
 _ADAPTER_ON = (1.0, 1.2, 1.55)  # times the base's measurement that one with the adapter takes: it starts half as many kernels more
 _REHEARSED, _MEASURED_ONCE = (0.88, 1.15), (0.7, 1.4)  # ranges of what one batch, and one measurement of the hold-out, say of all steps
 _PICKED_AT, _LEAST_PICKED = 20, 40  # a step at which enough is measured to pick steps anew; before it never fewer than these
-_LAST_WORDS = (
-    0.2,
-    0.6,
-    2.5,
-)  # seconds of the tokenizer's files and the report, beside the adapter, which takes about as long as a checkpoint
 
 
 @dataclass(slots=True)
@@ -101,7 +96,7 @@ class Load:
     def _update(self) -> float:
         if self.update is None:
             speed = forecast.speed_of(self.choices.machine)
-            self.update = optimizer_seconds(self.choices.model, self.choices.run, self.choices.machine, speed) if speed else 0.0
+            self.update = optimizer_seconds(self.choices.model, self.choices.run, speed) if speed else 0.0
         return self.update
 
 
@@ -312,9 +307,9 @@ class Ahead:
         recording = self._recording_to_come()
         low, middle, high = low + 0.5 * recording, middle + recording, high + 2 * recording
         return (
-            low + least * saved * 0.8 + sampled * 0.8 + _LAST_WORDS[0] + saved * 0.5,
-            middle + most * saved + sampled + heat + _LAST_WORDS[1] + saved,
-            high + most * saved * 1.3 + sampled * 1.3 + heat * 1.5 + _LAST_WORDS[2] + saved * 2,
+            low + least * saved * 0.8 + sampled * 0.8 + LAST_WORDS[0] + saved * 0.5,
+            middle + most * saved + sampled + heat + LAST_WORDS[1] + saved,
+            high + most * saved * 1.3 + sampled * 1.3 + heat * 1.5 + LAST_WORDS[2] + saved * 2,
         )
 
     def _recording_to_come(self) -> float:

@@ -22,10 +22,12 @@ from peft.tuners.lora import LoraLayer
 
 from qlora_tui.engine.errors import FenceError
 from qlora_tui.engine.events import Finding
+from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.lora import adapter_parts
 from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.meter import RandomState, set_torch_generators, torch_generators
 from qlora_tui.engine.train.lent import Lent, switches
+from qlora_tui.engine.train.optim import Kind
 
 _SETUP, _IDLE, _STEP, _EXCURSION = "the preparations", "the time between steps", "an optimizer step", "an evaluation"
 _ADVICE = ("nothing was changed; please report it, with log.txt",)
@@ -58,6 +60,7 @@ class Fence:
         self._owner_name = threading.current_thread().name
         self._phase = self._rest = _SETUP
         self._trained = trainable(model)
+        self._updated = dict(self._trained)  # and what the optimizer has in their place
         self._frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         self._modules = list(model.modules())
         self._layers = [module for module in self._modules if isinstance(module, LoraLayer)]
@@ -67,6 +70,7 @@ class Fence:
         self._lent = Lent(loaded)
         self._switches = switches()
         self._optimizer: torch.optim.Optimizer | None = None
+        self._flat: Flat[Kind] | None = None
         self._looked = False
         self._drawn: list[torch.Tensor] = []  # where torch's generators stood after the last step
         self._draws: bool | None = None  # whether a step draws random numbers at all; the first one shows it
@@ -74,9 +78,10 @@ class Fence:
         self._refusals = 0
         self._close(loaded)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Guard the optimizer's step too, and hold its learning rates to the schedule."""
-        self._optimizer = optimizer
+    def attach(self, optimizer: torch.optim.Optimizer, flat: Flat[Kind]) -> None:
+        """Guard the optimizer's step too, hold its learning rates to the schedule, and what is trained to where the optimizer works."""
+        self._optimizer, self._flat = optimizer, flat
+        self._updated |= {f"group {number} of the optimizer": group.parameter for number, group in enumerate(flat.groups, 1)}
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     @property
@@ -112,7 +117,7 @@ class Fence:
         if self._drawn:
             self._undo_draws(self._drawn, "between two steps, outside an evaluation")
         before = torch_generators()
-        if any(parameter.grad is not None for parameter in self._trained.values()):
+        if any(parameter.grad is not None for parameter in self._updated.values()):
             raise FenceError("before a step: gradients were left that do not belong to it")
         self._phase, self._rest, self._looked = _STEP, _IDLE, False
         try:
@@ -225,9 +230,12 @@ class Fence:
             yield "an adapter is merged into its base"
 
     def _set_faults(self) -> Iterator[str]:
-        missing = [name for name, parameter in self._trained.items() if parameter.grad is None]
+        missing = [name for name, parameter in self._updated.items() if parameter.grad is None]
         if missing:
-            yield f"{len(missing)} of {len(self._trained)} trained tensors have no gradient ({', '.join(missing[:2])})"
+            yield f"{len(missing)} of {len(self._updated)} trained tensors have no gradient ({', '.join(missing[:2])})"
+        if strays := self._flat.strays() if self._flat else []:
+            names = [name for name, parameter in self._updated.items() if any(parameter is stray for stray in strays)]
+            yield f"{len(names)} trained tensors or their gradients lie where no step reaches them ({', '.join(names[:2])})"
         if not all(map(_asks, self._trained.values())):
             yield "a trained tensor no longer asks for gradients"
         if any(map(_asks, self._frozen)):

@@ -45,7 +45,7 @@ from qlora_tui.engine.train.holdout import Holdout, poll_for
 from qlora_tui.engine.train.keeper import Keeper
 from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.train.loop import Loop
-from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer
+from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer, flatten
 from qlora_tui.engine.train.parking import FOLDER
 from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.samples import Samples
@@ -122,7 +122,7 @@ def _train(job: Job) -> Generator[Event, None, Result]:
         loaded = load(choices.run, folder, job.machine)
     if device.type == "cuda" and sees_whole_rows(choices.model, choices.run, max(choices.lengths)):
         attend_without_mask(loaded)
-    note = NOT_ON_A_CPU if device.type == "cpu" else ""
+    note = NOT_ON_A_CPU if device.type == "cpu" else _layers_told(loaded.why_plain)
     yield Phase("load", "end", seconds=time.monotonic() - began, note=note, **meter.told("load"))
     fence = Fence(loaded)
     if choices.run.perplexity_filter:
@@ -141,6 +141,10 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     result = yield from ahead.follow(_through(job, ahead, folder, planned))
     choices.remember(meter, ahead.timed, rehearsed, ahead.around(taken), halved=loop.gradient.halving.times > 0)
     return result
+
+
+def _layers_told(why_plain: str) -> str:
+    return f"layers run as transformers has them: {why_plain}" if why_plain else "layers are fused"
 
 
 def _through(job: Job, ahead: Ahead, folder: Path, planned: Callable[[int], Planned]) -> Generator[Event, None, Result]:
@@ -308,11 +312,12 @@ def _sift(
 def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: Tokenized, meter: Meter, folder: Path) -> Loop:
     run, total, device = choices.run, _total(choices.run, tokenized), loaded.device
     halving = partial(Halving, rows=rows_at_once(run), device=device, refuse=choices.refuse)
-    optimizer = build_optimizer(run, trainable(loaded.model), device)
-    fence.attach(optimizer)
+    flat = flatten(run, trainable(loaded.model), device)
+    optimizer = build_optimizer(run, flat, device)
+    fence.attach(optimizer, flat)
     discard(job.folder / FOLDER)  # a pause that was killed
     loaded.model.train()
-    gradient = Gradient(loaded, fence.trained, halving("training"), run.loss_chunk_size, Thrash(device))
+    gradient = Gradient(loaded, flat, halving("training"), run.loss_chunk_size, Thrash(device))
     gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
     samples = _samples(job, run, loaded, fence, tokenized, meter, folder)
     holdout = Holdout(

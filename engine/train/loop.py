@@ -152,15 +152,14 @@ class Loop:
         lr = learning_rate(self.run, step, self.total) * self.rates.factor
         set_rate(self.optimizer, lr)
         loss, data_seconds = self._backward(rows, supervised)
-        parameters = self.fence.trained
-        norm = gradient_norm(parameters)
+        norm = gradient_norm(self.fence.trained)
         finite = math.isfinite(loss) and math.isfinite(norm)
         clipped = False
         if finite:
             self.fence.before_step(supervised, loss, norm, lr)
-            clipped = clip(parameters, norm, self.run.max_grad_norm)
+            clipped = clip(self.gradient.flat, norm, self.run.max_grad_norm)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradient.clear()
         took = Took(supervised, time.monotonic() - began, data_seconds)
         return Stepped(
             step, self.total, step / self.order.per_epoch, loss, norm, clipped, not finite, lr, **took.told(rows, self.loaded.device)

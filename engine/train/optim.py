@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
 
+from qlora_tui.engine.fast.flat import Flat
+from qlora_tui.engine.fast.states import EIGHT
 from qlora_tui.engine.spec import RunConfig
 
+MIN_8BIT = 4096
+"""Numbers from which a tensor's state has 8 bits; fewer cost little in 32, and one constant for 256 would be coarse."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -19,15 +23,58 @@ def choose_optimizer(run: RunConfig, device: torch.device) -> str:
     return ("paged_adamw_8bit" if device.type == "cuda" else "adamw_torch") if run.optim == "auto" else run.optim
 
 
-def build_optimizer(run: RunConfig, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer of `run` over `parameters` by name; each group's `scale` is its share of the learning rate."""
-    kinds = {
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "adamw_torch": torch.optim.AdamW,
-    }
+class Kind(NamedTuple):
+    """What parameters of one group share: `scale` is their share of the learning rate, `bits` those of the optimizer's state."""
+
+    scale: float
+    bits: int
+
+
+def flatten(run: RunConfig, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> Flat[Kind]:
+    """Move `parameters` into one buffer as the optimizer of `run` groups them.
+
+    With LoRA+ the B matrices learn faster. An 8-bit optimizer keeps the state of tensors below `MIN_8BIT` in 32 bits, such as
+    most of DoRA's lengths: that is bitsandbytes' own rule for a tensor alone, so a run gives the same bits either way and goes
+    on from checkpoints that were written tensor by tensor.
+
+    Source: Hayou, Ghosh and Yu, "LoRA+", 2024, section 3: B starts at zero and can take a larger step than A.
+    """
+    plain = choose_optimizer(run, device) == "adamw_torch"
+    faster = {name for name in parameters if run.loraplus_lr_ratio != 1 and ".lora_B." in name}
+    ordered = sorted(parameters, key=lambda name: name in faster)  # checkpoints count tensors in this order
+    kinds = [
+        Kind(run.loraplus_lr_ratio if name in faster else 1.0, 32 if plain or parameters[name].numel() < MIN_8BIT else EIGHT)
+        for name in ordered
+    ]
+    return Flat([parameters[name] for name in ordered], kinds)
+
+
+class _BitsByGroup:
+    """Lets each group say how many bits its state has; bitsandbytes goes by a tensor's size, and a group is always large."""
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Return bitsandbytes' settings for one tensor, with the group's own bits."""
+        settings: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]  # of the class that it is mixed into
+        return settings | {"optim_bits": group["bits"]}
+
+
+class AdamW8bit(_BitsByGroup, bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]  # bitsandbytes has no types
+    """8-bit AdamW; checkpoints know it by this name, which is bitsandbytes' own."""
+
+
+class PagedAdamW8bit(_BitsByGroup, bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]  # as above
+    """8-bit AdamW whose large states the driver may move to RAM; checkpoints know it by this name, which is bitsandbytes' own."""
+
+
+def build_optimizer(run: RunConfig, flat: Flat[Kind], device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer of `run` over what `flat` holds, one parameter for each group of it.
+
+    Each of its groups has a `scale`, its share of the learning rate, `bits` and `members`: which tensors it is made of.
+    """
+    kinds = {"paged_adamw_8bit": PagedAdamW8bit, "adamw_8bit": AdamW8bit, "adamw_torch": torch.optim.AdamW}
+    groups = [{"params": [group.parameter], "members": group.members, **group.kind._asdict()} for group in flat.groups]
     made: torch.optim.Optimizer = kinds[choose_optimizer(run, device)](
-        _groups(run, parameters), lr=run.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=run.weight_decay
+        groups, lr=run.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=run.weight_decay
     )
     return made
 
@@ -38,27 +85,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["scale"]
 
 
-def _groups(run: RunConfig, parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Return the parameters in one group, or with LoRA+ the B matrices in a second one that learns faster.
-
-    Source: Hayou, Ghosh and Yu, "LoRA+", 2024, section 3: B starts at zero and can take a larger step than A.
-    """
-    if run.loraplus_lr_ratio == 1:
-        return [{"params": list(parameters.values()), "scale": 1.0}]
-    faster = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
-    rest = [parameter for name, parameter in parameters.items() if ".lora_B." not in name]
-    return [{"params": rest, "scale": 1.0}, {"params": faster, "scale": run.loraplus_lr_ratio}]
-
-
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
     """Return the length of all gradients together, before clipping; this waits for the device once a step."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(grads))
 
 
-def clip(parameters: Iterable[torch.nn.Parameter], norm: float, longest: float) -> bool:
+def clip(flat: Flat[Kind], norm: float, longest: float) -> bool:
     """Scale gradients of length `norm` down to `longest`; say whether that was needed. A non-finite norm is the caller's to refuse."""
     if not longest or not math.isfinite(norm) or norm <= longest:
         return False
-    torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], longest / norm)
+    flat.scale(longest / norm)
     return True

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_tui.engine.errors import CheckpointError, SpaceError
 from qlora_tui.engine.fast.lora import fused
-from qlora_tui.engine.load import Loaded
+from qlora_tui.engine.load import Loaded, trainable
 from qlora_tui.engine.machine import ram_bytes
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.places import discard
@@ -52,7 +52,7 @@ class Parked:
         """
         fence.check("a pause", BETWEEN)
         self._fence, self._device = fence, loaded.device
-        self._small = [*_trained(optimizer), *_tensors(optimizer.state)]
+        self._small = [*trainable(loaded.model).values(), *_trained(optimizer), *_tensors(optimizer.state)]
         every = [*_of_model(loaded), *self._small]
         self._storages = _storages(every, loaded.device) if free and loaded.device.type in PARKED_FROM else {}
         self.bytes = sum(storage.nbytes() for storage in self._storages.values())
@@ -107,11 +107,11 @@ class Parked:
     def rescue(self) -> None:
         """Give the adapter and the optimizer's state their values in RAM for good: the run ends here, and they are saved once more."""
         self._fence.check("a save in a pause", BETWEEN)
+        held = {key: self._copy_of(key).untyped_storage() for key in {key for _, key in self._views} & self._storages.keys()}
         for tensor, key in self._views:
-            if key in self._storages:
-                held = self._copy_of(key).untyped_storage()
+            if key in held:
                 place = tensor.storage_offset(), tensor.shape, tensor.stride()
-                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(held, *place)
+                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(held[key], *place)
 
     def drop(self) -> None:
         """Remove what lies on the disk: the run ends, and its checkpoint has all of it that counts."""

@@ -18,12 +18,14 @@ from qlora_tui.engine.batches import Batch, collate, micro_batches
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Finding
+from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.graphs import Graphs
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.fast.recompute import offloading
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import RandomState, empty_cache, in_use, out_of_memory, said
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.train.optim import Kind
 
 MOST_HALVINGS = 3
 """Beyond this the estimate was wrong by a factor of eight: the run ends rather than crawl."""
@@ -86,7 +88,7 @@ class Gradient:
     """Computes the gradient of a step, and remembers what a person should know of it until the loop says it."""
 
     loaded: Loaded
-    parameters: list[torch.nn.Parameter]
+    flat: Flat[Kind]
     halving: Halving
     chunk: int
     thrash: Thrash
@@ -107,8 +109,6 @@ class Gradient:
             done, words = self._attempt(rows, supervised)
             if done is not None:
                 return done
-            for parameter in self.parameters:
-                parameter.grad = None
             self.release()
             start.restore()
             self._found.append(self.halving.halve(step, words))
@@ -121,12 +121,20 @@ class Gradient:
     def record(self, lengths: Sequence[int] | None) -> None:
         """Record batches of rows of `lengths` tokens from now on; with None, start each kernel by itself."""
         self.release()
-        self.graphs = None if lengths is None else Graphs(self.loaded.model, self.parameters, self.losses, lengths)
+        self.graphs = None if lengths is None else Graphs(self.loaded.model, self.flat, self.losses, lengths)
+
+    def clear(self) -> None:
+        """End a step: take the gradients back, and their memory too unless recorded batches write to that very place."""
+        if self.graphs is None:
+            self.flat.release()
+        else:
+            self.flat.clear()
 
     def release(self) -> None:
-        """Let go of recorded batches, whose memory is free then and what they were made of may change, and of pinned RAM."""
+        """Let go of recorded batches, gradients and pinned RAM: their memory is free, and what they were made of may change."""
         if self.graphs is not None:
             self.graphs.release()
+        self.flat.release()  # last: a recorded batch writes to where the gradients were
         layers = self.loaded.decoder.layers
         assert isinstance(layers, torch.nn.ModuleList)
         offload = offloading(layers)
@@ -165,8 +173,7 @@ class Gradient:
         The first batch of a run goes the plain way also where the others are replayed: libraries choose kernels and make
         workspaces at their first use, which no graph may hold.
         """
-        if self.graphs is not None:
-            self.graphs.lend()
+        self.flat.lend()
         if self.graphs is not None and self._warm:
             try:
                 return self.graphs.add(batch, supervised)

@@ -61,6 +61,7 @@ def _rehearse_once(choices: Choices, loop: Loop, tokenized: Tokenized) -> Genera
         train_rows=tokenized.train,
         eval_rows=tokenized.holdout,
         add=loop.gradient.add,
+        clear=loop.gradient.clear,
         rows_at_once=rows_at_once(run),
         warm=1 if loop.gradient.graphs is None else 2,
         repeats=run.gradient_accumulation_steps,

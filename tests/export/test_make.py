@@ -21,9 +21,9 @@ from qlora_tui.engine import models, preflight, report
 from qlora_tui.engine.errors import CheckpointError, ConfigError, JournalError, ModelError, SpaceError, Stopped, WontFit
 from qlora_tui.engine.events import Evaluated, Finding, Saved
 from qlora_tui.engine.export import kind_of, llama, merged, planned, records, room
-from qlora_tui.engine.export.make import make
+from qlora_tui.engine.export.make import Bench, make
 from qlora_tui.engine.export.source import open_run, trained_losses
-from qlora_tui.engine.export.target import Source, Work
+from qlora_tui.engine.export.target import Source, Target, Work
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.journal import Journal, RunLock
 from qlora_tui.engine.spec import RunConfig, from_values
@@ -246,6 +246,23 @@ def test_planned_exports_are_made_at_the_end_and_told(ran: Callable[..., Path], 
     assert all(record["parity"]["passed"] for record in records.read_list(folder))
 
 
+def test_what_comes_after_an_export_that_fails_is_told_as_well(
+    tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = planned.make
+
+    def broken(bench: Bench, target: Target, *rest: Any, **more: Any) -> dict[str, Any]:
+        if target.name == "merged":
+            raise ZeroDivisionError
+        return honest(bench, target, *rest, **more)
+
+    monkeypatch.setattr(planned, "make", broken)
+    run = run_of(tiny_model, write_jsonl(chat_rows), export_to=("ollama", "merged", "adapter"))
+    monkeypatch.setattr(planned, "problems", lambda *_: [])
+    finding = [event for event in drive(run, tmp_path / "broken").of(Finding) if event.detector == "export"][-1]
+    assert finding.advice == ("qlora-tui export broken --to merged", "qlora-tui export broken --to ollama")
+
+
 def run_of(tiny_model: Path, data: Path, **values: Any) -> RunConfig:
     usual: dict[str, Any] = {"method": "lora", "max_length": 256, "max_steps": 2, "gradient_checkpointing": "false"}
     return from_values({"model_name_or_path": str(tiny_model), "data": (str(data),), **usual, **values})
@@ -313,6 +330,23 @@ def test_the_command_exports_and_says_where_and_how_to_use_it(source: Source, tm
     assert document == json.loads((tmp_path / "a" / "export.json").read_text())
     assert document["files"]["adapter_model.safetensors"] > 0
     assert "## Exports" in (source.folder / report.REPORT).read_text()
+
+
+def test_a_report_that_cannot_be_written_takes_no_export_along(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(source.folder)
+    journal.write(Saved(3, "adapter", 1, "adapter"))
+    journal.close()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    assert command(source.folder, "--to", "adapter", "--out", tmp_path / "a") == 0
+    said = capsys.readouterr()
+    assert "the report could not be written anew" in said.err
+    assert "parity  passed" in said.out
 
 
 def test_the_command_ends_with_1_when_the_gate_refuses(

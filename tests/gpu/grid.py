@@ -1,12 +1,14 @@
 """Measured against predicted on a grid of configurations: peaks by phase and seconds a step.
 
-usage: grid.py run OUT.jsonl [--cpu] [--only TEXT] [--seconds N]     one JSON line a configuration, appended
-       grid.py table OUT.jsonl                                       the lines as a Markdown table, with median and worst error
+usage: grid.py run OUT.jsonl [--cpu] [--only TEXT,TEXT] [--seconds N]   a JSON line a configuration, appended
+       grid.py table OUT.jsonl                                          the lines as a Markdown table, with median and worst error
 
-Everything runs in one process, since starting one takes ten seconds; a configuration that would begin after N seconds is
-named and left out, and runs when the command is given again. `--cpu` runs the same code on tiny shapes: it proves the script and
-measures nothing of interest. Predictions are the formulas' own: what earlier configurations taught is forgotten, but for
-the speed of the card's pieces.
+Each configuration runs in a process of its own, as people's runs do: what earlier ones leave on a card (libraries' workspaces, cached
+blocks) would be measured as its own. The processes are forked from one that has imported torch and transformers, which takes most of
+a start, and has not asked CUDA. A configuration that would begin after N seconds is named and left out, and runs when the
+command is given again. `--only` takes those whose name has one of the texts. `--cpu` runs the same code on tiny shapes: it proves
+the script and measures nothing of interest. Predictions are the formulas' own: what earlier configurations taught is forgotten, but
+for the speed of the card's pieces.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -22,26 +26,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / ".pkg"), str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
-import shapes
-import torch
-from cases import CASES, Case
-from loop_driver import Ran
-
-from qlora_tui.engine import budget, forecast, measured
-from qlora_tui.engine.events import Phase, Planned, Record, Stepped
-from qlora_tui.engine.machine import Machine
-from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train.choices import as_before
+from cases import CASES, Case  # noqa: E402  found through the line above; what asks CUDA when it is imported is for the children
 
 GIB = 1 << 30
 WARM = 2
 MEASURED_AS = {"probe": "train", "train": "train", "eval": "eval", "save": "save", "load": "load"}
 
 
-def measure_case(case: Case, machine: Machine, folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """Run one configuration and return what the table needs of it."""
+def measure_case(case: Case, folder: Path, *, tiny: bool) -> dict[str, Any]:
+    """Run one configuration in this process and return what the table needs of it."""
+    import shapes
+    import torch
+
+    from qlora_tui.engine.events import Stepped
+
+    machine = shapes.device_of(tiny)
     spec = shapes.spec_of(case.shape, tiny=tiny)
     model = folder / "model"
     if case.saved:
@@ -60,8 +62,12 @@ def measure_case(case: Case, machine: Machine, folder: Path, *, tiny: bool) -> d
     return line | figures(ran, run, spec, machine)
 
 
-def figures(ran: Ran, run: RunConfig, spec: Any, machine: Machine) -> dict[str, Any]:
+def figures(ran: Any, run: Any, spec: Any, machine: Any) -> dict[str, Any]:
     """Return measured and predicted bytes by phase, and seconds a step."""
+    from qlora_tui.engine import budget, forecast, measured
+    from qlora_tui.engine.events import Phase, Planned, Record, Stepped
+    from qlora_tui.engine.train.choices import as_before
+
     steps = ran.of(Stepped)
     longest = round(steps[0].tokens / len(steps[0].rows))
     run = as_before(run, [Record(0, 0.0, 0, ran.of(Planned)[-1])])  # as it ran: nothing is left open
@@ -90,21 +96,33 @@ def figures(ran: Ran, run: RunConfig, spec: Any, machine: Machine) -> dict[str, 
 
 def run_all(out: Path, cases: Iterable[Case], *, cpu: bool, seconds: float) -> int:
     """Measure the cases that `out` does not hold yet; returns how many were left out for lack of time."""
+    from qlora_tui.engine.session import settle_libraries
+
+    settle_libraries()  # before torch is imported, as in any run
+    import transformers.models.auto.modeling_auto  # noqa: F401  the slow part of a start, once for all children
+
     done = {line["case"] for line in read(out)} if out.exists() else set()
     began, left = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as home:
-        shapes.use_home(Path(home))
-        machine = shapes.device_of(cpu)
+        os.environ |= {"QLORA_TUI_HOME": f"{home}/home", "HF_HUB_OFFLINE": "1"}
         for number, case in enumerate(case for case in cases if case.name not in done):
             if time.monotonic() - began > seconds:
                 print(f"left out: {case.name}", flush=True)
                 left += 1
                 continue
-            line = measure_case(case, machine, Path(home) / str(number), tiny=cpu)
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(short(line), flush=True)
+            child = multiprocessing.get_context("fork").Process(target=_alone, args=(case, out, Path(home) / str(number), cpu))
+            child.start()
+            child.join()
+            if child.exitcode:
+                print(f"{case.name}: its process ended with {child.exitcode}", flush=True)
     return left
+
+
+def _alone(case: Case, out: Path, folder: Path, cpu: bool) -> None:
+    line = measure_case(case, folder, tiny=cpu)
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(short(line), flush=True)
 
 
 def short(line: dict[str, Any]) -> str:
@@ -176,7 +194,8 @@ def main() -> int:
     if options.what == "table":
         print(table(read(options.out)))
         return 0
-    cases = [case for case in CASES if options.only.lower() in case.name.lower()]
+    wanted = options.only.lower().split(",")
+    cases = [case for case in CASES if any(text in case.name.lower() for text in wanted)]
     return min(1, run_all(options.out, cases, cpu=options.cpu, seconds=options.seconds))
 
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plain_kernels
 import pytest
 
+from qlora_tui.engine import fast
+from qlora_tui.engine.fast import compiled
+from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, from_values
 
 
 @pytest.fixture(autouse=True)
 def bits_can_be_compared(one_thread: None) -> None:
     """All tests of this folder sum in one order."""
+
+
+@pytest.fixture
+def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse layers as on a card, with the kernels' plain twins; bfloat16 runs alone are fused, as there."""
+    monkeypatch.setitem(sys.modules, "qlora_tui.engine.fast.kernels", plain_kernels)
+    monkeypatch.setattr(fast, "kernels", plain_kernels, raising=False)
+    monkeypatch.setattr(compiled, "why_not", lambda device: "")
+    monkeypatch.setattr(Machine, "kernels", True)
+    from qlora_tui.engine.fast import operations
+
+    monkeypatch.setattr(operations, "kernels", plain_kernels)
 
 
 @pytest.fixture

@@ -138,6 +138,7 @@ def test_a_pause_frees_every_block_of_the_run_and_saves_before_it_does(
 
     def look() -> None:
         parts = [*seen[0].loaded.model.parameters(), seen[0].loaded.head.weight_VH, *parking._tensors(seen[0].optimizer.state)]
+        parts.append(seen[0].gradient.flat._gradients)
         storages = [part.untyped_storage() for part in parts]
         seen.append([storage.nbytes() for storage in storages if storage.resizable()])
 

@@ -22,7 +22,7 @@ from qlora_tui.engine.events import Finding, Resumed, Stepped
 from qlora_tui.engine.load import load, trainable
 from qlora_tui.engine.resume import trained_with
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train.optim import build_optimizer
+from qlora_tui.engine.train.optim import build_optimizer, flatten
 
 Make = Callable[..., RunConfig]
 EVERY_PART = (*shelf.PARTS, "adapter_config.json", shelf.MANIFEST)
@@ -190,5 +190,6 @@ def test_sealed_parts_that_do_not_fit_are_refused(two: tuple[RunConfig, Path], f
         case _:
             (path / shelf.STATE).write_text(json.dumps({name: value for name, value in state.items() if name != "watch"}))
     loaded = load(run, Path(run.model_name_or_path), CPU)
+    optimizer_now = build_optimizer(run, flatten(run, trainable(loaded.model), loaded.device), loaded.device)
     with pytest.raises(CheckpointError, match=fault):
-        checkpoint.restore(sealed_again(path), loaded.model, build_optimizer(run, trainable(loaded.model), loaded.device))
+        checkpoint.restore(sealed_again(path), loaded.model, optimizer_now)

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.engine.batches import Batch
+from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.graphs import SIZES, Graphs, sizes
+
+FLAT = Flat([torch.nn.Parameter(torch.zeros(1))], [None])
 
 
 def batch_of(rows: int, length: int, supervised: int) -> Batch:
@@ -36,7 +39,7 @@ def test_few_rows_share_a_size(lengths: list[int]) -> None:
 def test_a_shape_holds_its_batch_and_little_more(rows: int, lengths: list[int], data: st.DataObject) -> None:
     length = data.draw(st.sampled_from(lengths))
     supervised = data.draw(st.integers(1, rows * length))
-    graphs = Graphs(torch.nn.Linear(1, 1), [], lambda *_: torch.zeros(1), lengths)
+    graphs = Graphs(torch.nn.Linear(1, 1), FLAT, lambda *_: torch.zeros(1), lengths)
     shape = graphs.shape(batch_of(rows, length, supervised))
     assert shape.rows == rows
     assert length <= shape.length <= max(lengths)
@@ -45,5 +48,5 @@ def test_a_shape_holds_its_batch_and_little_more(rows: int, lengths: list[int], 
 
 
 def test_a_row_longer_than_all_that_were_told_has_a_shape_of_its_own() -> None:
-    graphs = Graphs(torch.nn.Linear(1, 1), [], lambda *_: torch.zeros(1), [10, 20])
+    graphs = Graphs(torch.nn.Linear(1, 1), FLAT, lambda *_: torch.zeros(1), [10, 20])
     assert graphs.shape(batch_of(1, 30, 30)) == (1, 30, 30)

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import plain_kernels
 import pytest
 import torch
 from live_bytes import LiveBytes
 from torch.utils.checkpoint import checkpoint
 
-from qlora_tui.engine import models, moments
+from qlora_tui.engine import fused, models, moments
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.evaluate import measure
 from qlora_tui.engine.fast.lora import _product
@@ -25,7 +26,7 @@ from qlora_tui.engine.fast.loss import Head, token_losses
 from qlora_tui.engine.load import Loaded, load, trainable
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train.optim import build_optimizer
+from qlora_tui.engine.train.optim import build_optimizer, flatten
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash
 
 CPU = Machine("cpu", "cpu", 1 << 34, cores=1)
@@ -76,6 +77,8 @@ GRID = [
     settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
     settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
     settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),
+    settings("llama", 4, 2, 128, ALL, method="lora-8bit"),
+    settings("qwen2", 4, 2, 128, NONE, method="lora-8bit"),
     settings("qwen3", 4, 4, 128, ALL, loss_chunk_size=64),
     settings("qwen3", 4, 2, 128, NONE, bnb_4bit_use_double_quant=False),
 ]
@@ -129,22 +132,20 @@ def make(folder: Path, kind: str, layers: int, rows: int, length: int, changes: 
 def train_peak(run: RunConfig, loaded: Loaded, rows: int, length: int) -> int:
     """The peak of a second optimizer step, through the engine's own gradient and optimizer."""
     loaded.model.train()
-    parameters = trainable(loaded.model)
-    optimizer = build_optimizer(run, parameters, loaded.device)
+    flat = flatten(run, trainable(loaded.model), loaded.device)
+    optimizer = build_optimizer(run, flat, loaded.device)
 
     def refuse(said: str) -> Any:
         raise AssertionError(said)
 
-    gradient = Gradient(
-        loaded, list(parameters.values()), Halving("a test", rows, loaded.device, refuse), run.loss_chunk_size, Thrash(loaded.device)
-    )
+    gradient = Gradient(loaded, flat, Halving("a test", rows, loaded.device, refuse), run.loss_chunk_size, Thrash(loaded.device))
     with LiveBytes(held(loaded.model)) as live:
         for _ in range(2):
             live.reset()
             step = rows_of(rows * run.gradient_accumulation_steps, length)
             gradient.add(step, length * len(step))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradient.clear()
     return live.peak
 
 
@@ -166,8 +167,9 @@ def test_a_step_takes_what_the_formulas_say(
         ("gemma3_text", {}),
         ("gemma2", {"attn_implementation": "eager"}),
         ("llama", {"dtype": "float32", "loss_chunk_size": 64}),
+        ("llama", {"method": "lora-8bit"}),
     ],
-    ids=["llama", "phi3 in 16 bits", "gemma3", "gemma2", "llama in 32 bits, small chunks"],
+    ids=["llama", "phi3 in 16 bits", "gemma3", "gemma2", "llama in 32 bits, small chunks", "llama in 8 bits"],
 )
 def test_loading_and_measuring_take_what_the_formulas_say(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     run, parts = make(tmp_path, kind, 4, 2, 256, dict(changes))
@@ -199,10 +201,10 @@ def test_a_loss_that_goes_back_twice_raises_and_is_never_wrong() -> None:
 
 
 def test_a_recomputed_input_is_gone_before_its_gradient_is_made() -> None:
-    x, weight = torch.randn(16, 4, requires_grad=True), torch.randn(4, 4000)
+    x, base = torch.randn(16, 4, requires_grad=True), torch.nn.Linear(4000, 4, bias=False).requires_grad_(False)
     a, b = torch.randn(2, 4000, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    with LiveBytes([x, weight, a, b]) as live:
-        out = checkpoint(lambda x: _product(x.repeat(1, 1000), None, weight, None, a, b, None, 1.0), x, use_reentrant=False)
+    with LiveBytes([x, base.weight, a, b]) as live:
+        out = checkpoint(lambda x: _product(x.repeat(1, 1000), None, base, None, a, b, None, 1.0), x, use_reentrant=False)
         out.sum().backward()
     assert live.peak - live.held < 1.4 * 16 * 4000 * 4
 
@@ -217,3 +219,63 @@ def test_the_tracker_counts_each_storage_once_and_until_it_is_freed() -> None:
         del view
         assert live.now == 0
     assert live.peak == 8000
+
+
+FUSED = [
+    *(settings(kind, 5, 2, 128, checkpointing) for kind in ("llama", "qwen3", "phi3", "gemma3_text") for checkpointing in (ALL, "2", NONE)),
+    settings("mistral", 4, 2, 128, ALL, sliding_window=64),
+    settings("qwen2", 4, 8, 32, ALL, lora_r=4),
+    settings("qwen2", 4, 1, 384, NONE, lora_r=64),
+    settings("llama", 4, 2, 128, NONE, method="lora"),
+    settings("llama", 4, 2, 128, ALL, method="lora-8bit"),
+    settings("llama", 4, 2, 128, ALL, init_lora_weights="pissa", method="lora"),
+    settings("llama", 4, 2, 128, NONE, lora_target_modules=("gate_proj", "up_proj")),
+    settings("llama", 4, 2, 128, "2", lora_target_modules=("q_proj", "v_proj")),
+    settings("qwen3", 4, 4, 128, ALL, loss_chunk_size=64),
+]
+
+
+@pytest.fixture
+def small_tiles(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_tui.engine.fast import operations
+
+    monkeypatch.setattr(fused, "TILE", 64)
+    monkeypatch.setattr(operations, "TILE", 64)
+
+
+@pytest.mark.parametrize(("kind", "layers", "rows", "length", "changes"), FUSED)
+def test_a_step_of_fused_layers_takes_what_the_formulas_say(
+    tmp_path: Path, small_tiles: None, kind: str, layers: int, rows: int, length: int, changes: dict[str, Any]
+) -> None:
+    run, parts = make(tmp_path, kind, layers, rows, length, dict(changes))
+    loaded = load(run, tmp_path, CPU)
+    assert loaded.why_plain == ""
+    assert parts.batch.fused
+    measured = train_peak(run, loaded, rows, length)
+    predicted = max(seen(items) for items in parts.training())
+    assert predicted == pytest.approx(measured, rel=0.012)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3_text"])
+def test_measuring_with_fused_layers_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, kind: str) -> None:
+    run, parts = make(tmp_path, kind, 4, 2, 256, {})
+    loaded = load(run, tmp_path, CPU)
+    loaded.model.eval()
+    with LiveBytes(held(loaded.model)) as live:
+        list(measure(loaded, rows_of(2, 256), 2, lambda: None))
+    predicted = max(seen(items, "optimizer") for items in parts.evaluating())
+    assert predicted == pytest.approx(live.peak, rel=0.03)
+
+
+def test_what_is_said_of_kernels_without_torch_is_what_they_are(small_tiles: None) -> None:
+    from qlora_tui.engine.families import FAMILIES
+    from qlora_tui.engine.fast import layers
+
+    assert set(layers.FORMS) == {name for name, family in FAMILIES.items() if family.kernels}
+    assert fused.WIDEST_ROW == plain_kernels.WIDEST_ROW
+
+
+def test_tiles_are_as_long_as_the_budget_says() -> None:
+    source = Path(fused.__file__).parent / "fast"
+    assert f"TILE = {fused.TILE}\n" in (source / "operations.py").read_text()
+    assert f"WIDEST_ROW = 1 << {fused.WIDEST_ROW.bit_length() - 1}\n" in (source / "kernels.py").read_text()

@@ -226,11 +226,26 @@ def rate_by_hand(it: loop.Loop) -> None:
     it.optimizer.param_groups[0]["lr"] *= 2
 
 
+def elsewhere(parameter: torch.nn.Parameter) -> None:
+    parameter.data = parameter.data.clone()
+
+
+def gradient_elsewhere(it: loop.Loop) -> None:
+    it.fence.trained[0].grad = torch.zeros_like(it.fence.trained[0])
+
+
 AROUND_THE_DOORS: dict[str, tuple[Race, str]] = {
     "1 switched off": (off_by_hand, "switched off"),
     "1 merged": (merge_by_hand, "merged"),
     "1 frozen": (lambda it: it.fence.trained[0].requires_grad_(False), "no longer asks for gradients"),
     "1 gradients dropped": (lambda it: it.optimizer.zero_grad(set_to_none=True), "have no gradient"),
+    "1 gradients of one tensor dropped": (lambda it: setattr(it.fence.trained[0], "grad", None), "have no gradient"),
+    "1 gradients elsewhere": (gradient_elsewhere, "1 trained tensors or their gradients lie where no step reaches them"),
+    "1 values elsewhere": (lambda it: elsewhere(it.fence.trained[0]), "1 trained tensors or their gradients lie where"),
+    "1 the optimizer's values elsewhere": (
+        lambda it: elsewhere(it.optimizer.param_groups[0]["params"][0]),
+        "lie where no step reaches them",
+    ),
     "1 base thawed": (lambda it: it.fence._frozen[0].requires_grad_(True), "frozen tensor"),
     "1 adapter added": (lambda it: first_layer(it).lora_A.add_module("other", torch.nn.Identity()), "added or taken away"),
     "2 eval left on": (eval_by_hand, "not in training mode"),

@@ -27,7 +27,7 @@ from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.models import from_folder
 from qlora_tui.engine.spec import RunConfig, rows_per_step
 from qlora_tui.engine.train import choices, step
-from qlora_tui.engine.train.optim import build_optimizer
+from qlora_tui.engine.train.optim import build_optimizer, flatten
 
 Make = Callable[..., RunConfig]
 Bits = dict[str, torch.Tensor]
@@ -112,13 +112,15 @@ def rows(run_of: Make) -> Any:
     return prepare(run, load_data(run), load_tokenizer(Path(run.model_name_or_path)))
 
 
-def cast_of(loaded: Loaded, rows: Any, optimizer: torch.optim.Optimizer, **changes: Any) -> rehearse.Cast:
-    halving = step.Halving("training", 2, loaded.device, WontFit)
-    gradient = step.Gradient(loaded, list(trainable(loaded.model).values()), halving, 0, step.Thrash(loaded.device))
+def cast_of(loaded: Loaded, rows: Any, optim: str, **changes: Any) -> rehearse.Cast:
+    run = dataclasses.replace(RunConfig(), optim=optim)
+    flat = flatten(run, trainable(loaded.model), loaded.device)
+    gradient = step.Gradient(loaded, flat, step.Halving("training", 2, loaded.device, WontFit), 0, step.Thrash(loaded.device))
     usual: dict[str, Any] = {
         "train_rows": rows.train,
         "eval_rows": rows.holdout,
         "add": gradient.add,
+        "clear": gradient.clear,
         "rows_at_once": 2,
         "repeats": 2,
         "chunk": 0,
@@ -127,7 +129,7 @@ def cast_of(loaded: Loaded, rows: Any, optimizer: torch.optim.Optimizer, **chang
         "warm": 1,
         "poll": lambda: None,
     }
-    return rehearse.Cast(loaded=loaded, optimizer=optimizer, **{**usual, **changes})
+    return rehearse.Cast(loaded=loaded, optimizer=build_optimizer(run, flat, loaded.device), **{**usual, **changes})
 
 
 def through(cast: rehearse.Cast) -> tuple[list[Phase], rehearse.Rehearsed]:
@@ -140,10 +142,9 @@ def through(cast: rehearse.Cast) -> tuple[list[Phase], rehearse.Rehearsed]:
 
 
 def test_the_longest_rows_go_through_and_a_step_is_really_taken(loaded: Loaded, rows: Any) -> None:
-    optimizer = build_optimizer(dataclasses.replace(RunConfig(), optim="adamw_torch"), trainable(loaded.model), loaded.device)
     seen: list[tuple[tuple[int, ...], int]] = []
-    cast = cast_of(loaded, rows, optimizer)
-    real, stepped, moved = cast.add, optimizer.step, []
+    cast = cast_of(loaded, rows, "adamw_torch")
+    real, stepped, moved = cast.add, cast.optimizer.step, []
 
     def add(part: Any, supervised: int) -> object:
         seen.append((tuple(row.row for row in part), supervised))
@@ -155,7 +156,7 @@ def test_the_longest_rows_go_through_and_a_step_is_really_taken(loaded: Loaded, 
         stepped()
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, trainable(loaded.model).values(), strict=True)))
 
-    optimizer.step = step_once  # type: ignore[method-assign]
+    cast.optimizer.step = step_once  # type: ignore[method-assign]
     _, found = through(dataclasses.replace(cast, add=add))
     expected = tuple(row.row for row in longest(rows.train, 2))
     assert {part for part, _ in seen} == {expected}
@@ -170,8 +171,7 @@ def test_the_longest_rows_go_through_and_a_step_is_really_taken(loaded: Loaded, 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_everything_is_put_back_even_when_memory_runs_out(loaded: Loaded, rows: Any, optim: str, fails_at: int) -> None:
-    optimizer = build_optimizer(dataclasses.replace(RunConfig(), optim=optim), trainable(loaded.model), loaded.device)
-    cast = cast_of(loaded, rows, optimizer)
+    cast = cast_of(loaded, rows, optim)
     real, calls = cast.add, []
 
     def add(part: Any, supervised: int) -> object:
@@ -189,15 +189,15 @@ def test_everything_is_put_back_even_when_memory_runs_out(loaded: Loaded, rows: 
     assert all(parameter.grad is None for parameter in trainable(loaded.model).values())
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), numbers)
-    for state in optimizer.state.values():
+    for state in cast.optimizer.state.values():
         assert int(state["step"]) == 0
         assert not any(part.any() for name, part in state.items() if isinstance(part, torch.Tensor) and not name.startswith("qmap"))
 
 
 def test_the_state_is_emptied_in_place_and_the_quantization_maps_stay(loaded: Loaded, rows: Any) -> None:
-    optimizer = build_optimizer(dataclasses.replace(RunConfig(), optim="adamw_8bit"), trainable(loaded.model), loaded.device)
-    for parameter in trainable(loaded.model).values():
-        parameter.grad = torch.ones_like(parameter)
+    cast = cast_of(loaded, rows, "adamw_8bit")
+    optimizer = cast.optimizer
+    cast.add(rows.train[:2], 1)
     optimizer.step()
     wide = [state for state in optimizer.state.values() if "qmap1" in state]
     held = [(state["state1"], state["qmap1"].clone()) for state in wide]

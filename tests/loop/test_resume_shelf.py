@@ -123,10 +123,10 @@ def _fresh(run: RunConfig) -> tuple[Any, Any]:
     from loop_driver import CPU
 
     from qlora_tui.engine.load import load, trainable
-    from qlora_tui.engine.train.optim import build_optimizer
+    from qlora_tui.engine.train.optim import build_optimizer, flatten
 
     loaded = load(run, Path(run.model_name_or_path), CPU)
-    return loaded.model, build_optimizer(run, trainable(loaded.model), loaded.device)
+    return loaded.model, build_optimizer(run, flatten(run, trainable(loaded.model), loaded.device), loaded.device)
 
 
 def test_a_checkpoint_of_another_adapter_or_optimizer_is_refused_before_anything_changes(run_of: Make, tmp_path: Path) -> None:

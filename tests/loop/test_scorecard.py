@@ -234,6 +234,38 @@ def test_eval_finds_the_runs_own_scorecard_again(finished: Path, capsys, tmp_pat
     assert (found["rows"], found["data"]) == (12, str(other))
 
 
+def test_eval_says_what_it_does_not_check_or_what_the_run_found(finished: Path, capsys, write_jsonl: Callable[..., Path]) -> None:
+    """A measurement without the checks never contradicts the run's own word on the same adapter and rows."""
+
+    def said(*words: str) -> str:
+        assert cli.main(["eval", str(finished), *words]) == 0
+        return str(capsys.readouterr().out)
+
+    def found(*, manner: bool) -> None:
+        """Let the run itself have checked, and found that or not; four held-out rows are too few for it in truth."""
+        events = [json.loads(line) for line in journal.splitlines()]
+        card = next(event for event in reversed(events) if event["type"] == "evaluated")
+        probed = next(event for event in events if event["type"] == "probed") | {"name": "other_question"}
+        again = card | {"manner": True, "verdict": "no clear improvement beyond manner: as said"}
+        events[-1:-1] = [probed, *([again] if manner else [])]
+        (finished / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+    journal = (finished / "events.jsonl").read_text()
+    assert "not checked: whether more than the manner of the answers was learned; --checks measures that" in said()
+    assert json.loads(said("--json"))["manner"] is None
+    assert "not checked: whether more than the manner of the answers was learned; these rows are too few" in said("--checks")
+    found(manner=True)
+    assert "no clear improvement beyond manner: as said" in (told := said())
+    assert "not checked" not in told
+    assert json.loads(said("--json"))["manner"] is True
+    other = str(write_jsonl([{"prompt": f"tell {n}", "completion": "xyz " * (n % 5 + 1)} for n in range(12)], "other.jsonl"))
+    assert "not checked" in (told := said("--data", other))
+    assert "as said" not in told
+    found(manner=False)
+    assert "not checked" not in said()
+    assert json.loads(said("--json"))["manner"] is False
+
+
 def test_eval_of_a_run_without_an_adapter_is_one_sentence(finished: Path, capsys) -> None:
     (finished / "adapter" / "adapter_model.safetensors").unlink()
     assert cli.main(["eval", str(finished)]) == 2

@@ -20,7 +20,6 @@ from pty_screen import Terminal
 from qlora_tui.engine import builtin
 from qlora_tui.engine.errors import FetchError
 from qlora_tui.engine.runs import list_runs
-from qlora_tui.tui.cli import COMMANDS
 
 PATIENCE = 240
 FAILING = """
@@ -39,6 +38,8 @@ session.train_for_real = training
 from qlora_tui.tui import cli
 sys.exit(cli.main(sys.argv[2:]))
 """
+EVAL = ("eval", "last", "--runs-dir", "runs")
+EXPORT = ("export", "last", "--runs-dir", "runs", "--to", "adapter", "--out", "out")
 PRODUCT = "import sys\nfrom qlora_tui.tui.cli import leave, main\nleave(main(sys.argv[1:]))\n"
 
 
@@ -56,7 +57,7 @@ class Program:
         self.tmp_path, self.environment = tmp_path, environment
         self.said: dict[str, bytes] = {}
 
-    def __call__(self, *words: str, code: int | None = 0, script: tuple[str, ...] = ("-m", "qlora_tui.tui")) -> bytes:
+    def __call__(self, *words: str, code: int = 0, script: tuple[str, ...] = ("-m", "qlora_tui.tui")) -> bytes:
         ended = subprocess.run(
             [sys.executable, *script, *words],
             cwd=self.tmp_path,
@@ -66,7 +67,7 @@ class Program:
             timeout=PATIENCE,
         )
         self.said[f"{len(self.said)} {words[:3]}"] = ended.stdout + ended.stderr
-        assert code is None or ended.returncode == code, (words, ended.stdout[-1500:], ended.stderr[-1500:])
+        assert ended.returncode == code, (words, ended.stdout[-1500:], ended.stderr[-1500:])
         return ended.stdout
 
     def everything(self) -> dict[str, bytes]:
@@ -95,12 +96,32 @@ def test_no_key_is_left_by_a_run_its_report_and_its_judge(program: Program, opti
     first, second = (sent.count(f"Bearer {CANARIES[name]}") for name in ("OPENAI_API_KEY", "JUDGE_KEY"))
     assert (first - 1, len(sent)) == (second, first + second), "each judge is sent its own key, and the first was asked once more"
     assert second >= 2
-    for command in ("export", "eval"):
-        if command in COMMANDS:
-            program(command, "last", "--runs-dir", "runs", *(("--to", "adapter", "--out", "out") if command == "export" else ()), code=None)
+    program(*EVAL)
+    program(*EXPORT)
     texts = program.everything() | bodies
-    assert {"report.md", "judgements.jsonl", "answers.jsonl", "log.txt", "events.jsonl"} <= {Path(name).name for name in texts}
+    reports = {"report.md", "report.html", "judgements.jsonl", "answers.jsonl", "log.txt", "events.jsonl", "adapter_model.safetensors"}
+    assert reports <= {Path(name).name for name in texts if "/out/" in name or "/runs/" in name}
+    assert all(b"Exports" in texts[str(path)] for path in (program.tmp_path / "runs").rglob("report.*")), "made anew after the export"
     assert leaks(texts) == []
+
+
+def test_no_key_is_left_by_a_webhook_and_a_tracker(program: Program, options: list[str]) -> None:
+    """The address is a key itself; a server that gives it back, and one that is not there, are told without it."""
+    key = CANARIES["JUDGE_KEY"]
+    program.environment["QLORA_GONE"] = f"http://127.0.0.1:9/{CANARIES['OPENAI_API_KEY']}"
+    asked = [f"{name}={value}" for name, value in (("notify", "webhook:$QLORA_WEBHOOK, webhook:$QLORA_GONE"), ("report_to", "tensorboard"))]
+    with FakeJudge() as server:
+        program.environment["QLORA_WEBHOOK"] = f"{server.url}/{key}"
+        for status in (200, 500):
+            server.script = [Misbehave(status, f"posted to {server.url}/{key}".encode())]
+            program("--no-ui", *options, *(part for text in asked for part in ("--set", text)))
+        posted = server.asked
+    assert [(one.path, one.body["outcome"]) for one in posted] == [(f"/v1/{key}", "done")] * 2
+    texts = program.everything()
+    assert any("tfevents" in name for name in texts)
+    logs = b"".join(text for name, text in texts.items() if Path(name).name == "log.txt")
+    assert (logs.count(b"notified by webhook"), logs.count(b"answered 500"), logs.count(b"refused")) == (1, 1, 2), logs
+    assert leaks(texts | {f"post {at}": str(one.headers | one.body).encode() for at, one in enumerate(posted)}) == []
 
 
 def test_no_key_is_left_by_a_run_that_fails_with_all_of_them_in_hand(program: Program, options: list[str], tmp_path: Path) -> None:
@@ -163,17 +184,17 @@ def test_the_witness_sees(guarded: tuple[Program, Proxy, Path]) -> None:
 
 
 def test_nothing_leaves_the_machine_unless_one_says_so(guarded: tuple[Program, Proxy, Path], options: list[str]) -> None:
-    """Run, resume, report, eval, data, budget, presets, runs, watch, attach and judge, with the hub free to be asked: nobody is.
+    """Run, resume, report, eval, export, data, budget, presets, runs, watch, attach and judge, the hub free to be asked: nobody is.
 
-    With the flag, rows go to the endpoint that was named, and nobody else hears of it.
+    With the flag, rows go to the endpoint that was named, or a word to the webhook, and nobody else hears of it.
     """
     program, proxy, seen = guarded
     config = options[: options.index("--runs-dir")]
-    program("--no-ui", *options)
+    program("--no-ui", *options, "--set", "report_to=tensorboard", "--set", "notify=bell")
     program("--no-ui", "--runs-dir", "runs", "--resume", "last", "--max-steps", "3")
     program("--dry-run", *options)
     program("data", config[3], "--model", config[1], "--set", "max_length=256", "--examples", "2")
-    program("budget", *config, "--set", "max_length=256", "--json", code=None)
+    program("budget", *config, "--set", "max_length=256", "--json")
     program("budget", "--preset", "chat-8b-24gb", "--card", "RTX 4090")
     program("presets")
     program("runs", "--runs-dir", "runs")
@@ -182,9 +203,8 @@ def test_nothing_leaves_the_machine_unless_one_says_so(guarded: tuple[Program, P
     program("judge", "last", "--runs-dir", "runs", "--rows", "2", "--tokens", "4", "--no-ui")
     refused = ("--endpoint", "https://judge.example/v1", "--judge-model", "m")
     program("judge", "last", "--runs-dir", "runs", "--no-ui", *refused, code=2)
-    for command in ("eval", "export"):
-        if command in COMMANDS:
-            program(command, "last", "--runs-dir", "runs", *(("--to", "adapter", "--out", "out") if command == "export" else ()), code=None)
+    program(*EVAL)
+    program(*EXPORT)
     assert len(list((program.tmp_path / "runs").iterdir())) == 1
     assert (proxy.asked, seen.read_text()) == ([], "")
     with FakeJudge() as server:
@@ -194,6 +214,14 @@ def test_nothing_leaves_the_machine_unless_one_says_so(guarded: tuple[Program, P
         port = server.url.split(":")[2].split("/")[0]
     assert proxy.asked == []
     assert {line.split(" ", 1)[1] for line in seen.read_text().splitlines()} == {f"connect ('127.0.0.1', {port})"}
+    seen.write_text("")
+    with FakeJudge() as server:
+        server.script = [Misbehave(body=b"ok")]
+        program.environment["QLORA_WEBHOOK"] = server.url
+        program("--no-ui", *options, "--set", "notify=webhook:$QLORA_WEBHOOK")
+        port = server.url.split(":")[2].split("/")[0]
+        assert len(server.asked) == 1
+    assert (proxy.asked, [line.split(" ", 1)[1] for line in seen.read_text().splitlines()]) == ([], [f"connect ('127.0.0.1', {port})"])
     assert leaks(program.everything()) == []
 
 

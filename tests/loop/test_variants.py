@@ -23,7 +23,7 @@ from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.load import Loaded, load, trainable
 from qlora_tui.engine.report.sections import _sees
 from qlora_tui.engine.spec import RunConfig
-from qlora_tui.engine.train.optim import build_optimizer, set_rate
+from qlora_tui.engine.train.optim import build_optimizer, flatten, set_rate
 
 Make = Callable[..., RunConfig]
 PISSA = {"init_lora_weights": "pissa"}
@@ -248,10 +248,12 @@ def test_loraplus_moves_b_by_its_ratio(run_of: Make, optim: str) -> None:
         "x.lora_A.default.weight": torch.nn.Parameter(torch.zeros(4, 4)),
         "x.lora_B.default.weight": torch.nn.Parameter(torch.zeros(4, 4)),
     }
-    optimizer = build_optimizer(run, parameters, torch.device("cpu"))
+    flat = flatten(run, parameters, torch.device("cpu"))
+    optimizer = build_optimizer(run, flat, torch.device("cpu"))
     set_rate(optimizer, 5e-5)
+    flat.lend()
     for parameter in parameters.values():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad.fill_(1.0)  # type: ignore[union-attr]
     optimizer.step()
     moved = [float(-parameter.detach().mean()) for parameter in parameters.values()]
     assert moved == pytest.approx([5e-5, 16 * 5e-5], rel=1e-3)

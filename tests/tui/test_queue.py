@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -227,6 +228,19 @@ def test_there_is_one_runner_at_a_time_and_it_takes_what_is_added_meanwhile(
     leave_wish(folder, "stop")
     process.communicate(timeout=PATIENCE)
     assert states() == [(1, "ended", "stopped"), (2, "ended", "done")]
+
+
+def test_whoever_asks_who_runs_does_not_keep_a_runner_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking takes the lock for a moment; a runner that starts in it waits for its end."""
+    path = queue._runner_file()
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with path.open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        monkeypatch.setattr(queue.time, "sleep", lambda seconds: fcntl.flock(asking, fcntl.LOCK_UN))
+        with queue.runner():
+            assert queue.runner_pid() == os.getpid()
+    assert queue.runner_pid() is None
 
 
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # that is what detached means

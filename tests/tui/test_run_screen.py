@@ -258,7 +258,7 @@ async def test_a_finished_run_shows_whether_it_helped(write_run, until, run_conf
         assert "measured at step" not in text
         assert "a measurable improvement, mean row 1.10 nats lower (0.90 to 1.30)" in text
         assert "runs/test/adapter" in text
-        assert "report.md beside it says how to use it" in text
+        assert "report.md and report.html beside it say how to use it" in text
         await pilot.press("enter")
         assert app.left is None
         await pilot.press("q")
@@ -296,7 +296,7 @@ async def test_a_finished_run_says_where_only_manner_was_learned(write_run, unti
     app = follow(folder)
     async with app.run_test(size=(120, 30)) as pilot:
         await until(pilot, lambda: "no clear improvement beyond manner, mean row" in words(app))
-        assert "other questions 5.00 → 3.90, own +0.03 nats manner" in words(app)
+        assert "learned manner +1.10, content +0.03 nats manner alone?" in words(app)
         assert "a measurable improvement," not in words(app)
 
 

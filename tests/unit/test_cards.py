@@ -43,6 +43,7 @@ def test_cards_from_8_to_192_gb_are_there():
 @pytest.mark.parametrize("card", cards.cards(), ids=lambda card: card.name)
 def test_every_card_names_its_source_and_is_of_a_believable_size(card):
     assert len(card.source) > 20
+    assert card.power_source, "where its watts were read, or that they are an estimate"
     assert card.source.isprintable()
     assert 7 * GIB < card.memory_bytes < 200 * GIB
     assert 200e9 < card.bandwidth_bytes < 6000e9

@@ -214,7 +214,7 @@ def test_a_budget_is_a_document_that_adds_up(capsys: Capture) -> None:
 
 
 def test_a_budget_that_is_too_large_says_what_to_change_and_exits_3(capsys: Capture) -> None:
-    arguments = ["budget", "--model", "Qwen/Qwen3-8B", "--card", "RTX 3060", "--set", "per_device_train_batch_size=8"]
+    arguments = ["budget", "--model", "Qwen/Qwen3-8B", "--card", "RTX 3060", "--set", "per_device_train_batch_size=64"]
     assert main(arguments) == 3
     assert "does NOT fit" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 3

@@ -109,7 +109,8 @@ FISH = 'qlora-tui completion fish | source; complete -C "qlora-tui --set method=
 
 
 @pytest.mark.parametrize(
-    ("shell", "script", "told"), [("bash", BASH, "qlora lora auto"), ("fish", FISH, "method=auto\nmethod=lora\nmethod=qlora")]
+    ("shell", "script", "told"),
+    [("bash", BASH, "qlora lora-8bit lora auto"), ("fish", FISH, "method=auto\nmethod=lora\nmethod=lora-8bit\nmethod=qlora")],
 )
 def test_the_shells_themselves_are_answered(shell: str, script: str, told: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:

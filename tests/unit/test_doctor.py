@@ -46,6 +46,13 @@ def test_a_kernel_with_wrong_results_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert [check.found for check in doctor.compute(NO_CARD)][1] == "ArithmeticError: wrong results"
 
 
+def test_layers_that_cannot_be_fused_are_told_and_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "off, so steps take longer: Triton cannot compile its kernels: Failed to find C compiler\n"
+    child_says(monkeypatch, {"check": "torch", **TORCH}, {"check": "fused layers", "ok": True, "found": why})
+    (told,) = [check for check in doctor.compute(NO_CARD) if check.check == "fused layers"]
+    assert (told.ok, told.found) == (True, why.strip())
+
+
 def test_torch_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     child_says(monkeypatch, code=1, tail="ImportError: libcudart.so.12: cannot open shared object file\n")
     (torch,) = doctor.compute(NO_CARD)

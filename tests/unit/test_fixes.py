@@ -21,7 +21,7 @@ DEMO = models.find("builtin:smollm2-135m")
 CARD, H100 = machine.find_card("RTX 4090"), machine.find_card("H100")
 CPU = machine.Machine("cpu", "cpu", 16 * GIB, 2 * GIB, cores=4)
 USUAL = RunConfig(per_device_train_batch_size=2, gradient_accumulation_steps=8, gradient_checkpointing="true")
-FAT = dataclasses.replace(USUAL, gradient_checkpointing="false")
+FAT = dataclasses.replace(USUAL, gradient_checkpointing="false", max_length=3072)
 SHORT_ROWS = (300,) * 90 + (1200,) * 7 + (2000,) * 3
 
 
@@ -82,7 +82,7 @@ def test_no_more_layers_are_recomputed_than_is_enough():
     fewer = budget.estimate(LLAMA, dataclasses.replace(FAT, gradient_checkpointing=str(number - 1)), CARD)
     assert not fewer.fits or fewer.tight
     assert f"{number} of 32 layers" in fix.text
-    all_of_them = of(fixes(LLAMA, dataclasses.replace(FAT, max_length=16_384), CARD), "gradient_checkpointing")
+    all_of_them = of(fixes(LLAMA, dataclasses.replace(FAT, max_length=24_576), CARD), "gradient_checkpointing")
     assert all_of_them is None or all_of_them.values["gradient_checkpointing"] == "true"
 
 
@@ -211,9 +211,10 @@ def test_tips_fit_with_the_margin_and_are_faster_or_better():
 
 
 def test_tips_keep_as_many_activations_as_fit():
-    tip = of(tips(LLAMA, USUAL, CARD), "gradient_checkpointing")
+    run = dataclasses.replace(USUAL, max_length=3072)
+    tip = of(tips(LLAMA, run, CARD), "gradient_checkpointing")
     number = int(tip.values["gradient_checkpointing"])
-    fewer = budget.estimate(LLAMA, dataclasses.replace(USUAL, gradient_checkpointing=str(number - 1)), CARD)
+    fewer = budget.estimate(LLAMA, dataclasses.replace(run, gradient_checkpointing=str(number - 1)), CARD)
     assert fewer.tight or not fewer.fits
     assert "faster" in tip.text
 

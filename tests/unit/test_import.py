@@ -324,6 +324,7 @@ HOSTILE: dict[str, tuple[str | bytes, str, str]] = {
     "a script without a call": ("print('hi')", "c.py", "no call that sets a run up"),
     "an open quote": ("trl sft --seed '1", "c.sh", "cannot be read"),
     "no command": ("ls -l", "c.sh", "no command of a known tool"),
+    "variables that double": ("A=xx\n" + "A=$A$A\n" * 60 + "trl sft --dataset_name $A", "c.sh", "no setting has so many"),
     "our own": ("seed = 1", "c.toml", "say qlora-tui --config"),
     "nothing known": ("foo: 1\nbar: 2", "c.yml", "it holds foo, bar"),
 }
@@ -388,6 +389,14 @@ def test_a_secret_is_never_shown_or_written(tmp_path: Path, key: str, monkeypatc
     assert SECRET not in said.out + said.err
     assert "[redacted]" in said.out
     assert all(SECRET not in path.read_text() for path in tmp_path.glob("*.toml"))
+
+
+@pytest.mark.parametrize(("text", "name"), [("model_revision: ''", "model_revision"), ("output_dir: ''", "output_dir")])
+def test_an_empty_text_is_as_if_it_were_not_there(tmp_path: Path, text: str, name: str) -> None:
+    made = imported(tmp_path, f"model_name_or_path: m\ndataset_name: a/b\n{text}\n", "c.yml", "trl")
+    assert [one.source for one in made.dropped if one.source == name] == [name]
+    assert (made.run.revision, made.run.runs_dir) == ("main", "runs")
+    assert problems(made.run) == []
 
 
 # any file at all

@@ -189,7 +189,10 @@ def test_without_psutil_memory_comes_from_the_system(no_driver, monkeypatch):
 def test_the_first_card_is_seen(driver):
     found = machine.look()
     others = (("other programs", 3 * GIB),)
-    assert found == Machine("NVIDIA GeForce RTX 4090", "cuda", 24 * GIB, 3 * GIB, True, (8, 9), "580.1", others=others, siblings=1)
+    expected = Machine("NVIDIA GeForce RTX 4090", "cuda", 24 * GIB, 3 * GIB, True, (8, 9), "580.1", others=others, siblings=1)
+    assert found == dataclasses.replace(expected, host_free_bytes=found.host_free_bytes)
+    assert found.host_free_bytes is not None
+    assert found.host_free_bytes % GIB == 0 <= found.host_free_bytes
     assert found.free_bytes == 21 * GIB
 
 
@@ -459,3 +462,11 @@ def test_every_question_exists_in_the_real_bindings():
     }
     assert len(asked) > 20
     assert sorted(asked - set(real)) == []
+
+
+def test_kernels_run_on_cards_that_compute_in_bfloat16_and_where_triton_is(monkeypatch):
+    asked, old = machine.find_card("RTX 4090"), machine.find_card("T4")
+    assert (asked.kernels, old.kernels, machine.cpu_machine().kernels) == (True, False, False)
+    here = dataclasses.replace(asked, driver="580.65")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert (asked.kernels, here.kernels) == (True, False)

@@ -44,6 +44,14 @@ def test_measured_watts_win_over_the_maker_s_and_a_person_s_over_both():
     assert money.bill(known(watts="280"), RTX_4090, (1, 1), watts=312.0).power.device == (280.0, 280.0)
 
 
+def test_an_estimate_is_called_one_and_every_price_says_where_it_was_read():
+    assert money.bill(known(), RTX_4090, (1, 1)).power.how == "what it is said to take at most"
+    assert "an estimate" in money.bill(known(), machine.find_card("RTX 4070"), (1, 1)).power.how
+    assert "its launch price: estimate" in " ".join(money.lines(money.bill(known(), machine.find_card("RTX 4080"), (1, 1))))
+    assert all(row["source"] for name, row in prices.table().items() if name not in ("currency", "rent_card"))
+    assert all(price[1] for price in map(prices.launch_price, [card.name for card in cards.cards()]) if price)
+
+
 def test_what_is_not_known_is_said_and_not_made_up():
     stranger = money.bill(known(), STRANGER, (1, 2))
     assert stranger.power is None
@@ -63,6 +71,16 @@ def test_a_processor_has_no_card_to_pay_for():
     assert found.break_even is None
     assert found.power.all == (165.0, 165.0)
     assert "price is not known" not in " ".join(money.lines(found))
+
+
+def test_a_bill_in_one_line_says_here_and_rented_first():
+    """So much of it a terminal of 80 columns shows on its first line."""
+    told = money.short(money.bill(known(), RTX_4090, (10, 31), rented_hours=(5, 19)))
+    first, paid, assumed = told.split("; ")
+    assert first == "$2.54 - 9.90 here / $16.50 - 97.50 rented (A100 80GB)"
+    assert len(first) <= 62
+    assert paid.startswith("the card is paid for after")
+    assert assumed == "here: 450 W and 100 W of the rest, $0.17 - 0.29 a kWh, the card's share"
 
 
 def test_renting_that_costs_less_than_the_electricity_never_pays_for_a_card():

@@ -41,7 +41,7 @@ class Site:
 
     def __init__(self) -> None:
         self.posts: list[tuple[dict[str, str], bytes]] = []
-        self.status, self.answer = 200, threading.Event()
+        self.status, self.answer, self.looks = 200, threading.Event(), list[str]()
         self.answer.set()
         site = self
 
@@ -51,6 +51,12 @@ class Site:
                 site.posts.append((dict(self.headers), body))
                 site.answer.wait(PATIENCE)
                 self.send_response(site.status)
+                self.send_header("Location", "/elsewhere")
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                site.looks.append(self.path)
+                self.send_response(200)
                 self.end_headers()
 
             def log_message(self, *_: Any) -> None:
@@ -201,6 +207,20 @@ def test_a_webhook_gets_a_small_document_that_chats_understand(folder: Path, sit
     kept = "".join(path.read_text() for path in folder.iterdir() if path.is_file())
     assert site.address not in kept
     assert "notified by webhook" in kept
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(folder: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    ended(folder, three_steps, f"webhook:{site.address}")
+    assert len(site.posts) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_post_that_is_sent_on_is_not_taken_for_one_that_arrived(folder: Path, site: Site, status: int) -> None:
+    site.status = status
+    ended(folder, three_steps, f"webhook:{site.address}")
+    assert f"the notification by webhook failed: the server answered {status}" in log_of(folder)
+    assert site.looks == []
 
 
 @pytest.mark.parametrize("status", [404, 500])

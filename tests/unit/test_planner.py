@@ -24,12 +24,20 @@ RTX_3060 = machine.find_card("RTX 3060")
 CPU = machine.Machine("cpu", "cpu", 16 * GIB, cores=2)
 
 OPEN = RunConfig()
-PLANNED = ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_chunk_size", "cuda_graphs")
+PLANNED = (
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "offload_checkpoints",
+    "loss_chunk_size",
+    "cuda_graphs",
+)
 FIXED = {
     "gradient_checkpointing": "9",
     "per_device_train_batch_size": 2,
     "loss_chunk_size": 77,
     "cuda_graphs": "off",
+    "offload_checkpoints": "off",
     "optim": "adamw_torch",
     "method": "qlora",
     "dtype": "float32",
@@ -127,7 +135,7 @@ def test_no_other_choice_that_fits_is_faster_by_more_than_a_percent_or_two(limit
 def test_a_larger_card_gets_a_faster_plan():
     rates = [choose(device=sized(gib)).seconds_per_token for gib in (9, 12, 16, 24, 48, 80)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.7 * rates[0]
+    assert rates[-1] < 0.75 * rates[0]
 
 
 @settings(deadline=None, max_examples=40)

@@ -82,7 +82,7 @@ def test_everything_wrong_is_listed_at_once(good: RunConfig, tmp_path: Path) -> 
 def test_kinds_of_adapter_that_do_not_go_together_are_refused_in_one_sentence(good: RunConfig) -> None:
     text = told(replace(good, init_lora_weights="pissa"))
     assert text == (
-        "init_lora_weights: pissa starts from the main directions of 16-bit weights, which a 4-bit base no longer holds; "
+        "init_lora_weights: pissa starts from the main directions of 16-bit weights, which a base in fewer bits no longer holds; "
         "say method=lora, or init_lora_weights=default"
     )
     assert check(replace(good, init_lora_weights="pissa", method="lora", use_rslora=True, loraplus_lr_ratio=16.0)).budget.fits
@@ -99,7 +99,7 @@ def test_a_checkpoint_in_four_bits_takes_only_the_settings_that_it_has(good: Run
     assert check(replace(run, bnb_4bit_use_double_quant=False)).model_spec.quantized == "nf4"
     assert check(replace(run, bnb_4bit_use_double_quant=False, method="auto")).model_spec.quantized == "nf4"
     assert "pissa starts from 16-bit weights" in told(replace(run, method="auto", init_lora_weights="pissa"))
-    assert "so there is no 16-bit base" in told(replace(run, method="lora"))
+    assert "so there is nothing closer to the original" in told(replace(run, method="lora"))
 
 
 def test_a_single_fault_keeps_its_kind(good: RunConfig, write_jsonl: Writer, tmp_path: Path) -> None:

@@ -39,6 +39,20 @@ def test_the_outcome_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> No
     assert "\nfailed: no row is left" in printed(capsys, Finished("failed", 2, "no row is left"))
 
 
+def test_both_reports_are_named_where_both_are_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/a-run")
+    folder.mkdir(parents=True)
+    done = Finished("done", 0, "all steps", report="report.md")
+    assert "report:  runs/a-run/report.md\n" in printed(capsys, done)
+    (folder / "report.html").touch()
+    assert "report:  runs/a-run/report.md, and report.html\n" in printed(capsys, done)
+    for odd in (".", "..", "x" * 5000, "a\0b"):
+        assert "report:" in printed(capsys, Finished("done", 0, "all steps", report=odd))
+
+
 def test_a_pause_a_sample_and_a_changed_rate_are_told_without_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(
         capsys,

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from canned_run import ending, middle, opening, step
-from corpus import ATTACKS, dressed, told
+from corpus import ATTACKS, FIRST, bad_characters, dressed, told
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.engine import evaluate, report
+from qlora_tui.engine import evaluate, judge, report
 from qlora_tui.engine import events as ev
 from qlora_tui.engine.evaluate import RowLoss
+from qlora_tui.engine.judge.kept import Call
 from qlora_tui.engine.report import charts
 from qlora_tui.engine.report.blocks import Bars, Curves, Line
-from qlora_tui.engine.report.sections import sections, tone_of
+from qlora_tui.engine.report.sections import all_sections, tone_of
 from qlora_tui.engine.score import IMPROVEMENT_NATS, verdict
 from qlora_tui.engine.spec import RunConfig
 
@@ -79,9 +83,57 @@ def test_foreign_text_makes_no_tag_and_no_attribute(tmp_path: Path) -> None:
         assert "<script>alert(1)</script>" in "".join(page.words), name
 
 
+def judged_and_exported(folder: Path, text: str) -> Path:
+    """Keep answers, judgements and exports that hold `text` wherever it can stand."""
+    folder.mkdir()
+    judge.begin_answers(folder, judge.Sheet("digest", 2, 9, 1, text, 2))
+    for row, tuned in enumerate((f"{text} tuned", f"{text} base")):
+        answer = judge.Answered(row, text, text, f"{text} base", tuned)
+        judge.keep_answer(folder, answer)
+        judge.keep_judgement(folder, judge.Judgement(answer.pair, row, judge.ME, "tuned"))
+        for first in ("base", "tuned"):
+            judge.keep_judgement(folder, judge.Judgement(answer.pair, row, text, "tuned", Call(first, "tuned", 9, 9, 0.25)))
+    parity = {"passed": False, "rows": 3, "data": text, "engine": text, "difference": 0.5, "worst": 1.5, "worst_row": text, "limit": 0.1}
+    parity |= {"loss": 1.0, "adapter_loss": 1.0, "base_loss": 2.0, "quantized_loss": None, "prompts": 3, "prompt_tokens_differing": 1}
+    parity |= {"stop": text, "faults": [text, text], "notes": [text]}
+    record = {"target": text, "path": text, "type": text, "bytes": 1 << 30, "use": text, "parity": None}
+    (folder / "exports.json").write_text(json.dumps([record, record | {"parity": parity}]))
+    return folder
+
+
+def test_what_is_told_of_judges_and_exports_makes_no_markup(tmp_path: Path) -> None:
+    """Names of judges, paths, faults and stop words come from elsewhere, as all that a run did."""
+    seen = seen_of(whole_run())
+    folder = judged_and_exported(tmp_path / "harmless", "harmless")
+    harmless, marks = Page(report.render_page(seen, folder)), re.compile(r"(?<!\\)[<>`*\[\]!]")
+    plain = report.render(seen, folder)
+    for words in ("by harmless", "you, blind", "It cost $1.00", "REFUSED", "fault: harmless", "nobody has compared it"):
+        assert words in plain.replace("\\", ""), words
+    for number, (name, attack) in enumerate(ATTACKS.items()):
+        text = dressed(attack + "\"><script>alert(1)</script><p onclick='x' class=\"") if name != "very long" else dressed(attack)
+        folder = judged_and_exported(tmp_path / str(number), text)
+        page = report.render_page(seen, folder)
+        assert Page(page).tags | {("br", ())} == harmless.tags, name
+        markdown = report.render(seen, folder)
+        assert bad_characters(markdown) | bad_characters(page) == set(), name
+        assert [line for line in markdown.splitlines() if line.startswith("FORGED")] == [], name
+        assert len(marks.findall(markdown)) == len(marks.findall(plain)), name
+        assert FIRST in markdown, name
+
+
+@pytest.mark.parametrize("odd", [{}, {"target": 5, "path": None}, {"target": "gguf", "path": "x", "type": "", "bytes": "much"}])
+def test_an_odd_record_of_an_export_does_not_take_the_report_with_it(tmp_path: Path, odd: dict[str, Any]) -> None:
+    folder = judged_and_exported(tmp_path / "run", "harmless")
+    good = json.loads((folder / "exports.json").read_text())
+    (folder / "exports.json").write_text(json.dumps([odd, *good]))
+    text = report.render(seen_of(whole_run()), folder)
+    assert "exports.json holds a record that this version cannot read" in text
+    assert "fault: harmless" in text
+
+
 def test_both_reports_have_the_same_sections(tmp_path: Path) -> None:
     seen = seen_of(whole_run())
-    titles = [section.title for section in sections(seen, tmp_path)]
+    titles = [section.title for section in all_sections(seen, tmp_path)]
     text, page = report.render(seen, tmp_path), report.render_page(seen, tmp_path)
     assert titles == [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
     assert all(f">{title}</h2>" in page for title in titles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -95,7 +96,16 @@ def test_a_run_that_never_began_is_compared_by_its_settings(runs: Path, capsys: 
 def test_one_run_twice_is_no_comparison(runs: Path, capsys: Capture) -> None:
     make(runs, "a")
     assert main(["runs", "compare", "a", str(runs / "a")]) == 2
-    assert "name two to 6 different ones" in capsys.readouterr().err
+    assert "only one run is named, a: a comparison takes two to 6" in capsys.readouterr().err
+    assert main(["runs", "compare", "last", "last"]) == 2
+    assert "only one run is named, a:" in capsys.readouterr().err
+
+
+def test_too_many_runs_are_no_comparison_either(runs: Path, capsys: Capture) -> None:
+    for name in "abcdefg":
+        make(runs, name)
+    assert main(["runs", "compare", *"abcdefg"]) == 2
+    assert "7 runs are too many: a comparison takes two to 6" in capsys.readouterr().err
 
 
 def test_a_run_is_deleted_whole_and_named(runs: Path, capsys: Capture) -> None:
@@ -215,6 +225,35 @@ def test_a_kill_in_the_middle_leaves_no_half_run_and_is_cleared_by_the_next(
     assert len(list(runs.iterdir())) == 2
     assert main(["runs", "delete", "b", "--yes"]) == 0
     assert list(runs.iterdir()) == []
+
+
+def test_another_deletion_that_clears_the_same_away_is_no_failure(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    folder, honest = make(runs, "a"), shutil.rmtree
+
+    def twice(path: Any, **more: Any) -> None:
+        honest(path)
+        honest(path, **more)
+
+    monkeypatch.setattr(removal.shutil, "rmtree", twice)
+    assert main(["runs", "delete", "a", "--yes"]) == 0
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_goes_while_a_run_is_weighed_is_no_crash(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    folder, honest = make(runs, "a"), os.lstat
+    lock = RunLock(folder)
+
+    def gone(path: Any) -> os.stat_result:
+        if str(path).endswith("adapter.safetensors"):
+            raise FileNotFoundError(path)
+        return honest(path)
+
+    monkeypatch.setattr(removal.os, "lstat", gone)
+    try:
+        assert main(["runs", "delete", "a", "--yes"]) == 2
+    finally:
+        lock.release()
+    assert "already running" in capsys.readouterr().err
 
 
 def test_foreign_names_and_settings_never_steer_the_terminal(runs: Path, capsys: Capture) -> None:

@@ -169,29 +169,73 @@ def test_a_checkpoint_already_in_four_bits_stays_as_it_is_stored():
     assert sizes.full_width_bytes(spec, RunConfig(), card) - sizes.full_width_bytes(whole, RunConfig(), card) == 2000
 
 
+def trained(spec, run):
+    """Tensors of an adapter on `spec`, by names such as PEFT's: A and B of every module, then DoRA's lengths."""
+    found, pairs = {}, len(spec.targeted(run.lora_target_modules))
+    for layer in range(spec.num_hidden_layers):
+        for place, size in enumerate(sizes.adapter_tensors(spec, run)):
+            kind = "magnitude" if place >= 2 * pairs else "AB"[place % 2]
+            found[f"{layer}.{place}.lora_{kind}.default.weight"] = torch.nn.Parameter(torch.randn(size))
+    return found
+
+
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
-@pytest.mark.parametrize("paged", [True, False])
-def test_the_eight_bit_optimizer_keeps_what_the_formula_says(paged):
-    import bitsandbytes
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+def test_adapter_gradients_and_optimizer_keep_what_the_formulas_say(name, ratio):
+    from qlora_tui.engine.train.optim import build_optimizer, flatten
 
     spec = models.find("builtin:smollm2-135m")
-    run = RunConfig(lora_r=7, use_dora=True)  # tensors below 4,096 weights, above, and with a last block that is not full
-    parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes.adapter_tensors(spec, run)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    optimizer = kind(parameters)
+    # tensors below 4,096 weights, above, and with a last block that is not full
+    run = RunConfig(lora_r=7, use_dora=True, optim=name, loraplus_lr_ratio=ratio)
+    flat = flatten(run, trained(spec, run), torch.device("cpu"))
+    optimizer = build_optimizer(run, flat, torch.device("cpu"))
+    flat.lend()
     optimizer.step()
-    states = [part for state in optimizer.state.values() for name, part in state.items() if not name.startswith("qmap")]
-    kept = sum(part.nbytes for part in states if torch.is_tensor(part))
-    assert kept * spec.num_hidden_layers == sizes.optimizer_bytes(spec, run, "paged_adamw_8bit" if paged else "adamw_8bit")
+    groups = tuple((group.parameter.numel(), group.kind.bits) for group in flat.groups)
+    assert sorted(groups) == sorted(sizes.update_groups(spec, run, name))
+    lengths = spec.num_hidden_layers * 4 * sum(part.outputs for part in spec.targeted(run.lora_target_modules))
+    buffers = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for group in optimizer.param_groups for part in group["params"]
+    }
+    assert sum(buffers.values()) == 4 * sizes.flat_params(spec, run) == sizes.adapter_bytes(spec, run, 4) - lengths
+    assert flat.groups[0].parameter.grad.untyped_storage().nbytes() == 4 * sizes.flat_params(spec, run)
+    states = [part for state in optimizer.state.values() for part_name, part in state.items() if not part_name.startswith("qmap")]
+    kept = sum(part.nbytes for part in states if torch.is_tensor(part) and part.dim())
+    assert kept == sizes.optimizer_bytes(spec, run, name)
 
 
-def test_only_large_tensors_of_a_paged_optimizer_can_move_to_ram():
+def test_the_plain_optimizer_copies_what_the_budget_says():
+    from live_bytes import LiveBytes
+
+    from qlora_tui.engine.moments import Moments
+    from qlora_tui.engine.train.optim import build_optimizer, flatten
+
+    spec = models.find("builtin:smollm2-135m")
+    run = RunConfig(lora_r=4, use_dora=True, optim="adamw_torch", loraplus_lr_ratio=4.0)
+    flat = flatten(run, trained(spec, run), torch.device("cpu"))
+    optimizer = build_optimizer(run, flat, torch.device("cpu"))
+    flat.lend()
+    optimizer.step()
+    held = [
+        *(part for group in flat.groups for part in (group.parameter, group.parameter.grad)),
+        *(part for state in optimizer.state.values() for part in state.values()),
+    ]
+    with LiveBytes(held) as live:
+        optimizer.step()
+    step = Moments(spec, run, Machine("cpu", "cpu", 1 << 34), None).at_step()
+    (workspace,) = [item.bytes for item in step if item.name == "workspace"]
+    assert live.peak - live.held == pytest.approx(workspace, rel=0.01)
+
+
+def test_only_large_groups_of_a_paged_optimizer_can_move_to_ram():
     from bitsandbytes.optim.optimizer import Optimizer8bit
 
     assert "p.numel() < 1e5" in inspect.getsource(Optimizer8bit.get_state_buffer)  # there is no card here to ask
     spec, run = models.find("Qwen/Qwen2.5-0.5B-Instruct"), RunConfig(lora_r=32)
-    large = sum(2 * size for size in sizes.adapter_tensors(spec, run) if size >= 1e5)
-    assert sizes.movable_bytes(spec, run, "paged_adamw_8bit") == spec.num_hidden_layers * large > 0
+    assert sizes.movable_bytes(spec, run, "paged_adamw_8bit") == 2 * sizes.adapter_params(spec, run) > 0
     assert sizes.movable_bytes(spec, run, "adamw_8bit") == 0
+    small = RunConfig(lora_r=1, lora_target_modules=("k_proj", "v_proj"))  # 24 layers of 2 x (1,024 + 256): in 32 bits, and too few
+    assert sizes.movable_bytes(spec, small, "paged_adamw_8bit") == 0
+    many = RunConfig(lora_r=3, lora_target_modules=("k_proj", "v_proj", "q_proj"))  # tensors too small for 8 bits, together large
+    assert sizes.movable_bytes(spec, many, "paged_adamw_8bit") == 8 * sizes.flat_params(spec, many) > 0

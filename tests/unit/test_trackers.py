@@ -139,6 +139,7 @@ def test_figures_are_finite_and_text_is_none() -> None:
     assert "train/loss" not in trackers.figures_of(Record(1, 1, 1.0, step(1, loss=math.nan)))
     assert trackers.figures_of(Record(1, 1, 1.0, step(1)))["perf/tokens_per_second"] == 200.0
     assert trackers.figures_of(Record(1, 1, 1.0, Evaluated(3, 2.0, 24, 0.1))) == {"eval/loss": 2.0}
+    assert trackers.figures_of(Record(1, 1, 1.0, Evaluated(3, 2.0, 24, 0.1, manner=True))) == {}, "the same point a second time"
     assert trackers.figures_of(Record(1, 1, 1.0, Sampled(1, CANARY, CANARY))) == {}
 
 

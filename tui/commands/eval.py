@@ -20,6 +20,7 @@ from qlora_tui.engine.adapters import Chosen
 from qlora_tui.engine.errors import ConfigError, ExitCode
 from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Probed, plain
 from qlora_tui.engine.journal import EVENTS, Tail, read_records
+from qlora_tui.engine.report.seen import see
 from qlora_tui.engine.runs import LOG
 from qlora_tui.engine.signals import Signals
 from qlora_tui.engine.spec import RunConfig
@@ -47,7 +48,7 @@ def evaluate(options: argparse.Namespace) -> int:
         code, events = _measure(run, chosen, place, streams)
         if code:
             return code
-        _print(streams, chosen, run, events, as_json=options.json)
+        _print(streams, chosen, run, events, other_rows="eval_data" in options.flags, as_json=options.json)
         return int(ExitCode.DONE)
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -116,23 +117,36 @@ class _Told:
                 self._reading.say(share, f"{self._doing}{rows}")
 
 
-def _print(streams: Streams, chosen: Chosen, run: RunConfig, events: Sequence[Event], *, as_json: bool) -> None:
+def _print(streams: Streams, chosen: Chosen, run: RunConfig, events: Sequence[Event], *, other_rows: bool, as_json: bool) -> None:
     card = next((event for event in reversed(events) if isinstance(event, Evaluated) and event.base_loss is not None), None)
     if card is None:
         hint = "name rows with --data" if not run.eval_data else "name other rows with --data"
         raise ConfigError(f"run {one_line(chosen.folder.name)} holds no rows out that could be measured", hint=hint, where="RUN")
     probes = [event for event in events if isinstance(event, Probed)]
+    looked = any(probed.name == "other_question" for probed in probes)
+    if not looked and not other_rows and (own := _own_word(chosen)) is not None:
+        card, looked = dataclasses.replace(card, verdict=own.verdict if own.manner else card.verdict, manner=own.manner), True
     findings = [event for event in events if isinstance(event, Finding) and event.severity != "info"]
     if as_json:
-        streams.data.document(_document(chosen, run, card, probes, findings))
+        streams.data.document(_document(chosen, run, card, probes, findings) | {"manner": card.manner if looked else None})
         return
     streams.data.line(f"adapter: {chosen.which}, of run {one_line(chosen.folder.name)}")
     if run.eval_data:
         streams.data.line(f"rows: {one_line(run.eval_data)}")
     for text in [*card_lines(card, len(card.worst)), *map(probe_line, probes)]:
         streams.data.line(text)
+    if not looked:
+        how = "these rows are too few for it" if run.final_checks else "--checks measures that"
+        streams.data.line(f"not checked: whether more than the manner of the answers was learned; {how}")
     for found in findings:
         streams.data.line(f"WARNING, {one_line(found.detector)}: {one_line(found.message)}")
+
+
+def _own_word(chosen: Chosen) -> Evaluated | None:
+    """Return what the run itself said of this adapter, where it checked for manner as well."""
+    seen = see(read_records(chosen.folder / EVENTS))
+    found = seen.scorecard
+    return found if found is not None and found.step == chosen.step and "other_question" in seen.probes else None
 
 
 def _document(chosen: Chosen, run: RunConfig, card: Evaluated, probes: Sequence[Probed], findings: Sequence[Finding]) -> dict[str, Any]:

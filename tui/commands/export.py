@@ -14,6 +14,7 @@ from qlora_tui.engine.errors import ConfigError, ExitCode, Stopped
 from qlora_tui.engine.runs import LOG, find_run
 from qlora_tui.engine.spec import nearest
 from qlora_tui.engine.text import one_line, redact
+from qlora_tui.tui.commands.lines import write_report
 from qlora_tui.tui.printer import Streams
 from qlora_tui.tui.reading import on_a_line
 
@@ -34,7 +35,7 @@ def export(options: argparse.Namespace) -> int:
     except Stopped as stopped:
         streams.talk.line(f"{stopped}: nothing half-made stays")
         return int(wish.code)
-    _tell_report(folder)
+    write_report(folder, streams)
     if options.json:
         streams.data.document(record)
     else:
@@ -72,15 +73,6 @@ def _made(streams: Streams, wish: _Wish, folder: Path, target: Any, out: Path, k
 
         source = open_run(folder, wish.look, lambda done, total: note(done, total, "fetching the base"))
         return make(Bench(source, wish.look, note), target, out, kind, checked=checked)
-
-
-def _tell_report(folder: Path) -> None:
-    """Add the export to the run's report, where it has one."""
-    from qlora_tui.engine import report
-    from qlora_tui.engine.journal import EVENTS, read_records
-
-    if (folder / EVENTS).is_file():
-        report.write(folder, read_records(folder / EVENTS))
 
 
 def _print(streams: Streams, record: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_tui.engine import judge as room
-from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode
-from qlora_tui.engine.journal import EVENTS, read_records
+from qlora_tui.engine.errors import ConfigError, ConfigErrors, ExitCode
 from qlora_tui.engine.judge import Endpoint, Pairs, Prices, Todo
 from qlora_tui.engine.runs import claim, find_run
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import count
 from qlora_tui.tui import answering
+from qlora_tui.tui.commands.lines import write_report
 from qlora_tui.tui.commands.run import can_draw
 from qlora_tui.tui.printer import Output, Streams
 
@@ -208,7 +208,7 @@ def _counter(talk: Output) -> Callable[[int, int, float], None]:
 
 def _tell(folder: Path, streams: Streams, *, as_json: bool) -> None:
     """Tell what is judged so far, and write it into the report."""
-    _write_report(folder, streams)
+    write_report(folder, streams)
     if as_json:
         streams.data.document(room.document(folder))
         return
@@ -224,15 +224,6 @@ def _tell(folder: Path, streams: Streams, *, as_json: bool) -> None:
         streams.data.line(f"judged   {name}: {room.words_of(found)} ({', '.join([counts, *left, *cost])})")
     if not pairs.judges():
         streams.talk.line(f"nothing is judged yet; qlora-tui judge {one_line(folder.name)} shows the answers beside each other")
-
-
-def _write_report(folder: Path, streams: Streams) -> None:
-    from qlora_tui.engine import report
-
-    try:
-        report.write(folder, read_records(folder / EVENTS))
-    except (OSError, EngineError) as error:
-        streams.talk.line(f"the report could not be written anew: {one_line(error)}")
 
 
 def _on_screen(options: argparse.Namespace, folder: Path, streams: Streams) -> int:

@@ -1,4 +1,4 @@
-"""A run as lines on stdout: its journal, read as it grows."""
+"""A run as lines on stdout: its journal, read as it grows; and its report, made anew after it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_tui.engine.errors import EngineError
 from qlora_tui.engine.events import Finished, Record, decode
-from qlora_tui.engine.journal import EVENTS, Tail
+from qlora_tui.engine.journal import EVENTS, Tail, read_records
+from qlora_tui.engine.text import one_line
 from qlora_tui.tui.printer import Printer, Streams
 
 if TYPE_CHECKING:
@@ -66,3 +68,14 @@ class RunLines:
     def _note(self, records: Sequence[Record]) -> None:
         self._ended = any(isinstance(record.event, Finished) for record in records)
         self._seq = records[-1].seq if records else self._seq
+
+
+def write_report(folder: Path, streams: Streams) -> None:
+    """Make the reports of a run anew, where it has a journal; a full disk is told, and what was done before stays done."""
+    from qlora_tui.engine import report
+
+    try:
+        if (folder / EVENTS).is_file():
+            report.write(folder, read_records(folder / EVENTS))
+    except (OSError, EngineError) as error:
+        streams.talk.line(f"the report could not be written anew: {one_line(error)}")

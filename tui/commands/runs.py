@@ -46,7 +46,8 @@ def compare(options: argparse.Namespace) -> int:
 
     folders = list(dict.fromkeys(_find(options, name).resolve() for name in options.names))
     if not 2 <= len(folders) <= room.MOST:
-        raise ConfigError(f"{len(folders)} runs cannot be compared", hint=f"name two to {room.MOST} different ones", where="RUN")
+        same = f"only one run is named, {one_line(folders[0].name)}" if len(folders) == 1 else f"{len(folders)} runs are too many"
+        raise ConfigError(f"{same}: a comparison takes two to {room.MOST}", hint="qlora-tui runs lists them", where="RUN")
     streams = Streams()
     with on_a_line(streams.talk) as reading:
         found = [room.look(folder, reading.say) for folder in folders]

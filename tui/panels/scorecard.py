@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from qlora_tui.engine.events import Evaluated
+from qlora_tui.engine.events import Evaluated, Probed
 from qlora_tui.engine.text import one_line
 from qlora_tui.tui import scoretext, words
 from qlora_tui.tui.panels import cells
@@ -71,7 +71,7 @@ def _next(state: RunState, view: View) -> list[list[Part]]:
         then = " goes back, with half the learning rate" if ill else " goes on"
         return [[(f"qlora-tui --resume {one_line(state.run_id, limit=80) or 'last'}", cells.MAIN), (then, cells.DIM)]]
     if state.finished and state.adapter:
-        return [[("report.md", cells.MAIN), (" beside it says how to use it", cells.DIM)]]
+        return [[("report.md", cells.MAIN), (" and ", cells.DIM), ("report.html", cells.MAIN), (" beside it say how to use it", cells.DIM)]]
     return [[("log.txt", cells.MAIN), (" in the run's folder says more", cells.DIM)]]
 
 
@@ -117,16 +117,19 @@ def _worse(score: Evaluated, room: int) -> list[list[Part]]:
 def _checked(state: RunState) -> list[list[Part]]:
     """Return what the last checks measured; where one of them found something, it is a warning of its own as well."""
     spoken = {"general": "forgetting", "train": "overfitted", "other_question": "manner"}
+    said = {"manner": "manner alone?"}
     warned = {finding.detector for finding in state.warnings}
     return [
-        [
-            (f"{scoretext.PROBES.get(name, one_line(name, limit=20))} ", cells.DIM),
-            _arrow(probed.base_loss, probed.loss),
-            *([(f", own {probed.own_more:+.2f} nats", "")] if probed.own_more is not None else []),
-            *([(f" {spoken[name]}", cells.WARN)] if spoken.get(name) in warned else []),
-        ]
+        [*_probed(name, probed), *([(f" {said.get(spoken[name], spoken[name])}", cells.WARN)] if spoken.get(name) in warned else [])]
         for name, probed in state.probes.items()
     ]
+
+
+def _probed(name: str, probed: Probed) -> list[Part]:
+    """Return what one check measured; what answers gained after any question is how they are said, the rest what they say."""
+    if probed.own_more is not None:
+        return [("learned ", cells.DIM), (f"manner {probed.drop:+.2f}, content {probed.own_more:+.2f} nats", "")]
+    return [(f"{scoretext.PROBES.get(name, one_line(name, limit=20))} ", cells.DIM), _arrow(probed.base_loss, probed.loss)]
 
 
 def _arrow(before: float, after: float) -> Part:

@@ -97,7 +97,8 @@ def summary(
     `checkpoint` is about the bytes of one; 0: not known. `bill` is what the run costs.
     """
     planned = outlook.plan.run if outlook else run
-    base = "16-bit base" if planned.method == "lora" else f"4-bit {planned.bnb_4bit_quant_type} base"
+    bits = {"lora": "16-bit base", "lora-8bit": "8-bit base"}
+    base = bits.get(planned.method, f"4-bit {planned.bnb_4bit_quant_type} base")
     size = f" · {units.billions(spec.params)} weights" if spec else ""
     rows, held = _rows(run, outlook, look)
     facts = [
@@ -108,7 +109,7 @@ def summary(
         *([("plan", _choices(outlook))] if outlook and outlook.plan.choices else []),
         *([("memory", _memory(outlook))] if outlook else []),
         *([("time", _time(outlook))] if outlook else []),
-        *([("cost", one_line(bill, limit=400))] if bill else []),
+        *(("" if at else "cost", part) for at, part in enumerate(one_line(bill, limit=400).split("; ", 1)) if part),
         ("checkpoints", _checkpoints(run, checkpoint)),
         ("saved in", f"{one_line(run.runs_dir, limit=120)}/DATE-TIME-{slug(run.model_name_or_path)}/"),
         ("watch", _watch(run)),

@@ -1,0 +1,61 @@
+"""A frozen product, whatever its weight is held in: 16 or 32 bits as they are, 4 bits widened, 8 bits multiplied or widened.
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+
+from qlora_tui.engine.fast import compiled, eightbit
+from qlora_tui.engine.fast.eightbit import EightBit
+
+
+def full_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight of a frozen linear layer as numbers [O, I]; `dtype` is that of the numbers where they have to be made."""
+    if isinstance(layer, EightBit):
+        return layer.full(dtype)
+    weight: torch.Tensor = layer.weight
+    state = weight.quant_state if hasattr(weight, "quant_state") else None  # only bitsandbytes' parameters carry one
+    return weight.detach() if state is None else widened(weight.data, state)
+
+
+def widened(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return a weight that bitsandbytes packed in 4 bits as numbers, by our kernel where it runs: the same bits in less time."""
+    if not compiled.why_not(packed.device):
+        from qlora_tui.engine.fast import kernels  # imports Triton
+
+        return kernels.dequantize(packed, state)
+    full: torch.Tensor = bnb.dequantize_4bit(packed, state)
+    return full
+
+
+def product(x_NI: torch.Tensor, layer: Any, added_NO: torch.Tensor | None = None, out_NO: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x W^T + bias + `added_NO`, in `out_NO` if there is one; a weight in full width is gone when this returns."""
+    if isinstance(layer, EightBit) and eightbit.multiplies(layer, x_NI):
+        made = eightbit.product(x_NI, layer)
+        out = made if out_NO is None else out_NO.copy_(made)
+        return _plus(out, layer.bias, added_NO)
+    weight_IO = full_weight(layer, x_NI.dtype).t()
+    first = layer.bias if added_NO is None else added_NO
+    out = torch.mm(x_NI, weight_IO, out=out_NO) if first is None else torch.addmm(first, x_NI, weight_IO, out=out_NO)
+    return out if added_NO is None else _plus(out, layer.bias, None)
+
+
+def input_gradient(grad_NO: torch.Tensor, layer: Any, into_NI: torch.Tensor | None = None) -> torch.Tensor:
+    """Return g W, the gradient of a product's input, added to `into_NI` if there is one."""
+    if isinstance(layer, EightBit) and eightbit.multiplies(layer, grad_NO):
+        made = eightbit.input_gradient(grad_NO, layer)
+        return made if into_NI is None else into_NI.add_(made)
+    weight_OI = full_weight(layer, grad_NO.dtype)
+    return grad_NO @ weight_OI if into_NI is None else into_NI.addmm_(grad_NO, weight_OI)
+
+
+def _plus(out: torch.Tensor, *parts: torch.Tensor | None) -> torch.Tensor:
+    for part in parts:
+        if part is not None:
+            out.add_(part)
+    return out

@@ -1,0 +1,153 @@
+"""A decoder layer as four autograd operations, each of which keeps the least that its backward pass can live on.
+
+transformers' layer is some thirty small operations that each keep what they read. Here a norm is part of the products that
+read it, so its output is made twice and never kept; products that share an input share its low-rank part; the residual is
+added by the product before it; and the inner product of the MLP is made again in the backward pass, in place of its gradient.
+
+Of a layer that is computed again in its backward pass anyway, the MLP keeps only its input: its first two products are made
+again where their gradients are, tile by tile, so a long row needs the memory of one tile, and the third is not made again.
+
+Only what `FORMS` names goes this way, on a card that runs the kernels; PEFT keeps parameters, names, switches and saving.
+
+Shapes: B rows, T tokens, N = B * T, H hidden size, I inputs, O outputs, R rank, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qlora_tui.engine.compat import CACHES
+from qlora_tui.engine.fast.kernels import WIDEST_ROW, Activation
+from qlora_tui.engine.fast.lora import ADAPTER
+from qlora_tui.engine.fast.operations import Norm, added_norm, gated_mlp, normed_heads, product, projections
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a family's layer is put together."""
+
+    offset: float = 0.0  # added to every norm's weight
+    sandwich: bool = False  # a norm after attention and MLP too, before the residual
+    head_norm: bool = False  # queries and keys are normed, head by head
+    fused: bool = False  # query, key and value are one product, gate and up another
+    some_unturned: bool = False  # some layers give queries and keys no place
+    activation: Activation = "silu"
+
+
+FORMS: Mapping[str, Form] = {
+    "llama": Form(),
+    "mistral": Form(),
+    "qwen2": Form(),
+    "qwen3": Form(head_norm=True),
+    "smollm3": Form(some_unturned=True),
+    "phi3": Form(fused=True),
+    "gemma3_text": Form(offset=1.0, sandwich=True, head_norm=True, activation="gelu_tanh"),
+}
+"""By `model_type`; every other family goes the plain way, layer by layer as transformers has it."""
+
+_ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def why_not(model: Any) -> str:
+    """Return why the layers of `model`, with its adapter on, cannot go this way; an empty text if they can."""
+    config = model.config.get_text_config()
+    form = FORMS.get(config.model_type)
+    if form is None:
+        return f"models of type {config.model_type} have no fused layers here"
+    if _ACTIVATIONS.get(_activation_of(config)) != form.activation:
+        return f"its activation {_activation_of(config)} has no kernel here"
+    if config._attn_implementation == "eager":
+        return "attention that holds its scores goes layer by layer"
+    if config.hidden_size > WIDEST_ROW:
+        return f"a hidden size of {config.hidden_size} is too wide for the norm's kernel"
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and (
+            module.lora_magnitude_vector or not isinstance(module.lora_dropout[ADAPTER], torch.nn.Identity)
+        ):
+            return "DoRA and dropout of adapters go layer by layer"
+    return ""
+
+
+def _activation_of(config: Any) -> str:
+    return str(config.hidden_activation if config.model_type.startswith("gemma") else config.hidden_act)
+
+
+def fuse_layers(decoder: Any) -> None:
+    """Give every layer of `decoder`, and its last norm, the fused forward; before layers are told to recompute."""
+    form = FORMS[decoder.config.model_type]
+    for layer in decoder.layers:
+        layer.forward = FusedLayer(layer, form)  # on the instance: the class, and every other model, stays as it is
+    decoder.norm.forward = _FusedNorm(decoder.norm, form)
+
+
+class _FusedNorm:
+    """The forward of the norm after the last layer."""
+
+    def __init__(self, module: Any, form: Form) -> None:
+        self.norm = _norm(module, form)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return added_norm(x, None, self.norm)
+
+
+class FusedLayer:
+    """The forward of one decoder layer."""
+
+    def __init__(self, layer: Any, form: Form) -> None:
+        """Take the layer's modules as they are; they are looked at on every call, so switching an adapter off works as always."""
+        self.layer, self.form = layer, form
+        attention = layer.self_attn
+        self.heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+        self.size = attention.head_dim
+        self.before, self.after = _norm(layer.input_layernorm, form), _norm(layer.post_attention_layernorm, form)
+        if form.sandwich:
+            self.inner = _norm(layer.pre_feedforward_layernorm, form)
+            self.outer = _norm(layer.post_feedforward_layernorm, form)
+        self.head_norms = (_norm(attention.q_norm, form), _norm(attention.k_norm, form)) if form.head_norm else None
+
+    def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's output [B, T, H]; with a cache of earlier tokens, by the class's own forward."""
+        if any(kwargs.get(name) is not None for name in CACHES):
+            plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, **kwargs)
+            return plain
+        mlp, kind, output = self.layer.mlp, self.form.activation, (self.layer.self_attn.o_proj,)
+        ups = (mlp.gate_up_proj,) if self.form.fused else (mlp.gate_proj, mlp.up_proj)
+        down = (mlp.down_proj,)
+        if not self.form.sandwich:
+            hidden = product(self._attended(hidden_states, **kwargs), hidden_states, output)
+            return gated_mlp(hidden, self.after, ups, down, kind, residual=True)
+        hidden = added_norm(product(self._attended(hidden_states, **kwargs), None, output), hidden_states, self.after)
+        return added_norm(gated_mlp(hidden, self.inner, ups, down, kind, residual=False), hidden, self.outer)
+
+    def _attended(
+        self, hidden: torch.Tensor, *, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        module, form = self.layer.self_attn, self.form
+        linears = (module.qkv_proj,) if form.fused else (module.q_proj, module.k_proj, module.v_proj)
+        angles = None if form.some_unturned and not module.use_rope else tuple(part.flatten(0, -2) for part in position_embeddings)
+        queries, keys = self.heads
+        turned: tuple[int, ...] = (queries + keys,) if form.fused else (queries, keys, 0)
+        within = angles if self.head_norms is None else None
+        parts = projections(hidden, self.before, linears, within, turned, self.size)
+        if form.fused:
+            parts = parts[0].split([count * self.size for count in (queries, keys, keys)], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.size)) for part in parts)
+        if self.head_norms is not None:
+            query, key = (normed_heads(part, norm, angles) for part, norm in zip((query, key), self.head_norms, strict=True))
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+        dropout = module.attention_dropout if module.training else 0.0
+        out, _ = attend(module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling)
+        flat: torch.Tensor = out.flatten(2)
+        return flat
+
+
+def _norm(module: Any, form: Form) -> Norm:
+    epsilon = module.eps if form.offset else module.variance_epsilon  # Gemma's norms call it by another name
+    return Norm(module.weight.detach(), epsilon, form.offset)

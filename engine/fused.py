@@ -1,0 +1,145 @@
+"""What a fused decoder layer keeps for its backward pass, and its peak there: the memory of `fast.layers`, in arithmetic.
+
+Where `activations` follows transformers' thirty operations a layer, this follows the four that stand in their place on a
+card: norms are made again instead of kept, the MLP's inner product takes the place of its gradient, and of a layer that is
+computed again the MLP's two wide products exist a tile at a time. `tests/loop/test_peaks.py` holds it to a trace of every tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_tui.engine.families import has_kernels
+from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.sizes import widened_bytes
+from qlora_tui.engine.spec import RunConfig
+
+_QKV, _UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
+
+TILE = 4096
+"""Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.operations`. A test compares them."""
+
+WIDEST_ROW = 1 << 14
+"""The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
+
+
+def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
+    """Say whether a model's layers are fused: where `kernels` run, for its family, attention and adapter.
+
+    Those are a family with a form in `fast.layers`, fused attention, and an adapter without dropout and lengths of its own.
+    """
+    plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
+    covered = has_kernels(model.family, model.wrapper) and model.hidden_size <= WIDEST_ROW
+    return run.fused_layers != "off" and kernels and plain and covered
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """One fused layer of one micro-batch; all sizes in bytes.
+
+    `repeated` are its keys, or values, as attention takes them, `scores` what attention keeps beside its output, and `kernel` what
+    its backward pass holds inside.
+    """
+
+    model: ModelSpec
+    run: RunConfig
+    tokens: int
+    width: int
+    repeated: int
+    scores: int
+    kernel: int
+
+    def attention(self) -> int:
+        """Return what is kept for everything but the MLP's products: both inputs, queries, keys, values and attention's output."""
+        kept = 2 * self._hidden() + 2 * self._query() + 2 * self.repeated + self.scores + self._low(*_QKV, "o_proj")
+        if self.model.qk_norm:
+            kept += self._query() + self._keys()
+        return kept + (2 * self._hidden() if self._sandwich() else 0)
+
+    def mlp(self, tokens: int = 0) -> int:
+        """Return what the MLP's two wide products of `tokens`, else of all, take with their low-rank parts: a kept layer keeps them."""
+        return (2 * self._inner() + self._low(*_UP)) * (tokens or self.tokens) // self.tokens
+
+    def before_gradients(self) -> int:
+        """Return what the first layer keeps less: where attention's products have no adapter, nothing before them needs a gradient."""
+        targets = {part.name for part in self.model.targeted(self.run.lora_target_modules)}
+        if targets & set(_QKV):
+            return 0
+        early = self.attention() - (0 if self._sandwich() else self._hidden())
+        return early - (self._query() + self._low("o_proj") if "o_proj" in targets else 0)
+
+    def backward(self) -> list[tuple[int, int]]:
+        """Return what each stage of a kept layer's backward pass holds beyond what is kept: in tensors, and inside kernels."""
+        return [(self._down(self.tokens), 0), (self._up(self.tokens), 0), *self._early()]
+
+    def again(self) -> list[tuple[int, int]]:
+        """Return the same for a layer that was computed again; its wide products were not kept, so they are taken off."""
+        if self._sandwich():
+            return self.backward()
+        tokens = min(self.tokens, TILE)
+        wide = self.mlp(tokens) - self.mlp()
+        return [(self._down(tokens) + wide, 0), (self._up(tokens) + wide, 0), *self._early()]
+
+    def forward(self) -> int:
+        """Return the most that a layer holds in a forward pass that keeps nothing: the embeddings and its input are there all along."""
+        tokens = min(self.tokens, TILE)
+        share = self.model.intermediate_size * tokens * self.width
+        small = self._hidden() * tokens // self.tokens
+        mlp = max(2 * share + self._widened(*_UP) + small, 3 * share, share + self._widened("down_proj"))
+        attention = self._hidden() + 2 * self._query() + 2 * self._keys()
+        return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
+
+    def _early(self) -> list[tuple[int, int]]:
+        """The stages after the MLP, whose wide products are free by then: attention's output, attention itself, its products."""
+        gone = self.mlp() + (2 if self._sandwich() else 1) * self._hidden()
+        flowing = self._query() + 2 * self.repeated
+        output = 2 * self._hidden() + self._query() + self._widened("o_proj")
+        within = self._hidden() + self._query() + flowing
+        products = 4 * self._hidden() + self._query() + 2 * self._keys() + self._widened(*_QKV) - 2 * self._query()
+        return [(output - gone, 0), (within - gone, self.kernel), (products - gone, 0)]
+
+    def _down(self, tokens: int) -> int:
+        """The inner product's gradient is made: beside the gradient that came and the one to be, the norm again and the third weight."""
+        share = (self.model.hidden_size + self.model.intermediate_size) * tokens * self.width
+        return 2 * self._hidden() + share + self._widened("down_proj") + self._adapters(*_UP, "down_proj")
+
+    def _up(self, tokens: int) -> int:
+        """The gradient of the MLP's input is made from both wide ones; those of the adapters wait, and what they were made from."""
+        names = (*_UP, "down_proj")
+        waiting = 2 * self._adapters(*names) + 2 * self._low(*_UP) * tokens // self.tokens
+        if tokens < self.tokens:  # they are added, in 32 bits, to those of the tiles before
+            waiting += 4 * self._adapters(*names) // self.width * self.run.lora_r // self._rank()
+        return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._widened(*_UP) + waiting
+
+    def _adapters(self, *names: str) -> int:
+        """Return the adapters of modules called `names` as they are multiplied."""
+        parts = [part for part in self.model.targeted(self.run.lora_target_modules) if part.name in names]
+        return self.width * self._rank() * sum(part.inputs + part.outputs for part in parts)
+
+    def _rank(self) -> int:
+        """Return the rank of what is multiplied: PiSSA's start goes beside the adapter, in one product."""
+        return self.run.lora_r * (2 if self.run.init_lora_weights == "pissa" else 1)
+
+    def _sandwich(self) -> bool:
+        return self.model.norms_per_layer > 2
+
+    def _hidden(self) -> int:
+        return self.tokens * self.model.hidden_size * self.width
+
+    def _query(self) -> int:
+        return self.tokens * self.model.query_size * self.width
+
+    def _keys(self) -> int:
+        return self.tokens * self.model.key_value_size * self.width
+
+    def _inner(self) -> int:
+        return self.tokens * self.model.intermediate_size * self.width
+
+    def _low(self, *names: str) -> int:
+        count = sum(part.name in names for part in self.model.targeted(self.run.lora_target_modules))
+        return self.tokens * self.width * self._rank() * count
+
+    def _widened(self, *names: str) -> int:
+        """Return the largest weight of those called `names` in full width, if the base is held in fewer bits."""
+        parts = [part for part in self.model.linears() if part.name in names]
+        return max((widened_bytes(self.model, self.run, part, self.width, at_once=True) for part in parts), default=0)

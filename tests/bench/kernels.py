@@ -1,0 +1,205 @@
+"""The Triton kernels of `engine/fast/kernels.py` alone, beside bitsandbytes', Liger's where it is installed, and torch's plain ones.
+
+usage: python -m tests.bench.kernels [--tokens 4096] [--cpu]
+
+One JSON line a kernel: milliseconds (median of 50), GB/s by the bytes that the operation has to move once, and their share of the
+card's bandwidth, measured by copying 1 GiB. `--cpu` runs tiny shapes of what runs there, bitsandbytes and torch; it measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / ".pkg"))
+
+import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+EPS = 1e-5
+OURS = "qlora_tui.engine.fast.kernels"
+Timed = tuple[str, str, int, Callable[[], object]]
+
+
+def median_seconds(work: Callable[[], object], *, cpu: bool) -> float:
+    """Return the median of 50 runs after 10; each is timed by the device, whose clock does not see the launch."""
+    seconds = []
+    for turn in range(3 if cpu else 60):
+        if cpu:
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+            continue
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        if turn >= 10:
+            seconds.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def ours(cpu: bool) -> Any:
+    """Return our kernels, or None where they cannot run: on a processor, and where Triton is missing."""
+    if cpu or importlib.util.find_spec("triton") is None or importlib.util.find_spec(OURS) is None:
+        return None
+    return importlib.import_module(OURS)
+
+
+def dequantizations(mine: Any, wide: int, inner: int, device: str) -> Iterator[Timed]:
+    """NF4, double quantized, to bf16: half a byte read and two written a weight, and the scales."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(inner, wide, device=device, dtype=torch.bfloat16)
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    moved = weight.numel() * 2 + packed.numel() + weight.numel() // 64
+    yield "dequantize", "bitsandbytes", moved, lambda: dequantize_4bit(packed, state)
+    if mine:
+        yield "dequantize", "ours", moved, lambda: mine.dequantize(packed, state)
+
+
+def norms(mine: Any, tokens: int, wide: int, device: str) -> Iterator[Timed]:
+    """RMSNorm: forward reads and writes the activations once; backward reads two and writes one."""
+    x = torch.randn(tokens, wide, device=device, dtype=torch.bfloat16)
+    dy, weight = torch.randn_like(x), torch.randn(wide, device=device, dtype=torch.bfloat16)
+    moved = 2 * x.numel() * 2
+    yield "rms_norm", "torch", moved, lambda: functional.rms_norm(x, (wide,), weight, EPS)
+    yield "rms_norm_backward", "torch", moved * 3 // 2, backward(lambda leaf: functional.rms_norm(leaf, (wide,), weight, EPS), x, dy)
+    if mine:
+        yield "rms_norm", "ours", moved, lambda: mine.rms_norm(x, weight, EPS)
+        yield "rms_norm_backward", "ours", moved * 3 // 2, lambda: mine.rms_norm_backward(dy, x, weight, EPS)
+    if liger(device):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        def norm(leaf: torch.Tensor) -> torch.Tensor:
+            return LigerRMSNormFunction.apply(leaf, weight, EPS, 0.0, "llama", False)
+
+        yield "rms_norm", "liger", moved, lambda: norm(x)
+        yield "rms_norm_backward", "liger", moved * 3 // 2, backward(norm, x, dy)
+
+
+def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
+    """SwiGLU: forward reads two and writes one; backward reads three and writes two, ours three, since it makes h again."""
+    gate = torch.randn(tokens, inner, device=device, dtype=torch.bfloat16)
+    up, dh = torch.randn_like(gate), torch.randn_like(gate)
+    one = gate.numel() * 2
+    yield "swiglu", "torch", 3 * one, lambda: functional.silu(gate) * up
+    yield "swiglu_backward", "torch", 5 * one, backward(lambda leaf, other: functional.silu(leaf) * other, gate, dh, up)
+    if mine:
+        written = [part.clone() for part in (dh, gate, up)]  # it writes over what it is given; other numbers cost the same
+        yield "swiglu", "ours", 3 * one, lambda: mine.gated(gate, up, "silu")
+        yield "swiglu_backward", "ours", 6 * one, lambda: mine.gated_backward_(*written, "silu")
+    if liger(device):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        yield "swiglu", "liger", 3 * one, lambda: LigerSiLUMulFunction.apply(gate, up)
+        yield "swiglu_backward", "liger", 5 * one, backward(LigerSiLUMulFunction.apply, gate, dh, up)
+
+
+def losses(mine: Any, tokens: int, words: int, device: str) -> Iterator[Timed]:
+    """Cross-entropy of a chunk of logits, and their gradient: each read twice and written once."""
+    logits = torch.randn(tokens, words, device=device, dtype=torch.bfloat16)
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)
+
+    def plain() -> None:
+        leaf = logits.detach().requires_grad_()
+        functional.cross_entropy(leaf.float(), labels, reduction="sum").backward()
+
+    yield "loss", "torch", 3 * 2 * logits.numel(), plain
+    if mine:
+        yield "loss", "ours", 3 * 2 * logits.numel(), lambda: mine.cross_entropy_(logits, labels, None, gradient=True)
+
+
+def rotations(mine: Any, tokens: int, heads: int, shared: int, device: str) -> Iterator[Timed]:
+    """Rotary positions of queries and keys of 128 numbers: each read and written once."""
+    q = torch.randn(1, tokens, heads, 128, device=device, dtype=torch.bfloat16)
+    k = torch.randn(1, tokens, shared, 128, device=device, dtype=torch.bfloat16)
+    angles = torch.outer(torch.arange(tokens, device=device), 500_000.0 ** -(torch.arange(64, device=device) / 64)).repeat(1, 2)
+    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+    moved = 2 * 2 * (q.numel() + k.numel())
+    yield "rotate", "torch", moved, lambda: [rotated(x, cos, sin) for x in (q, k)]
+    if mine:
+        yield "rotate", "ours", moved, lambda: [mine.turn_heads(x[0], cos, sin) for x in (q, k)]
+    if liger(device):
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        yield "rotate", "liger", moved, lambda: LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos[None], sin[None])
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x [B, T, H, D] rotated as transformers does it, in torch's plain operations."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos[None, :, None] + torch.cat((-high, low), dim=-1) * sin[None, :, None]
+
+
+def backward(operation: Callable[..., torch.Tensor], leaf: torch.Tensor, dy: torch.Tensor, *others: torch.Tensor) -> Callable[[], object]:
+    """Return the backward of `operation` alone: its forward is done once, here. Every input gets a gradient.
+
+    A kernel that writes over what it was given computes other numbers the second time, at the same cost.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in (leaf, *others)]
+    y = operation(*leaves)
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
+def liger(device: str) -> bool:
+    """Say whether Liger's kernels can run here."""
+    return device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+
+
+def copied(device: str, *, cpu: bool) -> float:
+    """Return the bytes a second, read and written, of copying 1 GiB."""
+    source = torch.zeros((1 << 20) if cpu else (1 << 30), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), cpu=cpu)
+
+
+def main() -> int:
+    """Time every kernel and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    cpu = options.cpu
+    if not cpu and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: --cpu runs the same code on tiny shapes")
+    device = "cpu" if cpu else "cuda"
+    tokens, wide, inner, heads, shared = (64, 128, 256, 4, 2) if cpu else (options.tokens, 4096, 14_336, 32, 8)
+    bandwidth = copied(device, cpu=cpu)
+    mine = ours(cpu)
+    name = "CPU" if cpu else torch.cuda.get_device_name()
+    print(json.dumps({"device": name, "torch": torch.__version__, "tokens": tokens, "bandwidth_gb_s": round(bandwidth / 1e9)}), flush=True)
+    if mine is None:
+        print(f"skipped: ours: {OURS} needs CUDA and Triton", flush=True)
+    work = (
+        *dequantizations(mine, wide, inner, device),
+        *norms(mine, tokens, wide, device),
+        *gates(mine, tokens, inner, device),
+        *losses(mine, 32 if cpu else 512, 320 if cpu else 128_256, device),
+        *rotations(mine, tokens, heads, shared, device),
+    )
+    for kernel, whose, moved, call in work:
+        seconds = median_seconds(call, cpu=cpu)
+        rate = moved / seconds
+        line = {
+            "kernel": kernel,
+            "of": whose,
+            "ms": round(seconds * 1e3, 4),
+            "gb_s": round(rate / 1e9, 1),
+            "share": round(rate / bandwidth, 3),
+        }
+        print(json.dumps(line), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

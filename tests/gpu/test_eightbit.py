@@ -1,0 +1,63 @@
+"""Products in FP8 on a card that has them, and training on a base at one byte a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_model, write_tokenizer
+from loop_driver import drive
+
+from qlora_tui.engine.events import Evaluated, Stepped
+from qlora_tui.engine.fast import base, eightbit
+from qlora_tui.engine.fast.eightbit import EightBit
+from qlora_tui.engine.machine import look
+from qlora_tui.engine.spec import from_values
+
+pytestmark = pytest.mark.gpu
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def layer() -> EightBit:
+    torch.manual_seed(0)
+    if eightbit.kind_for(torch.device("cuda", 0)) != "fp8":
+        pytest.skip("this card multiplies no FP8")
+    weight = torch.randn(1024, 2048, device="cuda") * 0.02
+    weight[::100] *= 50
+    return EightBit(weight.bfloat16(), None, "fp8")
+
+
+def test_products_are_those_of_rounded_numbers(layer: EightBit) -> None:
+    x, grad = torch.randn(300, 2048, device="cuda").bfloat16(), torch.randn(300, 1024, device="cuda").bfloat16()
+    x[:, ::200] *= 50
+    assert eightbit.multiplies(layer, x)
+    full = layer.full(torch.float32)
+    assert error(base.product(x, layer), x.float() @ full.t()) < 0.05
+    assert error(base.input_gradient(grad, layer), grad.float() @ full) < 0.05
+    held, scales = eightbit.quantize(x, "fp8")
+    exact = (held.float() * scales[:, None]) @ full.t()
+    assert error(base.product(x, layer), exact) < 0.01  # what is left is the sum's own width
+
+
+def test_an_adapter_learns_on_it_what_it_learns_on_16_bits(
+    tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]]
+) -> None:
+    write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
+    write_tokenizer(tmp_path / "model")
+    values = {"model_name_or_path": str(tmp_path / "model"), "data": (str(write_jsonl(chat_rows)),), "max_length": 256, "max_steps": 40}
+    values |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "eval_steps": 20}
+    curves, starts = list[torch.Tensor](), list[float]()
+    for method in ("lora", "lora-8bit", "qlora"):
+        ran = drive(from_values({**values, "num_train_epochs": 40.0, "method": method}), tmp_path / method, machine=look())
+        assert ran.error is None
+        curves.append(torch.tensor([step.loss for step in ran.of(Stepped)]))
+        starts.append(ran.of(Evaluated)[0].loss)
+    assert abs(starts[1] - starts[0]) < abs(starts[2] - starts[0])
+    assert (curves[1] - curves[0]).abs().mean() < 0.03 * curves[0].mean()

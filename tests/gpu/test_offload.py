@@ -1,0 +1,91 @@
+"""Inputs of recomputed layers in pinned RAM, on a CUDA device: the same bits as without, whatever the streams do meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_model, write_tokenizer
+
+from qlora_tui.engine.fast.offload import Offload, streams_of
+from qlora_tui.engine.fast.recompute import recompute
+from qlora_tui.engine.load import Loaded, load
+from qlora_tui.engine.machine import look
+from qlora_tui.engine.spec import from_values
+
+pytestmark = pytest.mark.gpu
+LAYERS = 6
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Loaded:
+    write_model(tmp_path, hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=LAYERS)
+    write_tokenizer(tmp_path)
+    run = from_values({"model_name_or_path": str(tmp_path), "data": ("x",), "gradient_checkpointing": "true", "lora_r": 8})
+    found = load(run, tmp_path, look())
+    for name, parameter in found.model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(0, 0.02)
+    return found
+
+
+def gradients(loaded: Loaded, length: int) -> list[torch.Tensor]:
+    for parameter in loaded.model.parameters():
+        parameter.grad = None
+    ids = torch.arange(2 * length, device="cuda").reshape(2, length) % 97
+    (loaded.hidden(ids).float() ** 2).mean().backward()
+    return [part.grad.clone() for part in loaded.model.parameters() if part.grad is not None]
+
+
+def test_gradients_are_the_same_bits_over_batches_of_many_lengths(loaded: Loaded) -> None:
+    """Of those that two runs without it agree on: attention's backward pass may add in another order each time."""
+    layers: Any = loaded.decoder.layers
+    lengths = (1500, 64, 2000, 700, 2000, 33)
+    kept = [gradients(loaded, length) for length in lengths]
+    again = [gradients(loaded, length) for length in lengths]
+    offload = Offload(streams_of(loaded.device))
+    recompute(layers, LAYERS, dropout=False, offload=offload)
+    away = [gradients(loaded, length) for length in lengths]
+    assert offload.lent == 0
+    assert offload.held_bytes >= (LAYERS - 2) * 2 * 2000 * 512 * 2
+    for left, same, right in zip(kept, again, away, strict=True):
+        for one, other, moved in zip(left, same, right, strict=True):
+            noise = (one - other).abs().max()
+            assert (one - moved).abs().max() <= 4 * noise
+    offload.release()
+    assert offload.held_bytes == 0
+
+
+def test_the_card_holds_less(loaded: Loaded) -> None:
+    layers: Any = loaded.decoder.layers
+
+    def peak() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        gradients(loaded, 8192)
+        return torch.cuda.max_memory_allocated()
+
+    peak()
+    before = peak()
+    recompute(layers, LAYERS, dropout=False, offload=Offload(streams_of(loaded.device)))
+    assert before - peak() > (LAYERS - 4) * 2 * 8192 * 512 * 2
+
+
+def test_a_run_trains_with_its_inputs_away(tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]]) -> None:
+    from loop_driver import drive
+
+    from qlora_tui.engine.events import Stepped
+
+    write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
+    write_tokenizer(tmp_path / "model")
+    values = {"model_name_or_path": str(tmp_path / "model"), "data": (str(write_jsonl(chat_rows)),), "max_length": 256, "max_steps": 20}
+    values |= {"gradient_checkpointing": "true", "cuda_graphs": "off", "learning_rate": 1e-3, "num_train_epochs": 20.0}
+    curves = []
+    for way in ("off", "on"):
+        ran = drive(from_values({**values, "offload_checkpoints": way}), tmp_path / way, machine=look())
+        assert ran.error is None
+        curves.append(torch.tensor([step.loss for step in ran.of(Stepped)]))
+    assert (curves[0] - curves[1]).abs().max() < 0.02

@@ -1,0 +1,125 @@
+"""What the Triton kernels compute, in plain torch: fused layers run on a processor with these, and the kernels are compared with them.
+
+Each makes the tensors that its kernel makes and no others that a trace sees; numbers are computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+Activation = str
+WIDEST_ROW = 1 << 14
+
+
+def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device) if out is None else out
+    with _disable_current_modes():
+        out.copy_(bnb.dequantize_4bit(packed, state))
+    return out
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (weight.float() + offset)
+
+
+def rms_norm(
+    x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, offset: float = 0.0, beside: torch.Tensor | None = None
+) -> torch.Tensor:
+    out = torch.empty_like(x_NH)
+    with _disable_current_modes(), torch.no_grad():
+        result = _norm(x_NH.float(), weight_H, epsilon, offset)
+        out.copy_(result if beside is None else result + beside.float())
+    return out
+
+
+def rms_norm_backward(
+    grad_NH: torch.Tensor,
+    x_NH: torch.Tensor,
+    weight_H: torch.Tensor,
+    epsilon: float,
+    offset: float = 0.0,
+    beside: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = torch.empty_like(grad_NH) if out is None else out
+    with _disable_current_modes(), torch.enable_grad():
+        x = x_NH.detach().float().requires_grad_()
+        (result,) = torch.autograd.grad(_norm(x, weight_H, epsilon, offset), x, grad_NH.float())
+        out.copy_(result if beside is None else result + beside.float())
+    return out
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, kind: Activation) -> torch.Tensor:
+    return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
+    out = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
+    with _disable_current_modes(), torch.no_grad():
+        out.copy_(_gated(gate_NI.float(), up_NI.float(), kind))
+    return out
+
+
+def gated_backward_(grad_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> None:
+    with _disable_current_modes(), torch.enable_grad():
+        gate, up = (part.detach().float().requires_grad_() for part in (gate_NI, up_NI))
+        product = _gated(gate, up, kind)
+        of_gate, of_up = torch.autograd.grad(product, (gate, up), grad_NI.float())
+    with _disable_current_modes(), torch.no_grad():
+        for kept, result in ((grad_NI, product), (gate_NI, of_gate), (up_NI, of_up)):
+            kept.detach().copy_(result.detach())
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    size = cos.shape[1]
+    cos, sin = (part.float().repeat(len(x) // len(part), 1)[:, None] for part in (cos, sin))
+    left, right = x[..., :size].chunk(2, -1)
+    return torch.cat((x[..., :size] * cos + torch.cat((-right, left), -1) * sin, x[..., size:]), -1)
+
+
+def turn_heads(
+    x_NAD: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    weight_D: torch.Tensor | None = None,
+    epsilon: float = 0.0,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    out = x_NAD if weight_D is None else torch.empty_like(x_NAD)
+    with _disable_current_modes(), torch.no_grad():
+        x = x_NAD.float() if weight_D is None else _norm(x_NAD.float(), weight_D, epsilon, offset)
+        out.copy_(_turned(x, cos_TR, sin_TR))
+    return out
+
+
+def turn_heads_back_(
+    grad_NAD: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    x_NAD: torch.Tensor | None = None,
+    weight_D: torch.Tensor | None = None,
+    epsilon: float = 0.0,
+    offset: float = 0.0,
+) -> None:
+    with _disable_current_modes(), torch.enable_grad():
+        x = (grad_NAD if x_NAD is None else x_NAD).detach().float().requires_grad_()
+        before = x if weight_D is None else _norm(x, weight_D, epsilon, offset)
+        (result,) = torch.autograd.grad(_turned(before, cos_TR, sin_TR), x, grad_NAD.float())
+        grad_NAD.detach().copy_(result)
+
+
+def cross_entropy_(logits_NV: torch.Tensor, labels_N: torch.Tensor, softcap: float | None, *, gradient: bool) -> torch.Tensor:
+    losses = torch.empty(len(labels_N), dtype=torch.float32, device=logits_NV.device)
+    with _disable_current_modes(), torch.enable_grad():
+        logits = logits_NV.detach().float().requires_grad_()
+        capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        result = F.cross_entropy(capped, labels_N, reduction="none")
+        losses.copy_(result.detach())
+        if gradient:
+            logits_NV.copy_(torch.autograd.grad(result.sum(), logits)[0])
+    return losses

@@ -1,0 +1,90 @@
+"""An 8-bit base: what quantization loses, what products make of it, and how it is read."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_tui.engine import sizes
+from qlora_tui.engine.fast import base, eightbit
+from qlora_tui.engine.fast.eightbit import EightBit, quantize
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def four_bits(weight: torch.Tensor) -> torch.Tensor:
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return bnb.dequantize_4bit(packed, state)
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=st.sampled_from(["fp8", "int8"]), rows=st.integers(1, 5), size=st.floats(1e-6, 1e20), zero=st.booleans())
+def test_a_row_is_off_by_its_own_largest_number_at_most(kind, rows, size, zero):
+    torch.manual_seed(rows)
+    weight = torch.randn(rows, 48) * torch.logspace(-3, 3, rows)[:, None] * size
+    weight[0] *= not zero
+    held, scales = quantize(weight, kind)
+    found = held.float() * scales[:, None]
+    largest = weight.abs().amax(1, keepdim=True)
+    step = 1 / 254 if kind == "int8" else 1 / 28  # half of INT8's even step; FP8's widest is 32 of 448, rounded by half
+    assert bool(((found - weight).abs() <= largest * step * 1.001 + 1e-30).all())
+    assert bool((found[0] == 0).all()) or not zero
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_it_is_far_closer_to_the_original_than_four_bits(kind):
+    torch.manual_seed(0)
+    weight, x = torch.randn(256, 512) * 0.02, torch.randn(64, 512)
+    layer = EightBit(weight, None, kind)
+    assert error(layer(x), x @ weight.t()) < 0.35 * error(x @ four_bits(weight).t(), x @ weight.t())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_loud_rows_blur_nobody_else(kind):
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512) * 0.02
+    weight[::50] *= 100
+    others = torch.ones(256, dtype=torch.bool)
+    others[::50] = False
+    layer, x = EightBit(weight, None, kind), torch.randn(64, 512)
+    assert error(layer(x)[:, others], (x @ weight.t())[:, others]) < 0.04
+
+
+def test_inputs_with_loud_channels_cost_less_than_four_bits():
+    """What real activations have: a few channels a hundred times as loud, in every token; a token's scale is theirs."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(256, 512) * 0.02, torch.randn(64, 512)
+    x[:, ::100] *= 100
+    held, scales = quantize(x, "fp8")
+    layer = EightBit(weight, None, "fp8")
+    made = (held.float() * scales[:, None]) @ layer.full(torch.float32).t()
+    assert error(made, x @ weight.t()) < 0.6 * error(x @ four_bits(weight).t(), x @ weight.t())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_on_a_processor_are_those_of_the_widened_weight(kind, bias):
+    torch.manual_seed(0)
+    layer = EightBit(torch.randn(24, 40), torch.randn(24) if bias else None, kind)
+    x, grad, added = torch.randn(6, 40), torch.randn(6, 24), torch.randn(6, 24)
+    full = base.full_weight(layer, torch.float32)
+    assert torch.allclose(full, layer.held.float() * layer.scales[:, None])
+    plain = x @ full.t() + (layer.bias if bias else 0)
+    assert torch.allclose(base.product(x, layer), plain, atol=1e-5)
+    assert torch.allclose(base.product(x, layer, added, torch.empty(6, 24)), plain + added, atol=1e-5)
+    assert torch.allclose(base.input_gradient(grad, layer), grad @ full, atol=1e-5)
+    assert torch.allclose(base.input_gradient(grad, layer, torch.ones(6, 40)), grad @ full + 1, atol=1e-5)
+    assert not eightbit.multiplies(layer, x)
+
+
+def test_the_piece_in_32_bits_is_as_large_as_the_budget_says(monkeypatch):
+    assert eightbit._PIECE == sizes.EIGHT_BIT_PIECE
+    layer = EightBit(torch.randn(10, 8), None, "int8")
+    whole = layer.full(torch.bfloat16)
+    monkeypatch.setattr(eightbit, "_PIECE", 24)
+    assert torch.equal(layer.full(torch.bfloat16), whole)
