@@ -199,7 +199,7 @@ def step_key(model: ModelSpec, run: RunConfig) -> str:
 
     Neither the optimizer nor the rank is part of it: both move a step's time by a few percent only.
     """
-    extra = " dora" * run.use_dora + " offloaded" * offloads(run)
+    extra = " dora" * run.use_dora + " offloaded" * offloads(run) + " plain" * (run.fused_layers == "off")
     kind = f"{model.name}, {_method(run)} {run.dtype} {run.attn_implementation}{extra}"
     return f"{kind}, {checkpointed_layers(model, run)} recomputed"
 
