@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import write_model, write_tokenizer
 
-from qlora_tui.engine.fast.offload import Offload, streams_of
+from qlora_tui.engine.fast.offload import CudaStreams, Lane, Offload, streams_of
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.load import Loaded, load
 from qlora_tui.engine.machine import look
@@ -57,6 +58,65 @@ def test_gradients_are_the_same_bits_over_batches_of_many_lengths(loaded: Loaded
             assert (one - moved).abs().max() <= 4 * noise
     offload.release()
     assert offload.held_bytes == 0
+
+
+class Slow(CudaStreams):
+    """Copies that begin some ten milliseconds late, into memory that is no number until then."""
+
+    def copy(self, lane: Any, target: torch.Tensor, source: torch.Tensor) -> None:
+        if target.is_cuda:
+            target.fill_(torch.nan)
+            lane.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(lane):
+            torch.cuda._sleep(20_000_000)
+        super().copy(lane, target, source)
+
+
+class Deaf:
+    """The stream that computes, waiting for nobody."""
+
+    def __init__(self, stream: Lane) -> None:
+        self.record_event = stream.record_event
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+
+class Racing(Slow):
+    """The mutant: what computes does not wait for copies."""
+
+    def current(self) -> Lane:
+        return Deaf(super().current())
+
+
+def test_late_copies_change_nothing_and_without_events_they_would(loaded: Loaded) -> None:
+    layers: Any = loaded.decoder.layers
+    kept, again = gradients(loaded, 1500), gradients(loaded, 1500)
+    noise = [(one - other).abs().max() for one, other in zip(kept, again, strict=True)]
+
+    def off(streams: CudaStreams) -> list[bool]:
+        recompute(layers, LAYERS, dropout=False, offload=Offload(streams))
+        found = gradients(loaded, 1500)
+        torch.cuda.synchronize()
+        return [not bool((one - moved).abs().max() <= 4 * most) for one, moved, most in zip(kept, found, noise, strict=True)]
+
+    assert not any(off(Slow(loaded.device)))
+    assert any(off(Racing(loaded.device)))
+
+
+def test_ram_that_is_not_pinned_is_out_of_memory_and_leaves_the_card_well(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = CudaStreams(loaded.device)
+    first = streams.buffer(1 << 20)
+    real = torch.cuda.cudart()
+
+    def taken(place: int, size: int, flags: int) -> Any:
+        return real.cudaHostRegister(first.bytes.data_ptr(), size, flags)  # pinned already: a real refusal
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaError=real.cudaError, cudaHostRegister=taken))
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        streams.buffer(1 << 20)
+    monkeypatch.undo()
+    assert float(torch.ones(8, device="cuda").sum()) == 8  # CUDA remembers its last fault until somebody asks
 
 
 def test_the_card_holds_less(loaded: Loaded) -> None:

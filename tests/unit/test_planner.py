@@ -340,3 +340,37 @@ def test_the_step_key_tells_kinds_apart_but_not_what_hardly_matters():
     ):
         assert planner.step_key(LLAMA, with_(run, **other)) != key
     assert planner.step_key(QWEN_SMALL, run) != key
+
+
+# Inputs of layers in RAM
+
+LONG = with_(max_length=30_000, gradient_accumulation_steps=1)
+
+
+def test_inputs_wait_in_ram_only_where_nothing_fits_without():
+    tight, roomy = choose(LONG, sized(12)), choose(LONG, sized(24))
+    assert (tight.run.offload_checkpoints, roomy.run.offload_checkpoints) == ("on", "off")
+    assert not choose(with_(LONG, offload_checkpoints="off"), sized(12)).budget.fits
+    assert tight.budget.fits
+    assert not tight.budget.tight
+    assert (tight.run.gradient_checkpointing, tight.run.cuda_graphs) == ("true", "off")
+    assert tight.budget.host_bytes == 31 * 30_000 * 4096 * 2
+    assert "7.1 GiB of pinned RAM" in tight.reasons["offload_checkpoints"]
+    assert roomy.budget.host_bytes == 0
+    assert roomy.fallbacks[-1].offload_checkpoints == "on"  # where the estimate was too low
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(None, "on"), (10 * GIB, "on"), (9 * GIB, "off"), (GIB, "off")])
+def test_inputs_wait_in_ram_only_where_ram_has_room(free, chosen):
+    plan = choose(LONG, dataclasses.replace(sized(12), host_free_bytes=free))
+    assert plan.run.offload_checkpoints == chosen
+    assert plan.budget.fits == (chosen == "on")
+
+
+def test_recorded_batches_and_a_processor_never_copy():
+    assert choose(with_(LONG, cuda_graphs="on"), sized(12)).run.offload_checkpoints == "off"
+    assert choose(with_(offload_checkpoints="on"), H100).run.cuda_graphs == "off"
+    assert choose(LONG, CPU).run.offload_checkpoints == "off"
+    both = problems(with_(offload_checkpoints="on", cuda_graphs="on"))
+    none = problems(with_(offload_checkpoints="on", gradient_checkpointing="false"))
+    assert all("offload_checkpoints" in {problem.where for problem in found} for found in (both, none))
