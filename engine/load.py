@@ -227,9 +227,10 @@ def _settle(module: Linear4bit, dtype: torch.dtype) -> None:
 
 
 def _head(base: Any) -> Head:
-    output = base.get_output_embeddings()
-    cap = base.config.get_text_config().to_dict().get("final_logit_softcapping")
-    return Head(output.weight.detach(), output.bias.detach() if output.bias is not None else None, float(cap) if cap else None)
+    output, said = base.get_output_embeddings(), base.config.get_text_config().to_dict()
+    cap, divisor = said.get("final_logit_softcapping"), said.get("logits_scaling")
+    bias = output.bias.detach() if output.bias is not None else None
+    return Head(output.weight.detach(), bias, float(cap) if cap else None, float(divisor) if divisor else 1.0)
 
 
 def _check_head(loaded: Loaded, base: Any) -> None:

@@ -22,14 +22,23 @@ LOGITS_PER_CHUNK = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The frozen output layer: `softcap` * tanh(logits / softcap) where a family caps them."""
+    """The frozen output layer: `softcap` * tanh(logits / softcap) where a family caps them, logits / `divisor` where one divides them."""
 
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None = None
     softcap: float | None = None
+    divisor: float = 1.0
+
+    def divided(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states as the product reads them: dividing them divides the logits, and costs a vocabulary less."""
+        return hidden_NH if self.divisor == 1 else hidden_NH / self.divisor
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [N, V]."""
+        return self.of_divided(self.divided(hidden_NH))
+
+    def of_divided(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [N, V] of hidden states that were divided."""
         logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V).float()
         return logits_NV if self.softcap is None else logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
 
@@ -44,7 +53,7 @@ def token_losses(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor, ch
         chunk: tokens whose logits are held at once; 0: as many as `LOGITS_PER_CHUNK` allows. Fewer take less memory and
             more kernel launches; the losses differ by rounding at most.
     """
-    losses: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, labels_N, head, chunk)  # type: ignore[no-untyped-call]  # torch leaves it bare
+    losses: torch.Tensor = _ChunkedCrossEntropy.apply(head.divided(hidden_NH), labels_N, head, chunk)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return losses
 
 
@@ -80,7 +89,7 @@ def _chunk(hidden_nH: torch.Tensor, labels_n: torch.Tensor, head: Head, losses_n
         if grad_nH is not None:
             torch.mm(logits_nV, head.weight_VH, out=grad_nH)
         return
-    logits_nV = head.logits(hidden_nH)
+    logits_nV = head.of_divided(hidden_nH)
     lse_n = torch.logsumexp(logits_nV, dim=-1)
     losses_n.copy_(lse_n - logits_nV.gather(1, labels_n[:, None]).squeeze(1))
     if grad_nH is not None:

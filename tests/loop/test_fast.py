@@ -10,6 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from qlora_tui.engine.fast import lora, loss
+from qlora_tui.engine.load import load
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.spec import from_values
 
 
 def _adapted(folder: Path, *, quantized: bool, dropout: float = 0.0) -> Any:
@@ -80,6 +83,35 @@ def test_chunked_losses_equal_full_logits(monkeypatch: pytest.MonkeyPatch, softc
     (expected,) = torch.autograd.grad((expected_losses * scale).sum(), hidden)
     torch.testing.assert_close(losses, expected_losses)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("divisor", [8.0, 0.5])
+def test_logits_that_a_family_divides_are_divided_and_so_are_their_gradients(divisor: float) -> None:
+    torch.manual_seed(0)
+    weight, labels, hidden = torch.randn(50, 16), torch.randint(0, 50, (23,)), torch.randn(23, 16, requires_grad=True)
+    head = loss.Head(weight, divisor=divisor)
+    losses = loss.token_losses(hidden, head, labels, 7)
+    (found,) = torch.autograd.grad(losses.sum(), hidden)
+    expected_losses = F.cross_entropy(hidden @ weight.T / divisor, labels, reduction="none")
+    (expected,) = torch.autograd.grad(expected_losses.sum(), hidden)
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(head.logits(hidden), hidden @ weight.T / divisor)
+
+
+def test_a_granite_model_with_all_its_factors_can_be_trained(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    factors = {"logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.0156}
+    config = AutoConfig.for_model("granite", vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape, **factors)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    run = from_values({"model_name_or_path": str(tmp_path), "data": ("x",), "method": "lora", "gradient_checkpointing": "false"})
+    loaded = load(run, tmp_path, Machine("cpu", "cpu", 1 << 33, cores=1))
+    ids = torch.randint(3, 100, (1, 12))
+    ours = loss.token_losses(loaded.hidden(ids)[0, :-1], loaded.head, ids[0, 1:]).mean()
+    torch.testing.assert_close(ours, model.eval()(input_ids=ids, labels=ids).loss)
 
 
 def test_a_head_with_a_bias_is_used_with_it() -> None:
