@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_tui.engine.compat import CACHES
+from qlora_tui.engine.families import FAMILIES, Family
 from qlora_tui.engine.fast.kernels import WIDEST_ROW, Activation
 from qlora_tui.engine.fast.lora import ADAPTER
 from qlora_tui.engine.fast.operations import Norm, added_norm, gated_mlp, normed_heads, product, projections
@@ -30,12 +31,9 @@ from qlora_tui.engine.fast.operations import Norm, added_norm, gated_mlp, normed
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a family's layer is put together."""
+    """What a family's layer does beyond what `families.FAMILIES` says of it."""
 
     offset: float = 0.0  # added to every norm's weight
-    sandwich: bool = False  # a norm after attention and MLP too, before the residual
-    head_norm: bool = False  # queries and keys are normed, head by head
-    fused: bool = False  # query, key and value are one product, gate and up another
     some_unturned: bool = False  # some layers give queries and keys no place
     activation: Activation = "silu"
 
@@ -44,10 +42,10 @@ FORMS: Mapping[str, Form] = {
     "llama": Form(),
     "mistral": Form(),
     "qwen2": Form(),
-    "qwen3": Form(head_norm=True),
+    "qwen3": Form(),
     "smollm3": Form(some_unturned=True),
-    "phi3": Form(fused=True),
-    "gemma3_text": Form(offset=1.0, sandwich=True, head_norm=True, activation="gelu_tanh"),
+    "phi3": Form(),
+    "gemma3_text": Form(offset=1.0, activation="gelu_tanh"),
 }
 """By `model_type`; every other family goes the plain way, layer by layer as transformers has it."""
 
@@ -82,7 +80,9 @@ def fuse_layers(decoder: Any) -> None:
     """Give every layer of `decoder`, and its last norm, the fused forward; before layers are told to recompute."""
     form = FORMS[decoder.config.model_type]
     for layer in decoder.layers:
-        layer.forward = FusedLayer(layer, form)  # on the instance: the class, and every other model, stays as it is
+        layer.forward = FusedLayer(
+            layer, FAMILIES[decoder.config.model_type], form
+        )  # on the instance: the class, and every other model, stays as it is
     decoder.norm.forward = _FusedNorm(decoder.norm, form)
 
 
@@ -99,17 +99,18 @@ class _FusedNorm:
 class FusedLayer:
     """The forward of one decoder layer."""
 
-    def __init__(self, layer: Any, form: Form) -> None:
+    def __init__(self, layer: Any, family: Family, form: Form) -> None:
         """Take the layer's modules as they are; they are looked at on every call, so switching an adapter off works as always."""
-        self.layer, self.form = layer, form
+        self.layer, self.family, self.form = layer, family, form
         attention = layer.self_attn
         self.heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self.size = attention.head_dim
         self.before, self.after = _norm(layer.input_layernorm, form), _norm(layer.post_attention_layernorm, form)
-        if form.sandwich:
+        self.sandwich = family.extra_norms > 0
+        if self.sandwich:
             self.inner = _norm(layer.pre_feedforward_layernorm, form)
             self.outer = _norm(layer.post_feedforward_layernorm, form)
-        self.head_norms = (_norm(attention.q_norm, form), _norm(attention.k_norm, form)) if form.head_norm else None
+        self.head_norms = (_norm(attention.q_norm, form), _norm(attention.k_norm, form)) if family.qk_norm == "head" else None
 
     def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output [B, T, H]; with a cache of earlier tokens, by the class's own forward."""
@@ -117,9 +118,9 @@ class FusedLayer:
             plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, **kwargs)
             return plain
         mlp, kind, output = self.layer.mlp, self.form.activation, (self.layer.self_attn.o_proj,)
-        ups = (mlp.gate_up_proj,) if self.form.fused else (mlp.gate_proj, mlp.up_proj)
+        ups = (mlp.gate_up_proj,) if self.family.fused else (mlp.gate_proj, mlp.up_proj)
         down = (mlp.down_proj,)
-        if not self.form.sandwich:
+        if not self.sandwich:
             hidden = product(self._attended(hidden_states, **kwargs), hidden_states, output)
             return gated_mlp(hidden, self.after, ups, down, kind, residual=True)
         hidden = added_norm(product(self._attended(hidden_states, **kwargs), None, output), hidden_states, self.after)
@@ -128,14 +129,14 @@ class FusedLayer:
     def _attended(
         self, hidden: torch.Tensor, *, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        module, form = self.layer.self_attn, self.form
-        linears = (module.qkv_proj,) if form.fused else (module.q_proj, module.k_proj, module.v_proj)
+        module, form, fused = self.layer.self_attn, self.form, self.family.fused
+        linears = (module.qkv_proj,) if fused else (module.q_proj, module.k_proj, module.v_proj)
         angles = None if form.some_unturned and not module.use_rope else tuple(part.flatten(0, -2) for part in position_embeddings)
         queries, keys = self.heads
-        turned: tuple[int, ...] = (queries + keys,) if form.fused else (queries, keys, 0)
+        turned: tuple[int, ...] = (queries + keys,) if fused else (queries, keys, 0)
         within = angles if self.head_norms is None else None
         parts = projections(hidden, self.before, linears, within, turned, self.size)
-        if form.fused:
+        if fused:
             parts = parts[0].split([count * self.size for count in (queries, keys, keys)], dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.size)) for part in parts)
         if self.head_norms is not None:

@@ -1,4 +1,4 @@
-"""The four autograd operations that a fused layer is made of, each with the backward pass written out.
+"""The autograd operations that a fused layer is made of, each with the backward pass written out.
 
 Shapes: N tokens, H hidden size, I inputs, O outputs, R rank, A heads, D size of a head.
 """

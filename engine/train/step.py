@@ -134,7 +134,7 @@ class Gradient:
         """Let go of recorded batches, gradients and pinned RAM: their memory is free, and what they were made of may change."""
         if self.graphs is not None:
             self.graphs.release()
-        self.flat.release()  # last: a recorded batch writes to where the gradients were
+        self.flat.release()  # after the graphs: a recorded batch writes to where the gradients were
         layers = self.loaded.decoder.layers
         assert isinstance(layers, torch.nn.ModuleList)
         offload = offloading(layers)
