@@ -78,7 +78,7 @@ def _activation_of(config: Any) -> str:
 
 def fuse_layers(decoder: Any) -> None:
     """Give every layer of `decoder`, and its last norm, the fused forward; before layers are told to recompute."""
-    form = FORMS[decoder.config.model_type]
+    family, form = FAMILIES[decoder.config.model_type], FORMS[decoder.config.model_type]
     for layer in decoder.layers:
         layer.forward = FusedLayer(
             layer, FAMILIES[decoder.config.model_type], form
