@@ -80,9 +80,7 @@ def fuse_layers(decoder: Any) -> None:
     """Give every layer of `decoder`, and its last norm, the fused forward; before layers are told to recompute."""
     family, form = FAMILIES[decoder.config.model_type], FORMS[decoder.config.model_type]
     for layer in decoder.layers:
-        layer.forward = FusedLayer(
-            layer, FAMILIES[decoder.config.model_type], form
-        )  # on the instance: the class, and every other model, stays as it is
+        layer.forward = FusedLayer(layer, family, form)  # on the instance: the class, and every other model, stays as it is
     decoder.norm.forward = _FusedNorm(decoder.norm, form)
 
 
