@@ -11,6 +11,7 @@ import torch
 from loop_driver import drive
 
 from qlora_tui.engine.events import Phase, Stepped
+from qlora_tui.engine.fast import base
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.load import Loaded, load
 from qlora_tui.engine.machine import Machine
@@ -127,6 +128,39 @@ def test_every_plain_adapter_goes_through_them(tmp_path: Path, small_tiles: None
     rough = 0.1 if "method" in values else 1e-3  # rsLoRA doubles what an adapter of this size does
     assert (ours - hidden).norm() < rough * hidden.norm()
     assert apart(found, expected) < rough
+
+
+def loud(loaded: Loaded) -> Loaded:
+    """Give every layer what real ones have: a few outputs and a few channels of its norms far louder than the rest."""
+    for layer in loaded.decoder.layers:  # type: ignore[union-attr]
+        for name, parameter in layer.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.data[::40] *= 10
+    return loaded
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_products_in_fp8_are_nearer_to_16_bits_than_a_4_bit_base(
+    tmp_path: Path, small_tiles: None, fp8_on_cpu: None, monkeypatch: pytest.MonkeyPatch, kind: str, recomputed: int
+) -> None:
+    write(tmp_path, kind)
+    whole, fused, four = (loud(loaded_from(tmp_path, fused=True, method=method)) for method in ("lora", "lora-8bit", "qlora"))
+    recompute(fused.decoder.layers, recomputed, dropout=False)  # type: ignore[arg-type]
+    (hidden, expected), (ours, found), (rough, rougher) = gradients(whole), gradients(fused), gradients(four)
+    print(
+        kind,
+        (ours - hidden).norm() / hidden.norm(),
+        (rough - hidden).norm() / hidden.norm(),
+        apart(found, expected),
+        apart(rougher, expected),
+    )
+    assert 0.0 < (ours - hidden).norm() < 0.6 * (rough - hidden).norm()
+    assert apart(found, expected) < 0.6 * apart(rougher, expected)
+    monkeypatch.setattr(base, "room", lambda x, layers: None)  # every product then quantizes what it reads
+    apart_made, found_apart = gradients(fused)
+    assert torch.equal(apart_made, ours)
+    assert all(torch.equal(found_apart[name], part) for name, part in found.items())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
