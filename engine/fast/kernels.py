@@ -154,7 +154,8 @@ def _gated(gate, up, out, width, gate_stride, up_stride, GELU: tl.constexpr, BLO
 
 @triton.jit
 def _gated_rows(gate, up, out, held, scales, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    row, kind = tl.program_id(0).to(tl.int64), out.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    kind = out.dtype.element_ty
     most = tl.zeros((), tl.float32)
     for first in range(0, width, BLOCK):
         at = first + tl.arange(0, BLOCK)
