@@ -32,6 +32,7 @@ from qlora_tui.engine.sizes import (
     optimizer_room,
     quantized_bytes,
     update_groups,
+    widened_bytes,
 )
 from qlora_tui.engine.spec import RunConfig, rows_at_once
 from qlora_tui.engine.steptime import recordable
@@ -42,6 +43,9 @@ _CUDA_CONTEXT = int(0.76 * _GIB)  # the driver's figure for the process above th
 # Reserved above allocated on that card, with blocks that grow: 65-730 MiB in 49 runs of 1.5 to 31 GiB; most where single
 # tensors are large. Little runs keep little.
 _CUDA_IDLE, _CUDA_IDLE_SHARE, _CUDA_MOST_IDLE = 100 * _MIB, 0.009, 0.6
+# With fused layers, in 36 runs of 1.5 to 21 GiB on that card (2026-11-27): none to 200 MiB, and with three projections in one
+# weight up to 970. That weight in full width is then many times what is kept of a layer, which lies down where it was.
+_FUSED_IDLE, _FUSED_IDLE_SHARE = 64 * _MIB, 0.008
 # On a processor: resident memory of four runs of a 135 M shape (1 x 512 to 4 x 512, all and no layers recomputed) on two
 # cores, 2026-11-26, within 17 %. The C library keeps freed blocks, and products over the vocabulary pack their operands.
 _CPU_LIBRARIES = int(0.6 * _GIB)
@@ -200,6 +204,11 @@ class Moments:
 
     def _slack(self, passing: int, loss: int) -> Sized:
         """Return what is kept but not in use."""
+        if self.cuda and self.batch.fused:
+            moving, joined = passing + loss, 2 * self._widest() * self.model.fused
+            kept = f", and twice the widest weight in full width ({gib(joined)})" if joined else ""
+            how = f"kept but not in use: {gib(_FUSED_IDLE)} and {_FUSED_IDLE_SHARE:.1%} of what comes and goes{kept}"
+            return int(min(_CUDA_MOST_IDLE * moving, _FUSED_IDLE + joined + _FUSED_IDLE_SHARE * moving)), how
         if self.cuda:
             moving = passing + loss
             largest = self.tokens * self.model.intermediate_size * self.width * (2 if self.model.fused else 1)
@@ -209,6 +218,10 @@ class Moments:
             )
             return int(min(_CUDA_MOST_IDLE * moving, _CUDA_IDLE + largest + _CUDA_IDLE_SHARE * moving)), how
         return int(_CPU_SLACK * passing + _CPU_LOSS_SLACK * loss), "freed blocks that the C library keeps, and what products pack"
+
+    def _widest(self) -> int:
+        """Return the bytes of the largest weight in full width, if the base is held in fewer bits."""
+        return max(widened_bytes(self.model, self.run, part, self.width, at_once=True) for part in self.model.linears())
 
     def _fixed(self) -> tuple[Item, Item, Item, Item, Item, Item, int, Item]:
         """Return what is the same at every moment; the last number is what libraries hold for themselves."""

@@ -10,6 +10,7 @@ stream again, and so after the copy. On a processor the same class makes plain c
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -233,6 +234,8 @@ class CudaStreams:
         runtime = torch.cuda.cudart()
         code = runtime.cudaHostRegister(pages.data_ptr(), size, 0)
         if code != runtime.cudaError.success:
+            with contextlib.suppress(RuntimeError):  # CUDA remembers a refusal, and the next kernel, whatever it is, would raise it
+                torch.zeros(1, device=self.device)
             raise torch.OutOfMemoryError(f"out of memory: the system does not pin {size:,} more bytes of RAM ({code})")
         buffer = Buffer(pages)
         weakref.finalize(buffer, _unpin, self.device, pages.data_ptr()).atexit = False  # the driver's own end unpins all

@@ -72,7 +72,7 @@ class Load:
         return {(len(part), self._round(part[0])) for part in parts}
 
     def recording(self) -> float:
-        """Return the seconds of recording a batch of the mean row: about those of starting its kernels one by one."""
+        """Return the seconds of recording a batch of the mean row."""
         return forecast.recording_seconds(
             self.choices.model, self.choices.run, self.choices.machine, statistics.fmean(self.choices.lengths)
         )

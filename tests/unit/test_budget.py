@@ -74,17 +74,28 @@ def test_peaks_measured_with_recorded_batches_are_met(line, without_kernels):
     assert -0.035 < max(phases.values()) / measured - 1 < 0.04
 
 
-@pytest.mark.parametrize("line", FUSED, ids=lambda line: line["case"])
-def test_peaks_measured_with_fused_layers_are_met(line):
-    # the same versions, layers fused; the smallest model's 1.7 GiB are mostly the context's, which was 70 MiB smaller that day
+def predicted_fused(line):
+    """The same of a line whose layers were fused where the family's can be, with what was chosen for it."""
     case = CASES[line["case"]]
     run = dataclasses.replace(case.run(Path("model"), tiny=False), **line["choices"])
-    found = budget.estimate(models.find(case.shape), run, H100, longest=case.length)
-    measured = max(size for phase, size in line["measured"].items() if case.saved or phase != "load")
-    assert -0.03 < found.total_bytes / measured - 1 < 0.05
+    return budget.estimate(models.find(case.shape), run, H100, longest=case.length)
 
 
-def test_the_median_error_of_those_is_under_a_percent(without_kernels):
+@pytest.mark.parametrize("line", FUSED, ids=lambda line: line["case"])
+def test_peaks_measured_with_fused_layers_are_met(line):
+    # the same versions, a process each: tests/bench/results/2026-11-27-h100-grid-fused.md
+    measured = max(size for phase, size in line["measured"].items() if CASES[line["case"]].saved or phase != "load")
+    assert -0.03 < predicted_fused(line).total_bytes / measured - 1 < 0.08
+
+
+def test_the_median_error_of_those_is_under_three_percent():
+    train = [next(phase.bytes for phase in predicted_fused(line).phases if phase.name == "train") for line in FUSED]
+    errors = [size / line["measured"]["train"] - 1 for size, line in zip(train, FUSED, strict=True)]
+    assert len(errors) >= 30
+    assert statistics.median(map(abs, errors)) < 0.03
+
+
+def test_the_median_error_of_plain_layers_is_under_a_percent(without_kernels):
     errors = [{phase.name: phase.bytes for phase in predicted(line).phases}["train"] / line["train"] - 1 for line in MEASURED]
     assert len(errors) >= 30
     assert statistics.median(map(abs, errors)) < 0.01

@@ -82,7 +82,10 @@ def test_the_card_formula_meets_what_was_measured_on_an_h100(changes, tokens_per
     assert 1 / (1 / rate(LLAMA, run, H100) + update) == pytest.approx(tokens_per_second, rel=0.12)
 
 
-MEASURED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu" / "2026-11-27-h100-graphs.jsonl").read_text().splitlines()]
+MEASURED, FUSED = (
+    [json.loads(line) for line in (Path(__file__).parents[1] / "gpu" / f"2026-11-27-h100-{name}.jsonl").read_text().splitlines()]
+    for name in ("graphs", "fused")
+)
 
 
 @pytest.mark.parametrize("line", MEASURED, ids=lambda line: line["case"])
@@ -94,6 +97,16 @@ def test_the_seconds_of_a_step_meet_every_one_that_was_measured(line, monkeypatc
     each = forecast.seconds_per_token(models.find(case.shape), run, H100, row_tokens=case.length)
     update = one_by_one(models.find(case.shape), run, line["speed"]["launch_seconds"])
     assert each * line["tokens_per_step"] + update == pytest.approx(line["step_seconds"], rel=0.1)
+
+
+@pytest.mark.parametrize("line", FUSED, ids=lambda line: line["case"])
+def test_so_do_those_of_fused_layers(line, monkeypatch):
+    # 38 settings of 13 shapes: tests/bench/results/2026-11-27-h100-grid-fused.md
+    case = next(case for case in CASES if case.name == line["case"])
+    run = dataclasses.replace(case.run(Path("x"), tiny=False), **line["choices"])
+    monkeypatch.setattr(forecast, "speed_of", lambda _: Speed(**line["speed"]))
+    each = forecast.seconds_per_token(models.find(case.shape), run, H100, row_tokens=case.length)
+    assert each * line["tokens_per_step"] == pytest.approx(line["step_seconds"], rel=0.1)
 
 
 def test_a_recorded_step_takes_what_its_kernels_take_whatever_the_host():
