@@ -32,6 +32,7 @@ class Batch:
     length: int
     cuda: bool
     kernels: bool = False  # ours, which compute in 16 bits
+    fp8: bool = False  # frozen products are computed in 8 bits
 
     @property
     def tokens(self) -> int:
@@ -116,7 +117,7 @@ def _layer(batch: Batch, *, masked: bool) -> Layer:
 def _fused(batch: Batch, parts: _Parts) -> fused.FusedLayer:
     scores = batch.tokens * batch.model.num_attention_heads * 4
     scores += batch.rows * batch.length**2 * batch.width if parts.masked else 0
-    return fused.FusedLayer(batch.model, batch.run, batch.tokens, batch.width, parts.repeated, scores, parts._kernel())
+    return fused.FusedLayer(batch.model, batch.run, batch.tokens, batch.width, parts.repeated, scores, parts._kernel(), batch.fp8)
 
 
 def final_norm(batch: Batch) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.engine.families import has_kernels
-from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.sizes import widened_bytes
+from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.models import Linear, ModelSpec
+from qlora_tui.engine.sizes import eight_bit, element_bytes, widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
 _QKV, _UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
@@ -33,12 +34,20 @@ def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
     return run.fused_layers != "off" and kernels and plain and covered
 
 
+def fp8_products(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
+    """Say whether frozen products are computed in FP8: on an 8-bit base, in fused layers, where the card does and the sizes are even."""
+    if not eight_bit(model, run) or not machine.fp8 or element_bytes(run, machine) != 2:
+        return False
+    even = all(part.inputs % 16 == 0 and part.outputs % 16 == 0 for part in model.linears())
+    return even and fused_layers(model, run, machine.kernels)
+
+
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
     """One fused layer of one micro-batch; all sizes in bytes.
 
     `repeated` are its keys, or values, as attention takes them, `scores` what attention keeps beside its output, and `kernel` what
-    its backward pass holds inside.
+    its backward pass holds inside. `fp8`: its frozen products are computed in FP8.
     """
 
     model: ModelSpec
@@ -48,6 +57,7 @@ class FusedLayer:
     repeated: int
     scores: int
     kernel: int
+    fp8: bool = False
 
     def attention(self) -> int:
         """Return what is kept for everything but the MLP's products: both inputs, queries, keys, values and attention's output."""
@@ -85,7 +95,8 @@ class FusedLayer:
         tokens = min(self.tokens, TILE)
         share = self.model.intermediate_size * tokens * self.width
         small = self._hidden() * tokens // self.tokens
-        mlp = max(2 * share + self._widened(*_UP) + small, 3 * share, share + self._widened("down_proj"))
+        up, down = self._read(tokens, *_UP), self._read(tokens, "down_proj")
+        mlp = max(2 * share + up + small, 3 * share + self.fp8 * self.model.intermediate_size * tokens, share + down)
         attention = self._hidden() + 2 * self._query() + 2 * self._keys()
         return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
 
@@ -93,15 +104,15 @@ class FusedLayer:
         """The stages after the MLP, whose wide products are free by then: attention's output, attention itself, its products."""
         gone = self.mlp() + (2 if self._sandwich() else 1) * self._hidden()
         flowing = self._query() + 2 * self.repeated
-        output = 2 * self._hidden() + self._query() + self._widened("o_proj")
+        output = 2 * self._hidden() + self._query() + self._turned(self.tokens, "o_proj")
         within = self._hidden() + self._query() + flowing
-        products = 4 * self._hidden() + self._query() + 2 * self._keys() + self._widened(*_QKV) - 2 * self._query()
+        products = 4 * self._hidden() + self._query() + 2 * self._keys() + self._turned(self.tokens, *_QKV) - 2 * self._query()
         return [(output - gone, 0), (within - gone, self.kernel), (products - gone, 0)]
 
     def _down(self, tokens: int) -> int:
         """The inner product's gradient is made: beside the gradient that came and the one to be, the norm again and the third weight."""
         share = (self.model.hidden_size + self.model.intermediate_size) * tokens * self.width
-        return 2 * self._hidden() + share + self._widened("down_proj") + self._adapters(*_UP, "down_proj")
+        return 2 * self._hidden() + share + self._turned(tokens, "down_proj") + self._adapters(*_UP, "down_proj")
 
     def _up(self, tokens: int) -> int:
         """The gradient of the MLP's input is made from both wide ones; those of the adapters wait, and what they were made from."""
@@ -109,7 +120,7 @@ class FusedLayer:
         waiting = 2 * self._adapters(*names) + 2 * self._low(*_UP) * tokens // self.tokens
         if tokens < self.tokens:  # they are added, in 32 bits, to those of the tiles before
             waiting += 4 * self._adapters(*names) // self.width * self.run.lora_r // self._rank()
-        return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._widened(*_UP) + waiting
+        return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._turned(tokens, *_UP) + waiting
 
     def _adapters(self, *names: str) -> int:
         """Return the adapters of modules called `names` as they are multiplied."""
@@ -139,7 +150,25 @@ class FusedLayer:
         count = sum(part.name in names for part in self.model.targeted(self.run.lora_target_modules))
         return self.tokens * self.width * self._rank() * count
 
+    def _read(self, tokens: int, *names: str) -> int:
+        """Return what products with those called `names` take beside input and output: the input in FP8, or the largest weight widened."""
+        if not self.fp8:
+            return self._widened(*names)
+        return max(tokens * (part.inputs + 4 + part.outputs * self.width * (part.name == "down_proj")) for part in self._named(*names))
+
+    def _turned(self, tokens: int, *names: str) -> int:
+        """Return the same of their gradients: the weight turned, what came in FP8, and from the second on the sum's next part."""
+        if not self.fp8:
+            return self._widened(*names)
+        most = 0
+        for place, part in enumerate(self._named(*names)):
+            summed = tokens * part.inputs * self.width if place else 0
+            most = max(most, part.weights + 4 * part.inputs + tokens * (part.outputs + 4) + summed)
+        return most
+
     def _widened(self, *names: str) -> int:
         """Return the largest weight of those called `names` in full width, if the base is held in fewer bits."""
-        parts = [part for part in self.model.linears() if part.name in names]
-        return max((widened_bytes(self.model, self.run, part, self.width, at_once=True) for part in parts), default=0)
+        return max((widened_bytes(self.model, self.run, part, self.width, at_once=True) for part in self._named(*names)), default=0)
+
+    def _named(self, *names: str) -> list[Linear]:
+        return [part for part in self.model.linears() if part.name in names]

@@ -75,6 +75,11 @@ class Machine:
         there = not self.driver or importlib.util.find_spec("triton") is not None
         return self.kind == "cuda" and self.bf16 and there
 
+    @property
+    def fp8(self) -> bool:
+        """Whether products in FP8 are computed here, as far as can be said without trying."""
+        return self.kernels and self.compute_capability is not None and self.compute_capability >= (8, 9)
+
     def holders(self, most: int = 3) -> str:
         """Return who holds `others_bytes` in words, such as "Xorg 412 MiB, other programs 1.2 GiB"; "" if nobody does.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_tui.engine import forecast, measured
+from qlora_tui.engine import forecast, measured, onebyte
 from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.forecast import step_key
 from qlora_tui.engine.machine import Machine
@@ -127,14 +127,16 @@ def _best(asked: Asked) -> tuple[Search, Choice]:
 
 
 def _methods(model: ModelSpec, run: RunConfig, machine: Machine) -> tuple[str, ...]:
-    """Return the bases to try, the better first: 4 bits cost quality, so 16 are taken where they fit."""
+    """Return the bases to try, the better first: 4 bits cost quality, so 16 are taken where they fit, then 8 where those were measured."""
     if run.method != "auto":
         return (run.method,)
     if model.quantized:
         return ("qlora",)
     if run.init_lora_weights == "pissa":  # it needs the weights' main directions, which 4 bits no longer hold
         return ("lora",)
-    return ("lora", "qlora") if machine.kind == "cuda" else ("qlora",)
+    if machine.kind != "cuda":
+        return ("qlora",)
+    return ("lora", "lora-8bit", "qlora") if onebyte.offered(model, run, machine) else ("lora", "qlora")
 
 
 def _optimizers(run: RunConfig, machine: Machine) -> tuple[str, ...]:
@@ -189,7 +191,7 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
     layers = f"{kept} of {search.layers} layers keep their activations" if kept else "memory is short, so every layer is recomputed"
     smaller = found.chunk != search.chunks[0]
     return {
-        "method": "the 16-bit base fits, and 4 bits cost quality" if run.method == "lora" else _why_4bit(search),
+        "method": _why_this_base(search),
         "dtype": "what this device computes in",
         "optim": "plain AdamW on a processor" if processor else "pages its state when memory is short" if "paged" in run.optim else "fits",
         "gradient_checkpointing": "all activations fit" if kept == search.layers else layers,
@@ -203,7 +205,11 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
     }
 
 
-def _why_4bit(search: Search) -> str:
+def _why_this_base(search: Search) -> str:
+    if search.base.method == "lora":
+        return "the 16-bit base fits, and 4 bits cost quality"
+    if search.base.method == "lora-8bit":
+        return f"the 16-bit base does not fit, and 8 bits are near it: {onebyte.quality(search.asked.machine)}"
     if search.asked.model.quantized:
         return "its weights are stored in 4 bits"
     return "the usual choice on a processor" if search.asked.machine.kind == "cpu" else "the 16-bit base does not fit"

@@ -70,7 +70,7 @@ class RunConfig:
     method: str = _key(
         "qlora",
         "model",
-        "qlora: 4-bit base. lora-8bit: one byte a weight, far closer to the original. lora: 16-bit base. auto: 16-bit where it fits.",
+        "qlora: 4-bit base. lora-8bit: one byte a weight, far closer to the original. lora: 16-bit base. auto: the widest that fits.",
         choices=("qlora", "lora-8bit", "lora", "auto"),
     )
     bnb_4bit_quant_type: str = _key(

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import fused_layers
+from qlora_tui.engine.fused import fp8_products, fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -52,6 +52,8 @@ _BUS_BYTES = 12e9  # a second between card and pinned RAM, each way: PCIe 3.0 wi
 _SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}  # read one input
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _EIGHT_BIT_BYTES = 23  # of one weight: read as a byte, twice through 32 bits, written in 16
+_FP8_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25
+_TURNED_BYTES = 2  # of one weight: read and written the other way round
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
 
@@ -121,16 +123,20 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
-    share = _PRODUCT_SHARE if cuda else 1.0
-    products = max(2.0 * weights * batch / flops * share, weights * width / speed.bandwidth_bytes)
+    share, fp8 = _PRODUCT_SHARE if cuda else 1.0, fp8_products(model, run, machine)
+    products = 2.0 * weights * batch / flops * share * (_FP8_SHARE if fp8 else 1)
+    products = max(products, weights * (1 if fp8 else width) / speed.bandwidth_bytes)
     products += 2.0 * _low_rank(model, run) * batch / flops
     fused = fused_layers(model, run, kernels)
     there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
-    full = _full_weights(model, run, width, speed)
+    full = back_full = _full_weights(model, run, width, speed)
+    if fp8:
+        there, back = (moved + more for moved, more in zip((there, back), _fp8_moves(model), strict=True))
+        full, back_full = 0.0, weights * _TURNED_BYTES / (speed.bandwidth_bytes * _FUSED_MOVE_SHARE)
     attention = batch * _attention(model, tokens) / (flops * _ATTENTION_SHARE)
     forward = products + attention + batch * there / rate + full
-    backward = products + 2.0 * _low_rank(model, run) * batch / flops + 2.5 * attention + batch * back / rate + full
+    backward = products + 2.0 * _low_rank(model, run) * batch / flops + 2.5 * attention + batch * back / rate + back_full
     once_more = forward
     if fused and model.norms_per_layer == 2:  # the third product of the MLP is not made again, nor widened, nor what it reads
         third = next(part.weights for part in model.linears() if part.name == "down_proj") / weights
@@ -142,7 +148,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     loss = max(2.0 * head * batch / flops * share, chunks * head * width / speed.bandwidth_bytes)
     passes = _FUSED_LOGIT_PASSES / _FUSED_MOVE_SHARE if kernels else _LOGIT_PASSES / _MOVE_SHARE
     loss += batch * model.vocab_size * passes * width / speed.bandwidth_bytes
-    again, both = launches(model, run, fused=fused)
+    again, both = launches(model, run, fused=fused, fp8=fp8)
     copied = batch * model.hidden_size * width / _BUS_BYTES if cuda and offloads(run) else 0.0
     # beside a layer's pass forward, and both in the backward
     stalled = max(0.0, copied - forward) + max(0.0, copied - once_more - backward)
@@ -167,7 +173,7 @@ def recordable(model: ModelSpec, run: RunConfig) -> bool:
     return not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
 
 
-def launches(model: ModelSpec, run: RunConfig, *, fused: bool) -> tuple[int, int]:
+def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False) -> tuple[int, int]:
     """Return the kernels that one layer starts when it is computed again, and in a forward and a backward pass together.
 
     Counted with torch's profiler on an H100 for 17 settings of five shapes (2026-11-27): to 0.2 % for four, 6 % too low
@@ -177,8 +183,11 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool) -> tuple[int, int
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
     if fused:  # counted from `fast.layers`
         products = (2 if four_bit(model, run) else 6 if eight_bit(model, run) else 1) * len(parts)
+        turned = products
+        if fp8:  # a residual is added by itself; backward a gradient is quantized, a weight turned, and sums are added up
+            products, turned = len(parts) + 4, 5 * len(parts)
         there = 15 + model.norms_per_layer + products + 3 * len(targeted) + 2 * model.qk_norm
-        back = 25 + model.norms_per_layer + products + 10 * len(targeted) + 2 * model.qk_norm
+        back = 25 + model.norms_per_layer + turned + 10 * len(targeted) + 2 * model.qk_norm
         return round(there if model.norms_per_layer > 2 else 0.75 * there), there + back
     widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
     forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
@@ -251,6 +260,17 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) ->
     forward = 8 * hidden + 6 * hidden * sandwich + 2 * outputs + inputs + turned + 3 * inner
     backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * inputs + turned + 6 * inner
     return width * forward, width * backward
+
+
+def _fp8_moves(model: ModelSpec) -> tuple[float, float]:
+    """Return the bytes that rows in 8 bits add: written by norms and gate, made of attention's output and of every gradient.
+
+    Products in FP8 add nothing to what is there: residuals, the MLP's output and gradients of a shared input are summed apart.
+    """
+    parts = model.linears()
+    shared = sum(part.inputs for part in parts if part.name in _SHARED) - 2 * model.hidden_size * (not model.fused)
+    forward = 2 * model.hidden_size + model.intermediate_size + 3 * model.query_size + 2 * 8 * model.hidden_size
+    return forward, 3 * sum(part.outputs for part in parts) + 2 * 3 * shared
 
 
 def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed) -> float:

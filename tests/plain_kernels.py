@@ -12,6 +12,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qlora_tui.engine.fast import eightbit
+from qlora_tui.engine.fast.eightbit import Rows
+
 Activation = str
 WIDEST_ROW = 1 << 14
 
@@ -27,13 +30,35 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) 
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (weight.float() + offset)
 
 
+def quantize(x_NI: torch.Tensor, times_I: torch.Tensor | None = None) -> Rows:
+    rows = Rows.empty(x_NI)
+    with _disable_current_modes(), torch.no_grad():
+        _write(x_NI if times_I is None else x_NI.float() * times_I, rows)
+    return rows
+
+
+def _write(x_NI: torch.Tensor, rows: Rows | None) -> None:
+    for room, made in zip(rows or (), eightbit.quantize(x_NI, "fp8") if rows else (), strict=True):
+        room.copy_(made)
+
+
+def turned(weight_OI: torch.Tensor) -> torch.Tensor:
+    return weight_OI.t().contiguous()
+
+
 def rms_norm(
-    x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, offset: float = 0.0, beside: torch.Tensor | None = None
+    x_NH: torch.Tensor,
+    weight_H: torch.Tensor,
+    epsilon: float,
+    offset: float = 0.0,
+    beside: torch.Tensor | None = None,
+    rows: Rows | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(x_NH)
     with _disable_current_modes(), torch.no_grad():
         result = _norm(x_NH.float(), weight_H, epsilon, offset)
         out.copy_(result if beside is None else result + beside.float())
+        _write(out, rows)
     return out
 
 
@@ -58,10 +83,11 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, kind: Activation) -> torch.Tens
     return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, rows: Rows | None = None) -> torch.Tensor:
     out = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
     with _disable_current_modes(), torch.no_grad():
         out.copy_(_gated(gate_NI.float(), up_NI.float(), kind))
+        _write(out, rows)
     return out
 
 

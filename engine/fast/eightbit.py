@@ -13,7 +13,7 @@ Shapes: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
 from torch.nn import functional as F
@@ -25,17 +25,35 @@ _FP8 = torch.float8_e4m3fn
 _SMALLEST = 1e-12  # of a row's largest number: a row of zeros keeps its zeros
 
 
+class Rows(NamedTuple):
+    """Rows as bytes [N, I], and the scale of each in float32 [N]."""
+
+    held: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def empty(cls, x_NI: torch.Tensor) -> Rows:
+        """Return room for rows in FP8 of the shape of `x_NI`."""
+        scales_N = torch.empty(len(x_NI), dtype=torch.float32, device=x_NI.device)
+        return cls(torch.empty(x_NI.shape, dtype=_FP8, device=x_NI.device), scales_N)
+
+
+def fp8_on(device: torch.device) -> bool:
+    """Say whether `device` multiplies FP8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def kind_for(device: torch.device) -> Kind:
     """Return what a base is quantized to on `device`: what its products can be computed in."""
-    return "fp8" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9) else "int8"
+    return "fp8" if fp8_on(device) else "int8"
 
 
-def quantize(rows_NI: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(rows_NI: torch.Tensor, kind: Kind) -> Rows:
     """Return rows [..., I] as bytes, in the type of `kind`, and the scale of each row in float32 [...]."""
     largest_N = rows_NI.abs().amax(dim=-1).float().clamp_(min=_SMALLEST)
-    scales_N = largest_N / LARGEST[kind]
+    scales_N = largest_N * (1 / LARGEST[kind])  # a card divides by a number so anyway: one way gives the same bits everywhere
     scaled = rows_NI.float() / scales_N[..., None]
-    return scaled.to(_FP8) if kind == "fp8" else scaled.round_().to(torch.int8), scales_N
+    return Rows(scaled.to(_FP8) if kind == "fp8" else scaled.round_().to(torch.int8), scales_N)
 
 
 class EightBit(torch.nn.Linear):
@@ -83,37 +101,28 @@ class EightBit(torch.nn.Linear):
 _PIECE = 1 << 24  # weights
 
 
-def product(x_NI: torch.Tensor, layer: EightBit) -> torch.Tensor:
-    """Return x W^T in `x`'s type [N, O], computed in 8 bits where `layer` and the device allow it; without the bias."""
-    if not multiplies(layer, x_NI):
-        return x_NI @ layer.full(x_NI.dtype).t()
-    held, scales_N = quantize(x_NI, "fp8")
-    return _scaled(held, scales_N, layer.held.t(), layer.scales, x_NI.dtype)
+def product(rows_NI: Rows, layer: EightBit, dtype: torch.dtype) -> torch.Tensor:
+    """Return x W^T in `dtype` [N, O] of quantized rows, without the bias."""
+    return _scaled(rows_NI, layer.held.t(), layer.scales, dtype)
 
 
-def input_gradient(grad_NO: torch.Tensor, layer: EightBit) -> torch.Tensor:
-    """Return g W [N, I], the gradient of a product's input; the weight's scales go into `grad_NO`, over whose outputs it sums."""
-    if not multiplies(layer, grad_NO):
-        return grad_NO @ layer.full(grad_NO.dtype)
-    held, scales_N = quantize(grad_NO.float() * layer.scales, "fp8")
-    turned = layer.weight.t().contiguous().view(_FP8)
-    return _scaled(held, scales_N, turned.t(), torch.ones(layer.in_features, device=held.device), grad_NO.dtype)
+def input_gradient(rows_NO: Rows, layer: EightBit, turned_IO: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return g W [N, I], the gradient of a product's input, from the weight the other way round.
+
+    A weight's scales are those of its outputs, over which this sums: they have to be in `rows_NO` already.
+    """
+    ones_I = torch.ones(layer.in_features, device=turned_IO.device)
+    return _scaled(rows_NO, turned_IO.view(_FP8).t(), ones_I, dtype)
 
 
-def multiplies(layer: EightBit, x: torch.Tensor) -> bool:
-    """Say whether products with `layer` are computed in FP8: a card for it, and sizes that its kernels take."""
-    even = layer.in_features % 16 == 0 and layer.out_features % 16 == 0
-    return (
-        layer.kind == "fp8"
-        and even
-        and x.dtype == torch.bfloat16
-        and x.device.type == "cuda"
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
-    )
+def multiplies(layer: torch.nn.Module, x: torch.Tensor) -> TypeGuard[EightBit]:
+    """Say whether products of `x` with `layer` are computed in FP8: a card for it, and sizes that its kernels take."""
+    if not isinstance(layer, EightBit) or layer.kind != "fp8" or x.dtype != torch.bfloat16:
+        return False
+    return layer.in_features % 16 == 0 and layer.out_features % 16 == 0 and fp8_on(x.device)
 
 
-def _scaled(
-    x_NI: torch.Tensor, scales_N: torch.Tensor, weight_IO: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _scaled(rows_NI: Rows, weight_IO: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the product of two 8-bit matrices, the second laid out by columns, times both scales."""
-    return torch._scaled_mm(x_NI, weight_IO, scale_a=scales_N[:, None], scale_b=scales_O[None, :], out_dtype=dtype, use_fast_accum=True)
+    held, scales_N = rows_NI
+    return torch._scaled_mm(held, weight_IO, scale_a=scales_N[:, None], scale_b=scales_O[None, :], out_dtype=dtype, use_fast_accum=True)

@@ -18,58 +18,25 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_tui.engine.fast.eightbit import Rows
+from qlora_tui.engine.fast.widths import WIDE_TILE, scale_of, store_narrow, warps
+from qlora_tui.engine.fast.widths import dequantize as dequantize
+from qlora_tui.engine.fast.widths import quantize as quantize
+from qlora_tui.engine.fast.widths import turned as turned
+
 Activation = Literal["silu", "gelu_tanh"]
 
 WIDEST_ROW = 1 << 14
 """A norm's row is held by one block of threads; hidden sizes above this go the plain way."""
-_BYTES = 1024  # 4-bit pairs a program widens; so many outputs twice are one coalesced write
 _TILE = 1024
 _VOCABULARY_TILE = 4096
 
 
 @triton.jit
-def _widen(packed, scales, scale_codes, scales2, offset, codes, out, size, HALF: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr):
-    at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    inside = at < size
-    pair = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
-    block = at // HALF
-    if GROUP > 0:
-        code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scale_codes + code) * tl.load(scales2 + block // GROUP, mask=inside, other=0.0) + tl.load(offset)
-    else:
-        scale = tl.load(scales + block, mask=inside, other=0.0)
-    first = tl.load(codes + (pair >> 4)) * scale
-    second = tl.load(codes + (pair & 15)) * scale
-    both = tl.interleave(first, second)
-    place = tl.program_id(0) * BYTES * 2 + tl.arange(0, BYTES * 2)
-    tl.store(out + place, both.to(out.dtype.element_ty), mask=place < size * 2)
-
-
-def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the weight [O, I] that bitsandbytes packed in 4 bits, in the type of its state: the same bits as its own kernels.
-
-    Scales that are quantized themselves are widened on the way, so nothing but the result is written.
-
-    Args:
-        packed: pairs of 4-bit numbers, one a byte.
-        state: bitsandbytes' `QuantState` of the weight.
-        out: where to write it, if not into new memory.
-    """
-    if out is None:
-        out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
-    size = packed.numel()
-    inner = state.state2 if state.nested else None
-    scales = (state.absmax, inner.code, inner.absmax, state.offset) if inner is not None else (state.absmax,) * 4
-    # without fused multiply-adds, whose third rounding bitsandbytes' scales do not have
-    _widen[(triton.cdiv(size, _BYTES),)](
-        packed, *scales, state.code, out, size,
-        HALF=state.blocksize // 2, GROUP=inner.blocksize if inner is not None else 0, BYTES=_BYTES, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _norm(x, weight, beside, out, width, epsilon, OFFSET: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    x, weight, beside, out, held, scales, width, epsilon,
+    OFFSET: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +45,13 @@ def _norm(x, weight, beside, out, width, epsilon, OFFSET: tl.constexpr, BESIDE: 
     result = value * scale * weights
     if BESIDE:
         result += tl.load(beside + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
+    rounded = result.to(out.dtype.element_ty)
+    tl.store(out + row * width + at, rounded, mask=inside)
+    if ROWS:
+        value = rounded.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(value)))
+        tl.store(scales + row, scale)
+        store_narrow(held + row * width + at, value, scale, inside)
 
 
 @triton.jit
@@ -96,15 +69,23 @@ def _norm_backward(grad, x, weight, beside, out, width, epsilon, OFFSET: tl.cons
 
 
 def rms_norm(
-    x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, offset: float = 0.0, beside: torch.Tensor | None = None
+    x_NH: torch.Tensor,
+    weight_H: torch.Tensor,
+    epsilon: float,
+    offset: float = 0.0,
+    beside: torch.Tensor | None = None,
+    rows: Rows | None = None,
 ) -> torch.Tensor:
-    """Return x / rms(x) * (weight + offset) [N, H], plus `beside`; Gemma's weights are kept less one, so its offset is 1."""
-    rows, width = x_NH.shape
+    """Return x / rms(x) * (weight + offset) [N, H], plus `beside`; Gemma's weights are kept less one, so its offset is 1.
+
+    What is returned is written to `rows` in FP8 too, if there are any: a row is in registers then, and is not read again.
+    """
+    number, width = x_NH.shape
     out = torch.empty_like(x_NH)
     block = triton.next_power_of_2(width)
-    _norm[(rows,)](
-        x_NH, weight_H, x_NH if beside is None else beside, out, width, epsilon,
-        OFFSET=offset, BESIDE=beside is not None, BLOCK=block, num_warps=_warps(block),
+    _norm[(number,)](
+        x_NH, weight_H, x_NH if beside is None else beside, out, *(rows or (out, out)), width, epsilon,
+        OFFSET=offset, BESIDE=beside is not None, ROWS=rows is not None, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return out
 
@@ -128,13 +109,9 @@ def rms_norm_backward(
     other = grad_NH if beside is None else beside
     _norm_backward[(rows,)](
         grad_NH, x_NH, weight_H, other, out, width, epsilon,
-        OFFSET=offset, BESIDE=beside is not None, BLOCK=block, num_warps=_warps(block),
+        OFFSET=offset, BESIDE=beside is not None, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return out
-
-
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
 
 
 @triton.jit
@@ -176,6 +153,30 @@ def _gated(gate, up, out, width, gate_stride, up_stride, GELU: tl.constexpr, BLO
 
 
 @triton.jit
+def _gated_rows(gate, up, out, held, scales, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    kind = out.dtype.element_ty
+    most = tl.zeros((), tl.float32)
+    for first in range(0, width, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < width
+        left = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (_activation(left, GELU) * right).to(kind)
+        tl.store(out + row * width + at, rounded, mask=inside)
+        most = tl.maximum(most, tl.max(tl.abs(rounded.to(tl.float32))))
+    scale = scale_of(most)
+    tl.store(scales + row, scale)
+    for first in range(0, width, BLOCK):  # both are in the cache still, and a row of any width has no place in registers
+        at = first + tl.arange(0, BLOCK)
+        inside = at < width
+        left = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (_activation(left, GELU) * right).to(kind)
+        store_narrow(held + row * width + at, rounded.to(tl.float32), scale, inside)
+
+
+@triton.jit
 def _gated_backward(grad, gate, up, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -189,12 +190,16 @@ def _gated_backward(grad, gate, up, width, gate_stride, up_stride, GELU: tl.cons
     tl.store(up + row * up_stride + at, (slope * active).to(kind), mask=inside)
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
-    """Return activation(gate) * up [N, I]; both may be halves of one tensor."""
-    rows, width = gate_NI.shape
-    out = torch.empty(rows, width, dtype=gate_NI.dtype, device=gate_NI.device)
-    grid = (rows, triton.cdiv(width, _TILE))
-    _gated[grid](gate_NI, up_NI, out, width, gate_NI.stride(0), up_NI.stride(0), GELU=kind == "gelu_tanh", BLOCK=_TILE)
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, rows: Rows | None = None) -> torch.Tensor:
+    """Return activation(gate) * up [N, I]; both may be halves of one tensor. It is written to `rows` in FP8 too, if there are any."""
+    number, width = gate_NI.shape
+    out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
+    sizes, gelu = (width, gate_NI.stride(0), up_NI.stride(0)), kind == "gelu_tanh"
+    if rows is None:
+        _gated[(number, triton.cdiv(width, _TILE))](gate_NI, up_NI, out, *sizes, GELU=gelu, BLOCK=_TILE)
+        return out
+    block = min(triton.next_power_of_2(width), WIDE_TILE)
+    _gated_rows[(number,)](gate_NI, up_NI, out, *rows, *sizes, GELU=gelu, BLOCK=block, num_warps=warps(block))
     return out
 
 
@@ -338,7 +343,7 @@ def _angles(x_NAD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> 
 
 def _sizes(x_NAD: torch.Tensor, cos_TR: torch.Tensor, weight_D: torch.Tensor | None, offset: float) -> dict[str, Any]:
     heads, half = triton.next_power_of_2(x_NAD.shape[1]), triton.next_power_of_2(cos_TR.shape[1] // 2)
-    return {"OFFSET": offset, "NORM": weight_D is not None, "HEADS": heads, "HALF": half, "num_warps": _warps(heads * half)}
+    return {"OFFSET": offset, "NORM": weight_D is not None, "HEADS": heads, "HALF": half, "num_warps": warps(heads * half)}
 
 
 @triton.jit

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 
-from qlora_tui.engine.fast import base, kernels
+from qlora_tui.engine.fast import adapted, base, kernels
+from qlora_tui.engine.fast.adapted import Adapter, Linear
+from qlora_tui.engine.fast.eightbit import Rows
 from qlora_tui.engine.fast.kernels import Activation
-from qlora_tui.engine.fast.lora import ADAPTER, Start, joined
 from qlora_tui.engine.fast.recompute import Pass, current_pass
 
 TILE = 4096
@@ -33,6 +33,11 @@ class Norm:
         """Return the norm of each row, plus `beside`."""
         return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, beside)
 
+    def read_by(self, x_NH: torch.Tensor, linears: Sequence[Linear]) -> tuple[torch.Tensor, Rows | None]:
+        """Return the norm of each row, and the same in 8 bits if a product with one of `linears` reads that."""
+        rows = base.room(x_NH, (linear.layer for linear in linears))
+        return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, rows=rows), rows
+
     def back(
         self, grad_NH: torch.Tensor, x_NH: torch.Tensor, beside: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -40,56 +45,29 @@ class Norm:
         return kernels.rms_norm_backward(grad_NH, x_NH, self.weight_H, self.epsilon, self.offset, beside, out)
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """One frozen product and what its adapter started from; A and B go beside it, since autograd has to see them."""
-
-    layer: torch.nn.Module
-    start: Start | None
-    scaling: float
-
-
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of each place [T, D]."""
-
-Adapter = tuple[torch.Tensor, torch.Tensor]
-"""A and B in the type of computation, with what they started from beside them."""
-
-Pairs = Sequence[torch.Tensor | None]
-"""A [R, I] and B [O, R] of each product in turn; None twice for one without an adapter."""
-
-
-def _parts(modules: Sequence[Any]) -> tuple[tuple[Linear, ...], list[torch.Tensor | None]]:
-    """Return the frozen side of each module, and the adapters that are on."""
-    linears, pairs = list[Linear](), list[torch.Tensor | None]()
-    for module in modules:
-        adapted = isinstance(module, LoraLayer)
-        on = adapted and not module.disable_adapters
-        layer = module.get_base_layer() if adapted else module
-        linears.append(Linear(layer, module.forward.start if on else None, module.scaling[ADAPTER] if on else 0.0))
-        pairs += [module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight] if on else [None, None]
-    return tuple(linears), pairs
 
 
 def projections(
     x: torch.Tensor, norm: Norm, modules: Sequence[Any], angles: Angles | None, turned: tuple[int, ...], size: int
 ) -> tuple[torch.Tensor, ...]:
     """Return the products of the norm of `x`, and of each the first `turned` heads turned by their place's angle."""
-    linears, pairs = _parts(modules)
+    linears, pairs = adapted.frozen_and_trained(modules)
     outs: tuple[torch.Tensor, ...] = _Projections.apply(x, norm, linears, angles, turned, size, *pairs)  # type: ignore[no-untyped-call]
     return outs
 
 
 def product(x: torch.Tensor, residual: torch.Tensor | None, modules: Sequence[Any]) -> torch.Tensor:
     """Return the product of the one module, plus `residual`."""
-    linears, pairs = _parts(modules)
+    linears, pairs = adapted.frozen_and_trained(modules)
     out: torch.Tensor = _Product.apply(x, residual, linears, *pairs)  # type: ignore[no-untyped-call]
     return out
 
 
 def gated_mlp(x: torch.Tensor, norm: Norm, ups: Sequence[Any], down: Sequence[Any], kind: Activation, *, residual: bool) -> torch.Tensor:
     """Return down(activation(gate) * up) of the norm of `x`, plus `x` itself with `residual`."""
-    linears, pairs = _parts((*ups, *down))
+    linears, pairs = adapted.frozen_and_trained((*ups, *down))
     # a norm after it reads its output, so there it is made and kept like everything else of a layer
     keep = torch.is_grad_enabled() and (not residual or current_pass() == Pass.KEEP)
     out: torch.Tensor = _Mlp.apply(x, norm, linears, kind, residual, keep, *pairs)  # type: ignore[no-untyped-call]
@@ -112,92 +90,6 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _joined(linears: Sequence[Linear], pairs: Pairs, dtype: torch.dtype) -> list[Adapter | None]:
-    """Return A and B of each product in `dtype`, with what they started from beside them."""
-    found = list[Adapter | None]()
-    for linear, a, b in zip(linears, pairs[::2], pairs[1::2], strict=True):
-        found.append(None if a is None or b is None else joined(a, b, linear.start, dtype))
-    return found
-
-
-def _low(x_NI: torch.Tensor, adapters: Sequence[Adapter | None]) -> list[torch.Tensor | None]:
-    """Return x A^T of each adapter: one product, since all read the same x."""
-    stacked = [adapter[0] for adapter in adapters if adapter is not None]
-    if not stacked:
-        return [None] * len(adapters)
-    low_NR = x_NI @ torch.cat(stacked).t()
-    parts = iter(low_NR.split([len(a) for a in stacked], dim=1))
-    return [None if adapter is None else next(parts) for adapter in adapters]
-
-
-def _forward(
-    x_NI: torch.Tensor,
-    linears: Sequence[Linear],
-    adapters: Sequence[Adapter | None],
-    residual_NO: torch.Tensor | None = None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Return each product with its adapter's part, plus `residual_NO`, and what the adapters' gradients read."""
-    lows = _low(x_NI, adapters)
-    each = zip(linears, adapters, lows, strict=True)
-    return [_adapted_product(x_NI, linear, adapter, low, residual_NO) for linear, adapter, low in each], lows
-
-
-def _adapted_product(
-    x_NI: torch.Tensor,
-    linear: Linear,
-    adapter: Adapter | None,
-    low_NR: torch.Tensor | None,
-    residual_NO: torch.Tensor | None,
-    out_NO: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return one product with its adapter's part."""
-    out = base.product(x_NI, linear.layer, residual_NO, out_NO)
-    if adapter is not None and low_NR is not None:
-        out.addmm_(low_NR, adapter[1].t(), alpha=linear.scaling)
-    return out
-
-
-def _backward(
-    grads_NO: Sequence[torch.Tensor],
-    x_NI: torch.Tensor,
-    linears: Sequence[Linear],
-    adapters: Sequence[Adapter | None],
-    lows: Sequence[torch.Tensor | None],
-    *,
-    wanted: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Return the gradient of the products' input, if `wanted`, and those of A and B of each, as `_joined` has them."""
-    slopes, grads = list[torch.Tensor](), list[torch.Tensor | None]()
-    for grad_NO, linear, adapter, low in zip(grads_NO, linears, adapters, lows, strict=True):
-        if adapter is None or low is None:
-            grads += [None, None]
-            continue
-        slopes.append((grad_NO @ adapter[1]).mul_(linear.scaling))
-        grads += [slopes[-1], (grad_NO.t() @ low).mul_(linear.scaling)]
-    slope_NR = torch.cat(slopes, dim=1) if slopes else None
-    if slope_NR is not None:
-        parts = iter((slope_NR.t() @ x_NI).split([slope.shape[1] for slope in slopes]))
-        grads[::2] = [None if grad is None else next(parts) for grad in grads[::2]]
-    if not wanted:
-        return None, grads
-    grad_NI = base.input_gradient(grads_NO[0], linears[0].layer)
-    for grad_NO, linear in zip(grads_NO[1:], linears[1:], strict=True):
-        base.input_gradient(grad_NO, linear.layer, grad_NI)
-    if slope_NR is not None:
-        grad_NI.addmm_(slope_NR, torch.cat([adapter[0] for adapter in adapters if adapter is not None]))
-    return grad_NI, grads
-
-
-def _of_trained(grads: Sequence[torch.Tensor | None], pairs: Pairs) -> list[torch.Tensor | None]:
-    """Return the gradients in the adapters' own type, without those of what an adapter started from."""
-    found = list[torch.Tensor | None]()
-    for index, (grad, trained) in enumerate(zip(grads, pairs, strict=True)):
-        if grad is not None and trained is not None:
-            grad = (grad[:, : trained.shape[1]] if index % 2 else grad[: len(trained)]).to(trained.dtype)
-        found.append(grad)
-    return found
-
-
 class _Projections(torch.autograd.Function):
     """Several products of one normed input, with the heads of some turned by their place's angle."""
 
@@ -213,7 +105,9 @@ class _Projections(torch.autograd.Function):
         *pairs: Any,
     ) -> Any:
         x_NH = _flat(x)
-        outs, lows = _forward(norm.of(x_NH), linears, _joined(linears, pairs, x.dtype))
+        normed, rows = norm.read_by(x_NH, linears)
+        outs, lows = adapted.forward(normed, linears, adapted.joined_pairs(linears, pairs, x.dtype), rows_NI=rows)
+        del normed, rows
         if angles is not None:
             for out, heads in zip(outs, turned, strict=True):
                 if heads:
@@ -233,9 +127,11 @@ class _Projections(torch.autograd.Function):
                 if heads:
                     kernels.turn_heads_back_(_first(grad, heads, size), *angles)
         x_NH = _flat(x)
-        grad_NI, found = _backward(grads_NO, norm.of(x_NH), linears, _joined(linears, pairs, x.dtype), lows, wanted=ctx.needs_input_grad[0])
+        grad_NI, found = adapted.backward(
+            grads_NO, norm.of(x_NH), linears, adapted.joined_pairs(linears, pairs, x.dtype), lows, wanted=ctx.needs_input_grad[0]
+        )
         grad_x = None if grad_NI is None else norm.back(grad_NI, x_NH).view(x.shape)
-        return grad_x, None, None, None, None, None, *_of_trained(found, pairs)
+        return grad_x, None, None, None, None, None, *adapted.of_trained(found, pairs)
 
 
 def _first(x_NO: torch.Tensor, heads: int, size: int) -> torch.Tensor:
@@ -248,7 +144,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, linears: tuple[Linear, ...], *pairs: Any) -> torch.Tensor:
-        (out,), lows = _forward(_flat(x), linears, _joined(linears, pairs, x.dtype), None if residual is None else _flat(residual))
+        (out,), lows = adapted.forward(
+            _flat(x), linears, adapted.joined_pairs(linears, pairs, x.dtype), None if residual is None else _flat(residual)
+        )
         ctx.save_for_backward(x, *lows, *pairs)
         ctx.linears, ctx.has_residual = linears, residual is not None
         product: torch.Tensor = out.view(*x.shape[:-1], -1)
@@ -257,10 +155,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, low, *pairs = ctx.saved_tensors
-        adapters = _joined(ctx.linears, pairs, x.dtype)
-        grad_NI, found = _backward([_flat(grads[0])], _flat(x), ctx.linears, adapters, [low], wanted=ctx.needs_input_grad[0])
+        adapters = adapted.joined_pairs(ctx.linears, pairs, x.dtype)
+        grad_NI, found = adapted.backward([_flat(grads[0])], _flat(x), ctx.linears, adapters, [low], wanted=ctx.needs_input_grad[0])
         grad_x = None if grad_NI is None else grad_NI.view(x.shape)
-        return grad_x, grads[0] if ctx.has_residual else None, None, *_of_trained(found, pairs)
+        return grad_x, grads[0] if ctx.has_residual else None, None, *adapted.of_trained(found, pairs)
 
 
 class _Mlp(torch.autograd.Function):
@@ -271,13 +169,14 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, norm: Norm, linears: tuple[Linear, ...], kind: Activation, residual: bool, keep: bool, *pairs: Any
     ) -> torch.Tensor:
         ctx.rest, kept = (norm, linears, kind, residual, keep), list[torch.Tensor | None]()
-        x_NH, adapters = _flat(x), _joined(linears, pairs, x.dtype)
+        x_NH, adapters = _flat(x), adapted.joined_pairs(linears, pairs, x.dtype)
         out = torch.empty_like(x_NH)
         # where it is computed again, nobody reads the output: what the backward pass needs is made there
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
-            made, lows = _forward(norm.of(x_NH[part]), linears[:-1], adapters[:-1])
+            normed, rows = norm.read_by(x_NH[part], linears[:-1])
+            made, lows = adapted.forward(normed, linears[:-1], adapters[:-1], rows_NI=rows)
             kept = [*made, *lows] if keep else []
-            del lows
+            del lows, normed, rows
             _gated_down(made, linears[-1], adapters[-1], kind, x_NH[part] if residual else None, out[part])
         ctx.save_for_backward(x, *pairs, *kept)
         return out.view(x.shape)
@@ -292,9 +191,11 @@ class _Mlp(torch.autograd.Function):
         out, sums = torch.empty_like(x_NH), list[torch.Tensor | None]()
         for part in _tiles(len(x_NH), whole=keep):
             made = (kept[:number], kept[number:]) if keep else None
-            grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, linears, _joined(linears, pairs, x.dtype), kind, made)
+            grad_x, found = _back_through(
+                x_NH[part], grad_NH[part], norm, linears, adapted.joined_pairs(linears, pairs, x.dtype), kind, made
+            )
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
-            trained = _of_trained(found, pairs)
+            trained = adapted.of_trained(found, pairs)
             sums = trained if not sums else [None if a is None or b is None else a.add_(b) for a, b in zip(sums, trained, strict=True)]
             del grad_x, found, trained
         return out.view(x.shape), None, None, None, None, None, *sums
@@ -309,10 +210,13 @@ def _gated_down(
     out_NH: torch.Tensor,
 ) -> None:
     """Write the third product, of the gated two, which are let go of as soon as they were read."""
-    inner = kernels.gated(*_halves(made), kind)
+    gate, up = _halves(made)
+    rows = base.room(gate, (down.layer,))
+    inner = kernels.gated(gate, up, kind, rows)
+    del gate, up
     made.clear()
     low = None if adapter is None else inner @ adapter[0].t()
-    _adapted_product(inner, down, adapter, low, residual_NH, out_NH)
+    adapted.product(inner, down, adapter, low, residual_NH, out_NH, rows)
 
 
 def _back_through(
@@ -327,8 +231,12 @@ def _back_through(
     """Return the gradient of an MLP's normed input, and those of its adapters; `made` are the two wide products, where they were kept."""
     *ups, down = linears
     *adapters, last = adapters
-    normed = norm.of(x_NH)
-    wide, lows = made or _forward(normed, ups, adapters)
+    if made:
+        normed, (wide, lows) = norm.of(x_NH), made
+    else:
+        normed, rows = norm.read_by(x_NH, ups)
+        wide, lows = adapted.forward(normed, ups, adapters, rows_NI=rows)
+        del rows
     inner = base.input_gradient(grad_NH, down.layer)
     slope = None if last is None else (grad_NH @ last[1]).mul_(down.scaling)
     if slope is not None and last is not None:
@@ -339,7 +247,7 @@ def _back_through(
     if slope is not None and last is not None:
         of_down = [slope.t() @ inner, (grad_NH.t() @ (inner @ last[0].t())).mul_(down.scaling)]
     del inner
-    grad_x, found = _backward(wide, normed, ups, adapters, lows, wanted=True)
+    grad_x, found = adapted.backward(wide, normed, ups, adapters, lows, wanted=True)
     assert grad_x is not None
     return grad_x, [*found, *of_down]
 

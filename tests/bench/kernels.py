@@ -105,6 +105,23 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
         yield "swiglu_backward", "liger", 5 * one, backward(LigerSiLUMulFunction.apply, gate, dh, up)
 
 
+def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
+    """Rows in FP8: read once and written at half the width, by themselves or beside what makes them; and a weight's bytes turned."""
+    from qlora_tui.engine.fast import eightbit
+
+    x, weight = torch.randn(tokens, wide, device=device, dtype=torch.bfloat16), torch.randn(wide, device=device, dtype=torch.bfloat16)
+    gate, up = (torch.randn(tokens, inner, device=device, dtype=torch.bfloat16) for _ in range(2))
+    held = torch.zeros(inner, wide, device=device, dtype=torch.int8)
+    yield "quantize", "torch", 3 * x.numel(), lambda: eightbit.quantize(x, "fp8")
+    yield "turned", "torch", 2 * held.numel(), lambda: held.t().contiguous()
+    if mine and eightbit.fp8_on(x.device):
+        hidden_rows, inner_rows = eightbit.Rows.empty(x), eightbit.Rows.empty(gate)
+        yield "quantize", "ours", 3 * x.numel(), lambda: mine.quantize(x)
+        yield "turned", "ours", 2 * held.numel(), lambda: mine.turned(held)
+        yield "rms_norm, rows too", "ours", 5 * x.numel(), lambda: mine.rms_norm(x, weight, EPS, rows=hidden_rows)
+        yield "swiglu, rows too", "ours", 7 * gate.numel(), lambda: mine.gated(gate, up, "silu", inner_rows)
+
+
 def losses(mine: Any, tokens: int, words: int, device: str) -> Iterator[Timed]:
     """Cross-entropy of a chunk of logits, and their gradient: each read twice and written once."""
     logits = torch.randn(tokens, words, device=device, dtype=torch.bfloat16)
@@ -184,6 +201,7 @@ def main() -> int:
         *dequantizations(mine, wide, inner, device),
         *norms(mine, tokens, wide, device),
         *gates(mine, tokens, inner, device),
+        *narrowings(mine, tokens, wide, inner, device),
         *losses(mine, 32 if cpu else 512, 320 if cpu else 128_256, device),
         *rotations(mine, tokens, heads, shared, device),
     )

@@ -46,6 +46,44 @@ def test_products_are_those_of_rounded_numbers(layer: EightBit) -> None:
     assert error(base.product(x, layer), exact) < 0.01  # what is left is the sum's own width
 
 
+def loud(number: int, width: int) -> torch.Tensor:
+    x = torch.randn(number, width, device="cuda")
+    x[:, 1::50] *= 100
+    x[1], x[2], x[3] = x[1] * 1000, x[2] * 1e-5, 0
+    return x.bfloat16()
+
+
+def same_bits(ours: eightbit.Rows, theirs: eightbit.Rows) -> bool:
+    return torch.equal(ours.held.view(torch.uint8), theirs.held.view(torch.uint8)) and torch.equal(ours.scales, theirs.scales)
+
+
+@pytest.mark.parametrize("width", [96, 4096, 14_336, 28_672])
+def test_kernels_write_rows_with_the_bits_of_plain_torch(layer: EightBit, width: int) -> None:
+    from qlora_tui.engine.fast import kernels
+
+    x, times = loud(70, width), torch.rand(width, device="cuda") * 10
+    assert same_bits(kernels.quantize(x), eightbit.quantize(x, "fp8"))
+    assert same_bits(kernels.quantize(x, times), eightbit.quantize(x.float() * times, "fp8"))
+    gate, up, rows = loud(70, width), loud(70, width), eightbit.Rows.empty(x)
+    for kind in ("silu", "gelu_tanh"):
+        made = kernels.gated(gate, up, kind, rows)
+        torch.testing.assert_close(made, kernels.gated(gate, up, kind), rtol=1 / 128, atol=0.0)
+        assert same_bits(rows, eightbit.quantize(made, "fp8"))
+    if width > kernels.WIDEST_ROW:
+        return
+    made = kernels.rms_norm(x, times, 1e-5, rows=rows)
+    torch.testing.assert_close(made, kernels.rms_norm(x, times, 1e-5), rtol=1 / 128, atol=0.0)  # its sum may be in another order
+    assert same_bits(rows, eightbit.quantize(made, "fp8"))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (1024, 4096), (4096, 1040)])
+def test_a_weight_is_turned_byte_by_byte(layer: EightBit, shape: tuple[int, int]) -> None:
+    from qlora_tui.engine.fast import kernels
+
+    weight = torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8)
+    assert torch.equal(kernels.turned(weight), weight.t())
+
+
 def test_an_adapter_learns_on_it_what_it_learns_on_16_bits(
     tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]]
 ) -> None:

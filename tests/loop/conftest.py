@@ -34,6 +34,15 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def fp8_on_cpu(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse layers, and compute their products on an 8-bit base in FP8, which torch can on a processor too."""
+    from qlora_tui.engine.fast import eightbit
+
+    monkeypatch.setattr(eightbit, "fp8_on", lambda device: True)
+    monkeypatch.setattr(Machine, "fp8", True)
+
+
+@pytest.fixture
 def run_of(tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]]) -> Callable[..., RunConfig]:
     """Make a small fp32 run; keys by name override."""
     data = write_jsonl(chat_rows)

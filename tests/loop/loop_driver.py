@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.engine.data import load as load_data
+from qlora_tui.engine.data import load_eval
 from qlora_tui.engine.events import Event, Stepped, Wish
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
@@ -74,7 +75,7 @@ def drive(
         model_files=ModelFiles(Path(run.model_name_or_path)),
         model_spec=from_folder(Path(run.model_name_or_path)),
         dataset=load_data(run),
-        eval_dataset=None,
+        eval_dataset=load_eval(run),
         machine=machine,
         wishes=asked,
         say=events.append,

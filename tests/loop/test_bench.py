@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from tests.bench import one, peers
+from tests.bench import base_gate, one, peers
 from tests.bench.workloads import WORKLOADS, Case, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # PEFT calls it
@@ -47,3 +47,22 @@ def test_a_plain_peer_trains_on_every_row_once(tmp_path: Path, packing: str) -> 
     told = peers.measure(case, tmp_path / "model", tmp_path / "rows.jsonl", cpu=True)
     assert told["tokens"] == [sum(len(row["input_ids"]) for row in rows[first : first + 3]) for first in (3, 6)]
     assert Case.of(json.dumps(dataclasses.asdict(case))) == case
+
+
+def test_the_gate_of_the_8_bit_base_goes_on_where_it_stopped(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gate.jsonl"
+    given = ["--model", str(tiny_model), "--out", str(out), "--steps", "1", "--held", "8", "--seeds", "1", "2"]
+    assert base_gate.main([*given, "--methods", "lora"]) == 0
+    out.write_text(out.read_text() + '{"method": "lora-8bit", "se')  # a call that was cut off
+    first = [json.loads(line) for line in out.read_text().splitlines()[:2]]
+    assert base_gate.main(given) == 0
+    assert "good enough: " in capsys.readouterr().out
+    made = base_gate.read(out)
+    assert made[:2] == first
+    assert {(line["method"], line["seed"]) for line in made} == {(name, seed) for name in ("lora", "lora-8bit", "qlora") for seed in (1, 2)}
+    assert len({(line["method"], line["held_out"]) for line in made}) == len(made) == 6  # nothing was done twice, and seeds differ
+    assert len({line["before"] for line in made if line["method"] == "lora"}) == 1  # of the same rows
+    monkeypatch.setattr(base_gate, "one", lambda *_: pytest.fail("all runs are there"))
+    assert base_gate.main(given) == 0

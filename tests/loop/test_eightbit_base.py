@@ -76,3 +76,14 @@ def test_a_file_without_a_weight_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_pissa_needs_more_than_8_bits(run_of: Make) -> None:
     (problem,) = problems(run_of(method="lora-8bit", init_lora_weights="pissa"))
     assert "fewer bits" in problem.message
+
+
+def test_products_in_fp8_learn_what_16_bits_learn(run_of: Make, tmp_path: Path, fp8_on_cpu: None) -> None:
+    losses = dict[str, list[float]]()
+    for method in ("lora", "lora-8bit"):
+        ran = drive(run_of(method=method, dtype="bfloat16", gradient_checkpointing="1", max_steps=20), tmp_path / method)
+        assert ran.error is None
+        losses[method] = [step.loss for step in ran.of(Stepped)]
+    assert losses["lora-8bit"] == pytest.approx(losses["lora"], abs=0.05)
+    assert losses["lora-8bit"] != losses["lora"]
+    assert losses["lora-8bit"][-1] < losses["lora-8bit"][0] - 0.3

@@ -11,6 +11,7 @@ import torch
 from loop_driver import drive
 
 from qlora_tui.engine.events import Phase, Stepped
+from qlora_tui.engine.fast import base, eightbit
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.load import Loaded, load
 from qlora_tui.engine.machine import Machine
@@ -42,8 +43,8 @@ IDS = torch.arange(40).reshape(2, 20) * 7 % 200
 Gradients = dict[str, torch.Tensor]
 
 
-def write(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> None:
-    """Write a random model whose norms and biases are none of them trivial."""
+def write(folder: Path, kind: str, dtype: torch.dtype = torch.float32, *, loud: bool = False) -> None:
+    """Write a random model whose norms and biases are none of them trivial; `loud`: a few channels and outputs drown the rest."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -51,6 +52,9 @@ def write(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += torch.randn_like(parameter) * 0.2
+    for name, parameter in model.named_parameters() if loud else ():
+        if name.endswith(("layernorm.weight", "v_proj.weight", "up_proj.weight", "down_proj.weight")):  # loud queries choose one token
+            parameter.data[::40] *= 10
     model.to(dtype).save_pretrained(folder)
 
 
@@ -127,6 +131,25 @@ def test_every_plain_adapter_goes_through_them(tmp_path: Path, small_tiles: None
     rough = 0.1 if "method" in values else 1e-3  # rsLoRA doubles what an adapter of this size does
     assert (ours - hidden).norm() < rough * hidden.norm()
     assert apart(found, expected) < rough
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_products_in_fp8_are_nearer_to_16_bits_than_a_4_bit_base(
+    tmp_path: Path, small_tiles: None, fp8_on_cpu: None, monkeypatch: pytest.MonkeyPatch, kind: str, recomputed: int
+) -> None:
+    write(tmp_path, kind, loud=True)
+    whole, fused, four = (loaded_from(tmp_path, fused=True, method=method) for method in ("lora", "lora-8bit", "qlora"))
+    recompute(fused.decoder.layers, recomputed, dropout=False)  # type: ignore[arg-type]
+    (hidden, expected), (ours, found), (rough, rougher) = gradients(whole), gradients(fused), gradients(four)
+    assert (ours - hidden).norm() < (rough - hidden).norm()
+    assert apart(found, expected) < apart(rougher, expected)
+    layer = fused.decoder.layers[0].self_attn.o_proj.get_base_layer()  # type: ignore[union-attr]
+    assert eightbit.multiplies(layer, hidden.bfloat16())
+    monkeypatch.setattr(base, "room", lambda x, layers: None)  # every product then quantizes what it reads
+    apart_made, found_apart = gradients(fused)
+    assert torch.equal(apart_made, ours)
+    assert all(torch.equal(found_apart[name], part) for name, part in found.items())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -256,15 +256,39 @@ def test_a_step_of_fused_layers_takes_what_the_formulas_say(
     assert predicted == pytest.approx(measured, rel=0.012)
 
 
+@pytest.mark.parametrize("length", [32, 256])
+@pytest.mark.parametrize("checkpointing", [ALL, "2", NONE])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3_text"])
+def test_a_step_of_products_in_fp8_takes_what_the_formulas_say(
+    tmp_path: Path, small_tiles: None, fp8_on_cpu: None, kind: str, checkpointing: str, length: int
+) -> None:
+    changes = {"gradient_checkpointing": checkpointing, "method": "lora-8bit"}
+    run, parts = make(tmp_path, kind, 4, 2, length, changes)
+    loaded = load(run, tmp_path, CPU)
+    assert parts.batch.fp8
+    measured = train_peak(run, loaded, 2, length)
+    predicted = max(seen(items) for items in parts.training())
+    assert predicted == pytest.approx(measured, rel=0.012)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3_text"])
 def test_measuring_with_fused_layers_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, kind: str) -> None:
-    run, parts = make(tmp_path, kind, 4, 2, 256, {})
+    check_measuring(tmp_path, kind, "qlora")
+
+
+def check_measuring(tmp_path: Path, kind: str, method: str) -> None:
+    run, parts = make(tmp_path, kind, 4, 2, 256, {"method": method})
     loaded = load(run, tmp_path, CPU)
     loaded.model.eval()
     with LiveBytes(held(loaded.model)) as live:
         list(measure(loaded, rows_of(2, 256), 2, lambda: None))
     predicted = max(seen(items, "optimizer") for items in parts.evaluating())
     assert predicted == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_measuring_in_fp8_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, fp8_on_cpu: None, kind: str) -> None:
+    check_measuring(tmp_path, kind, "lora-8bit")
 
 
 def test_what_is_said_of_kernels_without_torch_is_what_they_are(small_tiles: None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.bench import base_gate
 from tests.bench.kernel_time import busy, grouped, kind_of
 from tests.bench.step import Bench, options_of, read, table
 from tests.bench.workloads import GIB, WORKLOADS, Case, bins, cases, flops, lengths, longest, next_try, rows
@@ -193,3 +194,35 @@ def test_kernels_find_their_kind_and_the_rest_is_idle() -> None:
     assert found["kinds"]["other"] == 1.0
     assert found["kinds"]["idle (launch)"] == pytest.approx(10.0 - 5.5)
     assert list(found["unknown"]) == ["memcpy32_post"]
+
+
+def gate_lines(**found: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"method": method.replace("_", "-"), "held_as": method, "seed": seed, "held_out": loss, "before": 3.0, "step_seconds": 0.1}
+        for method, seeds in found.items()
+        for seed, loss in enumerate(seeds, 1)
+    ]
+
+
+WHOLE, FOUR = [1.50, 1.52, 1.51], [1.70, 1.71, 1.70]  # another seed changes 0.01
+
+
+@pytest.mark.parametrize(
+    ("eight", "said"),
+    [
+        ([1.505, 1.525, 1.515], "good enough: +0.0050 nats from 16 bits, where another seed changes 0.0100; +0.1883 below NF4"),
+        ([1.49, 1.51, 1.50], "good enough: -0.0100"),
+        ([1.53, 1.54, 1.53], "NOT good enough: +0.0233"),
+        ([1.45, 1.45, 1.701], "NOT good enough"),  # one seed is above NF4's
+        ([1.50, 1.52], "not known yet, 1 runs are missing"),
+    ],
+)
+def test_a_base_is_good_enough_within_the_noise_of_16_bits_and_below_nf4(eight: list[float], said: str) -> None:
+    lines = gate_lines(lora=WHOLE, lora_8bit=eight, qlora=FOUR)
+    assert said in base_gate.verdict(lines, "lora-8bit", [1, 2, 3])
+    assert ("NOT" in said) == ("NOT" in base_gate.verdict(lines, "lora-8bit", [1, 2, 3]))
+    assert "| lora_8bit | 3.0000 |" in base_gate.table(lines)
+
+
+def test_one_seed_says_nothing_of_noise() -> None:
+    assert "not known" in base_gate.verdict(gate_lines(lora=[1.5], lora_8bit=[1.5], qlora=[1.7]), "lora-8bit", [1])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.engine import budget, machine, models
+from qlora_tui.engine import budget, machine, models, onebyte
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.fixes import MOST, fixes, tips
 from qlora_tui.engine.measured import Correction
@@ -292,3 +292,80 @@ def test_where_long_rows_are_cut_a_longer_limit_keeps_more_of_them_whole():
     cut = dataclasses.replace(USUAL, too_long="cut")
     longer = of(tips(LLAMA, cut, H100, longest=2048, lengths=(300,) * 80 + (3000,) * 20), "max_length")
     assert longer.quality == "keeps 20 % more of your rows whole"
+
+
+@pytest.fixture
+def measured_fp8(monkeypatch):
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
+
+
+EIGHT = {"method": "lora-8bit"}
+
+
+def the(found, values):
+    return next((one for one in found if dict(one.values) == values), None)
+
+
+def test_nothing_proposes_an_8_bit_base_that_was_not_measured(monkeypatch):
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset())
+    for card in (H100, CARD):
+        assert the(tips(LLAMA, USUAL, card), EIGHT) is None
+        assert the(fixes(LLAMA, dataclasses.replace(USUAL, method="lora"), card), EIGHT) is None
+
+
+def test_an_8_bit_base_is_a_tip_where_16_bits_do_not_fit_or_it_is_faster(measured_fp8):
+    run = dataclasses.replace(USUAL, gradient_checkpointing="false")
+    tight = dataclasses.replace(CARD, total_bytes=budget.estimate(LLAMA, dataclasses.replace(run, **EIGHT), CARD).total_bytes + 2 * GIB)
+    found = tips(LLAMA, run, tight)
+    assert the(found, {"method": "lora"}) is None
+    tip = the(found, EIGHT)
+    assert tip.time_factor < 1
+    assert "GiB in all" in tip.text
+    assert "faster" in tip.text
+    assert "nats from 16 bits" in tip.text
+    roomy = tips(LLAMA, run, H100)
+    assert the(roomy, {"method": "lora"}).quality == "no loss from 4 bits"
+    assert the(roomy, EIGHT).time_factor < 1
+
+
+def test_where_16_bits_fit_an_8_bit_base_that_is_slower_is_no_tip(monkeypatch):
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"int8"}))
+    ampere = dataclasses.replace(H100, compute_capability=(8, 0))  # whose 8-bit weights are widened
+    assert the(tips(LLAMA, USUAL, ampere), {"method": "lora"})
+    assert the(tips(LLAMA, USUAL, ampere), EIGHT) is None
+
+
+def test_an_8_bit_base_is_the_milder_fix_for_a_16_bit_one(measured_fp8):
+    run = dataclasses.replace(USUAL, method="lora")
+    found = fixes(LLAMA, run, dataclasses.replace(CARD, total_bytes=16 * GIB))
+    eight, four = the(found, EIGHT), of(found, "method", "bnb_4bit_quant_type")
+    assert 0 < eight.saves_bytes < four.saves_bytes
+    assert found.index(eight) < found.index(four)
+    assert "nats from 16 bits" in eight.text
+    assert eight.enough
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "card"),
+    [
+        (dataclasses.replace(LLAMA, quantized="nf4"), USUAL, CARD),
+        (dataclasses.replace(LLAMA, wrapper="mistral3"), USUAL, CARD),
+        (LLAMA, dataclasses.replace(USUAL, method="lora", init_lora_weights="pissa"), CARD),
+        (LLAMA, USUAL, machine.find_card("RTX 3090")),  # INT8 there, which was not measured
+        (DEMO, USUAL, CPU),
+    ],
+    ids=["stored in 4 bits", "sees too", "pissa", "before Ada", "processor"],
+)
+def test_an_8_bit_base_is_proposed_only_where_it_is_possible(measured_fp8, model, run, card):
+    assert the([*tips(model, run, card), *fixes(model, run, card)], EIGHT) is None
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_a_base_is_held_in_what_is_said_without_torch(monkeypatch, capability):
+    import torch
+
+    from qlora_tui.engine.fast import eightbit
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert onebyte.kind_on(dataclasses.replace(CARD, compute_capability=capability)) == eightbit.kind_for(torch.device("cuda", 0))
+    assert onebyte.kind_on(CPU) == eightbit.kind_for(torch.device("cpu"))

@@ -1,7 +1,8 @@
 """The Triton kernels against plain torch, in Triton's interpreter: any machine, any processor.
 
 The interpreter cuts numbers off where a card rounds them to bfloat16, so types are float32 and float16 here; tests/gpu/test_fused.py
-has bfloat16.
+has bfloat16. When it rounds to FP8 it loses the carry, so that 1.97 becomes 1: torch rounds in its place here, and a card itself in
+tests/gpu/test_eightbit.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import plain_kernels
 import pytest
 import torch
+
+from qlora_tui.engine.fast import eightbit
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 3e-5}
@@ -26,6 +30,22 @@ def kernels() -> ModuleType:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is a card")
     return importlib.import_module("qlora_tui.engine.fast.kernels")
+
+
+@pytest.fixture
+def fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers become FP8 as torch rounds them."""
+    from triton.runtime import interpreter
+
+    rounded = interpreter._convert_float
+
+    def convert(numbers: Any, source: Any, target: Any, mode: Any) -> Any:
+        if target.name != "fp8e4nv":
+            return rounded(numbers, source, target, mode)
+        assert numbers.dtype == np.float32
+        return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +62,63 @@ def test_widened_weights_are_those_of_bitsandbytes_to_the_bit(
 ) -> None:
     packed, state = bnb.quantize_4bit(torch.randn(shape).to(dtype), compress_statistics=double, quant_type=kind)
     assert torch.equal(kernels.dequantize(packed, state), bnb.dequantize_4bit(packed, state))
+
+
+def loud(number: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows with what real activations have: a loud channel, a loud and a faint token, and one of zeros."""
+    x = torch.randn(number, width)
+    x[:, 1::50] *= 100
+    x[1] *= 100
+    x[2] *= 1e-5
+    x[3] = 0
+    return x.to(dtype)
+
+
+def same_bits(ours: eightbit.Rows, theirs: eightbit.Rows) -> bool:
+    return torch.equal(ours.held.view(torch.uint8), theirs.held.view(torch.uint8)) and torch.equal(ours.scales, theirs.scales)
+
+
+@pytest.mark.parametrize("times", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [1, 96, 9000], ids=["one", "one tile", "several tiles"])
+def test_narrowed_rows_have_the_bits_of_plain_torch(kernels: ModuleType, fp8: None, times: bool, dtype: torch.dtype, width: int) -> None:
+    x = loud(6, width, dtype)
+    columns = torch.rand(width) * 10 if times else None
+    ours = kernels.quantize(x, columns)
+    assert same_bits(ours, plain_kernels.quantize(x, columns))
+    assert bool((ours.held[3].float() == 0).all())
+    assert same_bits(kernels.quantize(x[::2], columns), plain_kernels.quantize(x[::2], columns))  # rows that lie apart
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_writes_what_it_returns_in_8_bits_too(kernels: ModuleType, fp8: None, dtype: torch.dtype, beside: bool) -> None:
+    x, weight = loud(6, 96, dtype), torch.randn(96)
+    other = torch.randn(6, 96).to(dtype) if beside else None
+    rows = eightbit.Rows.empty(x)
+    out = kernels.rms_norm(x, weight, 1e-5, 1.0, other, rows)
+    assert torch.equal(out, kernels.rms_norm(x, weight, 1e-5, 1.0, other))
+    assert same_bits(rows, eightbit.quantize(out, "fp8"))
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "halves of one"])
+@pytest.mark.parametrize("width", [96, 9000], ids=["one tile", "several tiles"])
+def test_a_gate_writes_what_it_returns_in_8_bits_too(kernels: ModuleType, fp8: None, kind: str, joined: bool, width: int) -> None:
+    both = torch.cat((loud(5, width, torch.float16).clamp(-8, 8), loud(5, width, torch.float16) / 10), dim=1)
+    gate, up = both.chunk(2, dim=1) if joined else (half.contiguous() for half in both.chunk(2, dim=1))
+    rows = eightbit.Rows.empty(gate)
+    out = kernels.gated(gate, up, kind, rows)
+    assert torch.equal(out, kernels.gated(gate, up, kind))
+    assert same_bits(rows, eightbit.quantize(out, "fp8"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (256, 128)])
+def test_a_weight_is_turned_byte_by_byte(kernels: ModuleType, shape: tuple[int, int]) -> None:
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+    found = kernels.turned(weight)
+    assert found.is_contiguous()
+    assert torch.equal(found, weight.t())
 
 
 @pytest.mark.parametrize("beside", [False, True])

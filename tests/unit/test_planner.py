@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.engine import budget, forecast, machine, measured, models, planner, search
+from qlora_tui.engine import budget, forecast, machine, measured, models, onebyte, planner, search
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.rules import problems
@@ -249,6 +249,21 @@ def test_the_16_bit_base_is_taken_where_it_fits_and_only_there():
     assert choose(auto, H100, dataclasses.replace(LLAMA, quantized="nf4")).run.method == "qlora"
     assert choose(with_(method="auto", init_lora_weights="pissa"), RTX_3060).run.method == "lora"
     assert choose(auto, CPU).run.method == "qlora"
+
+
+def test_the_8_bit_base_comes_between_where_it_was_measured_to_be_good_enough(monkeypatch):
+    auto, limited = with_(method="auto"), sized(16)
+    assert choose(auto, limited).run.method == "qlora"
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
+    planner._choose.cache_clear()
+    plan = choose(auto, limited)
+    assert plan.run.method == "lora-8bit"
+    assert plan.budget.fits
+    assert "nats from 16 bits" in plan.reasons["method"]
+    assert choose(auto, H100).run.method == "lora"
+    assert choose(auto, sized(10)).run.method == "qlora"
+    assert choose(auto, dataclasses.replace(limited, compute_capability=(8, 0))).run.method == "qlora"  # INT8, which was not measured
+    planner._choose.cache_clear()
 
 
 def test_the_optimizer_is_paged_only_where_the_plain_one_does_not_fit():

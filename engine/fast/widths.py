@@ -1,0 +1,125 @@
+"""Triton kernels between widths: weights from 4 bits to 16, rows from 16 bits to 8, and the bytes of a weight turned.
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_tui.engine.fast.eightbit import Rows
+
+WIDE_TILE = 1 << 13
+"""Numbers of a row that a block of threads takes at once, where a row may be of any width."""
+
+_BYTES = 1024  # 4-bit pairs a program widens; so many outputs twice are one coalesced write
+_SQUARE = 128  # a side of the tile that is turned at once: a line of the cache
+
+
+def warps(block: int) -> int:
+    """Return how many warps share `block` numbers."""
+    return min(16, max(1, block // 512))
+
+
+@triton.jit
+def _widen(packed, scales, scale_codes, scales2, offset, codes, out, size, HALF: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr):
+    at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+    inside = at < size
+    pair = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+    block = at // HALF
+    if GROUP > 0:
+        code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scale_codes + code) * tl.load(scales2 + block // GROUP, mask=inside, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(scales + block, mask=inside, other=0.0)
+    first = tl.load(codes + (pair >> 4)) * scale
+    second = tl.load(codes + (pair & 15)) * scale
+    both = tl.interleave(first, second)
+    place = tl.program_id(0) * BYTES * 2 + tl.arange(0, BYTES * 2)
+    tl.store(out + place, both.to(out.dtype.element_ty), mask=place < size * 2)
+
+
+def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the weight [O, I] that bitsandbytes packed in 4 bits, in the type of its state: the same bits as its own kernels.
+
+    Scales that are quantized themselves are widened on the way, so nothing but the result is written.
+
+    Args:
+        packed: pairs of 4-bit numbers, one a byte.
+        state: bitsandbytes' `QuantState` of the weight.
+        out: where to write it, if not into new memory.
+    """
+    if out is None:
+        out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    size = packed.numel()
+    inner = state.state2 if state.nested else None
+    scales = (state.absmax, inner.code, inner.absmax, state.offset) if inner is not None else (state.absmax,) * 4
+    # without fused multiply-adds, whose third rounding bitsandbytes' scales do not have
+    _widen[(triton.cdiv(size, _BYTES),)](
+        packed, *scales, state.code, out, size,
+        HALF=state.blocksize // 2, GROUP=inner.blocksize if inner is not None else 0, BYTES=_BYTES, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def scale_of(largest):
+    """Return the scale of a row whose largest number is `largest`: that of `eightbit.quantize`, to the bit."""
+    return tl.maximum(largest, 1e-12) * (1.0 / 448.0)
+
+
+@triton.jit
+def store_narrow(place, value, scale, inside):
+    """Write numbers over the scale of their row, in FP8."""
+    tl.store(place, tl.div_rn(value, scale).to(place.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize(x, times, held, scales, width, TIMES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.zeros((), tl.float32)
+    for first in range(0, width, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+        if TIMES:
+            value *= tl.load(times + at, mask=at < width, other=0.0)
+        most = tl.maximum(most, tl.max(tl.abs(value)))
+    scale = scale_of(most)
+    tl.store(scales + row, scale)
+    for first in range(0, width, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+        if TIMES:
+            value *= tl.load(times + at, mask=at < width, other=0.0)
+        store_narrow(held + row * width + at, value, scale, at < width)
+
+
+def quantize(x_NI: torch.Tensor, times_I: torch.Tensor | None = None) -> Rows:
+    """Return rows in FP8, each number times that of its column first, where there are any: the bits of `eightbit.quantize`."""
+    x_NI, rows = x_NI.contiguous(), Rows.empty(x_NI)
+    number, width = x_NI.shape
+    block = min(triton.next_power_of_2(width), WIDE_TILE)
+    _quantize[(number,)](
+        x_NI, x_NI if times_I is None else times_I, *rows, width, TIMES=times_I is not None, BLOCK=block, num_warps=warps(block)
+    )
+    return rows
+
+
+@triton.jit
+def _turn(weight, out, rows, columns, SIDE: tl.constexpr):
+    first, second = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    tile = tl.load(weight + first[:, None] * columns + second[None, :], mask=(first[:, None] < rows) & (second[None, :] < columns))
+    place = out + second[:, None].to(tl.int64) * rows + first[None, :]
+    tl.store(place, tl.trans(tile), mask=(second[:, None] < columns) & (first[None, :] < rows))
+
+
+def turned(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a weight the other way round [I, O]; torch's own copy of single bytes moved 0.27 TB/s on an H100."""
+    rows, columns = weight_OI.shape
+    out = torch.empty(columns, rows, dtype=weight_OI.dtype, device=weight_OI.device)
+    _turn[(triton.cdiv(rows, _SQUARE), triton.cdiv(columns, _SQUARE))](weight_OI, out, rows, columns, SIDE=_SQUARE, num_warps=8)
+    return out

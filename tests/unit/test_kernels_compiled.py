@@ -1,0 +1,71 @@
+"""Every kernel compiled for a card, on any machine: the interpreter takes Python that the compiler refuses."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BF16, F32, FP8, BYTES, INT = "*bf16", "*fp32", "*fp8e4nv", "*i8", "i32"
+NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "width": INT, "epsilon": "fp32"}
+GATE = {"grad": BF16, "gate": BF16, "up": BF16, "out": BF16, "width": INT, "gate_stride": INT, "up_stride": INT}
+HEADS = {**NORM, "cos": BF16, "sin": BF16, "heads": INT, "size": INT, "stride": INT, "half": INT, "rows": INT}
+ROWS = {"held": FP8, "scales": F32}
+WIDEN = {"packed": "*u8", "scale_codes": F32, "scales2": F32, "offset": F32, "codes": F32, "out": BF16, "size": INT}
+LOSS = {"logits": BF16, "labels": "*i64", "losses": F32, "size": INT, "cap": "fp32"}
+Case = tuple[str, dict[str, str], dict[str, Any]]
+
+CASES: list[Case] = [
+    ("_widen", {**WIDEN, "scales": "*u8"}, {"HALF": 32, "GROUP": 256, "BYTES": 1024}),
+    ("_widen", {**WIDEN, "scales": F32}, {"HALF": 32, "GROUP": 0, "BYTES": 1024}),
+    ("_norm", {**NORM, "held": BF16, "scales": BF16}, {"OFFSET": 0.0, "BESIDE": False, "ROWS": False, "BLOCK": 4096}),
+    ("_norm", {**NORM, **ROWS}, {"OFFSET": 1.0, "BESIDE": True, "ROWS": True, "BLOCK": 4096}),
+    ("_norm_backward", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
+    ("_gated", GATE, {"GELU": True, "BLOCK": 1024}),
+    ("_gated_rows", {**GATE, **ROWS}, {"GELU": False, "BLOCK": 8192}),
+    ("_gated_rows", {**GATE, **ROWS}, {"GELU": True, "BLOCK": 128}),
+    ("_gated_backward", GATE, {"GELU": False, "BLOCK": 1024}),
+    ("_gated_backward", GATE, {"GELU": True, "BLOCK": 1024}),
+    ("_heads", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
+    ("_heads_backward", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
+    ("_cross_entropy", LOSS, {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}),
+    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"TIMES": True, "BLOCK": 8192}),
+    ("_quantize", {"x": BF16, "times": BF16, "width": INT, **ROWS}, {"TIMES": False, "BLOCK": 128}),
+    ("_turn", {"weight": BYTES, "out": BYTES, "rows": INT, "columns": INT}, {"SIDE": 128}),
+]
+
+
+def compile_all() -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qlora_tui.engine.fast import kernels, widths
+
+    found = {name: part for room in (kernels, widths) for name, part in vars(room).items() if isinstance(part, triton.JITFunction)}
+    written = "".join(inspect.getsource(room) for room in (kernels, widths))
+    assert {name for name in found if f"{name}[" in written} == {name for name, _, _ in CASES}  # all that are launched
+    for name, types, constants in CASES:
+        arguments = found[name].arg_names
+        signature = {argument: "constexpr" if argument in constants else types[argument] for argument in arguments}
+        source = ASTSource(found[name], signature, {(arguments.index(key),): value for key, value in constants.items()})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        assert made.asm["ptx"], name
+
+
+def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
+    """In a process of its own: this one interprets kernels."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
+    places = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    ended = subprocess.run([sys.executable, __file__], env={**os.environ, **places}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".pkg"))
+    compile_all()
