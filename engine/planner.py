@@ -106,28 +106,39 @@ def _choose(model: ModelSpec, run: RunConfig, machine: Machine, longest: int | N
 
 
 def _best(asked: Asked) -> tuple[Search, Choice]:
-    """Return the best choice and the search it is from: the first base that fits, and paging only where it saves time.
+    """Return the best choice and the search it is from: the first base that fits, of 16 and 8 bits the faster.
 
     Inputs of layers wait in RAM only where nothing fits without.
     """
     tried: list[Search] = []
+    best: tuple[Search, Choice] | None = None
     for method in _methods(asked.model, asked.run, asked.machine):
-        found: tuple[Search, Choice] | None = None
-        for optim in _optimizers(asked.run, asked.machine):
-            search = Search(asked, method, optim)
-            tried.append(search)
-            if found is not None and search.need(found[1]) >= found[0].need(found[1]):
-                continue
-            choice = search.find(math.inf if found is None else found[0].rank(found[1]) - 1)
-            found = (search, choice) if choice is not None else found
-        if found is not None:
-            return found
+        if best is not None and method == "qlora":
+            break
+        found = _of_base(asked, method, tried)
+        if found is not None and (best is None or found[0].rank(found[1]) < best[0].rank(best[1])):
+            best = found
+    if best is not None:
+        return best
     last = [(one, away) for one in tried if (away := one.leanest_away()) is not None]
     return next((one for one in last if one[0].roomy(one[1])), last[-1] if last else (tried[-1], tried[-1].leanest()))
 
 
+def _of_base(asked: Asked, method: str, tried: list[Search]) -> tuple[Search, Choice] | None:
+    """Return the best choice of one base, with paging only where it saves time; the searches made are added to `tried`."""
+    found: tuple[Search, Choice] | None = None
+    for optim in _optimizers(asked.run, asked.machine):
+        search = Search(asked, method, optim)
+        tried.append(search)
+        if found is not None and search.need(found[1]) >= found[0].need(found[1]):
+            continue
+        choice = search.find(math.inf if found is None else found[0].rank(found[1]) - 1)
+        found = (search, choice) if choice is not None else found
+    return found
+
+
 def _methods(model: ModelSpec, run: RunConfig, machine: Machine) -> tuple[str, ...]:
-    """Return the bases to try, the better first: 4 bits cost quality, so 16 are taken where they fit, then 8 where those were measured."""
+    """Return the bases to try, the better first: 4 bits cost quality, so 16 are taken where they fit, or 8 where those were measured."""
     if run.method != "auto":
         return (run.method,)
     if model.quantized:
@@ -209,7 +220,7 @@ def _why_this_base(search: Search) -> str:
     if search.base.method == "lora":
         return "the 16-bit base fits, and 4 bits cost quality"
     if search.base.method == "lora-8bit":
-        return f"the 16-bit base does not fit, and 8 bits are near it: {onebyte.quality(search.asked.machine)}"
+        return f"the fastest base that fits and is near 16 bits: {onebyte.quality(search.asked.machine)}"
     if search.asked.model.quantized:
         return "its weights are stored in 4 bits"
     return "the usual choice on a processor" if search.asked.machine.kind == "cpu" else "the 16-bit base does not fit"

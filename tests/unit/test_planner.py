@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.engine import budget, forecast, machine, measured, models, onebyte, planner, search
+from qlora_tui.engine import budget, forecast, machine, measured, models, onebyte, planner, search, steptime
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.rules import problems
@@ -251,7 +251,7 @@ def test_the_16_bit_base_is_taken_where_it_fits_and_only_there():
     assert choose(auto, CPU).run.method == "qlora"
 
 
-def test_the_8_bit_base_comes_between_where_it_was_measured_to_be_good_enough(monkeypatch):
+def test_the_8_bit_base_is_chosen_where_it_was_measured_to_be_good_enough(monkeypatch):
     auto, limited = with_(method="auto"), sized(16)
     assert choose(auto, limited).run.method == "qlora"
     monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
@@ -260,7 +260,18 @@ def test_the_8_bit_base_comes_between_where_it_was_measured_to_be_good_enough(mo
     assert plan.run.method == "lora-8bit"
     assert plan.budget.fits
     assert "nats from 16 bits" in plan.reasons["method"]
+    fast, slow = choose(auto, H100), choose(with_(method="lora"), H100)  # both fit: the faster is taken, if by more than a percent
+    assert fast.run.method == "lora-8bit"
+    assert fast.seconds_per_token < slow.seconds_per_token
+    assert "the fastest base that fits" in fast.reasons["method"]
+    monkeypatch.setattr(steptime, "_FP8_SHARE", 1.5)
+    steptime.micro_batch.cache_clear()
+    planner._choose.cache_clear()
     assert choose(auto, H100).run.method == "lora"
+    monkeypatch.undo()
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
+    steptime.micro_batch.cache_clear()
+    planner._choose.cache_clear()
     assert choose(auto, sized(10)).run.method == "qlora"
     assert choose(auto, dataclasses.replace(limited, compute_capability=(8, 0))).run.method == "qlora"  # INT8, which was not measured
     planner._choose.cache_clear()
