@@ -163,7 +163,7 @@ def points(timed: Sequence[tuple[int, int, float]]) -> list[tuple[int, float]]:
 
 
 def _choose(model: ModelSpec, run: RunConfig, machine: Machine, lengths: Sequence[int]) -> Plan:
-    return planner.choose(model, run, machine, longest=max(lengths), mean=statistics.fmean(lengths))
+    return planner.choose(model, run, machine, longest=max(lengths), mean=statistics.fmean(lengths), lengths=lengths)
 
 
 def _open(run: RunConfig) -> tuple[str, ...]:
