@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loop_driver import Asked, drive
 from test_fused import FAMILIES, apart, in_32_bits, loaded_from, write
 
-from qlora_tui.engine.batches import Batch, Order, blocks_of, collate, micro_batches, pack
+from qlora_tui.engine.batches import Batch, Order, blocks_of, collate, epoch_order, micro_batches, pack
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Evaluated, Finding, Planned, Stepped
 from qlora_tui.engine.fast.blocks import attend
@@ -23,6 +23,7 @@ from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.graphs import Graphs, empty, fill
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
+from qlora_tui.engine.padding import bucket, padded_share
 from qlora_tui.engine.spec import RunConfig
 
 CPU = torch.device("cpu")
@@ -175,6 +176,16 @@ def test_totals_are_those_of_the_batches_to_come(lengths: list[int], rows: int, 
     steps = [order.of(step) for step in range(1, order.per_epoch + 1)]
     made = [sum(len(one.input_ids) for one in part) for step in steps for part in micro_batches(step, rows)]
     assert order.totals(rows) == made
+
+
+def test_padding_is_near_what_an_epoch_has() -> None:
+    lengths = [50 + 37 * at % 1950 for at in range(400)]
+    counted = padded_share(bucket(lengths, 16), 8)
+    steps = [sorted((lengths[row] for row in step), reverse=True) for step in epoch_order(lengths, 16, 1, 0)]
+    parts = [step[at : at + 8] for step in steps for at in range(0, len(step), 8)]
+    real = 1 - sum(lengths) / sum(max(part) * len(part) for part in parts)
+    assert 0.03 < real < 0.3
+    assert counted == pytest.approx(real, rel=0.25)
 
 
 USUAL: dict[str, Any] = {"dtype": "bfloat16", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
