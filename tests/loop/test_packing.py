@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from loop_driver import Asked, drive
 from test_fused import FAMILIES, apart, in_32_bits, loaded_from, write
 
+from qlora_tui.engine import measured, models
 from qlora_tui.engine.batches import Batch, Order, blocks_of, collate, epoch_order, micro_batches, pack
+from qlora_tui.engine.budget import estimate
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Evaluated, Finding, Planned, Stepped
 from qlora_tui.engine.fast.blocks import attend
@@ -23,8 +25,11 @@ from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.graphs import Graphs, empty, fill
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
+from qlora_tui.engine.machine import find_card
+from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.padding import bucket, padded_share
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.train.choices import choose
 
 CPU = torch.device("cpu")
 Make = Callable[..., RunConfig]
@@ -144,6 +149,17 @@ def test_a_window_is_seen_in_padded_rows_too() -> None:
     torch.testing.assert_close(ours, torch.cat(each), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_fused_layers_know_their_windows_without_a_mask(tmp_path: Path, fused_on_cpu: None, kind: str) -> None:
+    """As on a card, where padded rows come with no mask too; a processor's rows come with the one that transformers makes."""
+    write(tmp_path, kind)
+    loaded = in_32_bits(loaded_from(tmp_path, fused=True))
+    ids = collate([row(20, 3), row(13, 5)], CPU).input_ids_BT
+    with torch.no_grad():
+        bare = loaded.decoder(input_ids=ids, attention_mask=torch.empty(1, 1, 0, 0), use_cache=False).last_hidden_state
+        torch.testing.assert_close(bare, loaded.hidden(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_are_not_fused_refuse_packed_rows(tmp_path: Path) -> None:
     write(tmp_path, "llama")
     batch = pack(ROWS, CPU)
@@ -231,6 +247,20 @@ def test_the_choice_is_told_and_kept_by_a_resume(run_of: Make, tmp_path: Path, f
     assert again.of(Planned)[-1].choices["packing"] == "on"
     alone = drive(run_of(**{**USUAL, "per_device_train_batch_size": 1}), tmp_path / "alone")
     assert alone.of(Planned)[-1].choices["packing"] == "off"
+
+
+@pytest.mark.parametrize(("way", "length"), [("on", 100), ("off", 200)])
+def test_memory_is_remembered_against_the_batch_that_was_measured(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, length: int
+) -> None:
+    """Else a packed batch, which never holds the longest row so many times, would teach that formulas say too much."""
+    run, device = run_of(**USUAL, packing=way), find_card("H100 80GB")
+    spec = models.from_folder(Path(run.model_name_or_path))
+    taken, told = choose(spec, run, device, [200, 100, 50, 50, 7]), list[dict[str, int]]()
+    monkeypatch.setattr(measured, "remember_memory", lambda _, __, predicted, ___: told.append(predicted))
+    taken.remember(Meter(CPU, device, {}), [], None, halved=False)
+    whole = estimate(spec, taken.run, device, longest=length)
+    assert told == [{phase.name: phase.bytes for phase in whole.phases}]
 
 
 def test_packing_where_layers_are_not_fused_ends_in_one_sentence(run_of: Make, tmp_path: Path) -> None:
