@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loop_driver import Asked, drive
 from test_fused import FAMILIES, apart, in_32_bits, loaded_from, write
+from test_out_of_memory import Card
 
 from qlora_tui.engine import measured, models
 from qlora_tui.engine.batches import Batch, Order, blocks_of, collate, epoch_order, micro_batches, pack
@@ -247,6 +248,18 @@ def test_the_choice_is_told_and_kept_by_a_resume(run_of: Make, tmp_path: Path, f
     assert again.of(Planned)[-1].choices["packing"] == "on"
     alone = drive(run_of(**{**USUAL, "per_device_train_batch_size": 1}), tmp_path / "alone")
     assert alone.of(Planned)[-1].choices["packing"] == "off"
+
+
+def test_when_memory_runs_out_the_same_rows_go_in_halves(
+    run_of: Make, tmp_path: Path, fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    expected = drive(run_of(**{**USUAL, **smaller}, packing="on", eval_steps=100), tmp_path / "smaller")
+    card = Card(monkeypatch, 2)
+    ran = drive(run_of(**USUAL, packing="on", eval_steps=100), tmp_path / "run")
+    assert ran.error is expected.error is None
+    assert card.passes[:3] == [4, 2, 2]
+    assert ran.losses == expected.losses
 
 
 @pytest.mark.parametrize(("way", "length"), [("on", 100), ("off", 200)])
