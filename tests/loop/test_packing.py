@@ -17,7 +17,7 @@ from test_fused import FAMILIES, apart, in_32_bits, loaded_from, write
 from test_out_of_memory import Card
 
 from qlora_tui.engine import measured, models
-from qlora_tui.engine.batches import Batch, Order, blocks_of, collate, epoch_order, micro_batches, pack
+from qlora_tui.engine.batches import Batch, Blocks, Order, blocks_of, collate, epoch_order, micro_batches, pack
 from qlora_tui.engine.budget import estimate
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Evaluated, Finding, Planned, Stepped
@@ -220,6 +220,22 @@ def test_a_hundred_steps_learn_what_padded_rows_learn(run_of: Make, tmp_path: Pa
     assert left[-10:].mean() < left[:10].mean() - 0.5
     assert (left - right).abs().mean() < 0.02 * left.mean()
     assert [found.loss for found in packed.of(Evaluated)] == pytest.approx([found.loss for found in padded.of(Evaluated)], rel=0.05)
+
+
+@pytest.mark.parametrize("way", ["on", "off"])
+def test_steps_and_measurements_both_go_that_way(
+    run_of: Make, tmp_path: Path, fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    seen, real = set[tuple[bool, bool]](), Loaded.hidden
+
+    def hidden(loaded: Loaded, ids: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+        if ids.shape != (1, 8):  # the loader's own check
+            seen.add((torch.is_grad_enabled(), blocks is not None))
+        return real(loaded, ids, blocks)
+
+    monkeypatch.setattr(Loaded, "hidden", hidden)
+    assert drive(run_of(**USUAL, packing=way, max_steps=2), tmp_path / "run").error is None
+    assert seen == {(True, way == "on"), (False, way == "on")}
 
 
 def test_a_stop_and_a_resume_change_no_bit(run_of: Make, tmp_path: Path, fused_on_cpu: None) -> None:
