@@ -144,7 +144,9 @@ def mask_bytes(batch: Batch) -> int:
 
 
 def windowed(batch: Batch) -> bool:
-    """Say whether some layers see less than the whole row, and are given a mask for it."""
+    """Say whether some layers see less than the whole row, and are given a mask for it; the flash kernel of fused layers needs none."""
+    if batch.fused and batch.cuda and fused.has_flash(batch.model):
+        return False
     return batch.model.sliding_window is not None and batch.length >= batch.model.sliding_window
 
 

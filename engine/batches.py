@@ -4,12 +4,15 @@ The order is a pure function of seed, epoch and row lengths: a resumed run sees 
 steps without any saved position but the step number. Only `rows_per_step` matters for the order, so
 (4 x 1), (2 x 2) and (1 x 4) see the same rows in the same step.
 
-Shapes: B rows, T tokens of the longest row, N supervised tokens.
+Rows that lie end to end need no padding: places count from 0 again in each, and attention keeps them apart.
+
+Shapes: B rows, T tokens of the longest row, or of all where they lie end to end (B is 1), N supervised tokens.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +20,35 @@ from dataclasses import dataclass
 import torch
 
 from qlora_tui.engine.data import TokenRow, lengths_of, numbers_of
+from qlora_tui.engine.padding import STEPS_PER_BUCKET
 
-STEPS_PER_BUCKET = 8
-"""Rows of so many steps are sorted together: little padding, and steps still mix rows of the whole set."""
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where rows lie that go end to end: each is a block that sees only itself.
+
+    `places_1T` count from 0 in each row. `bounds` are where rows begin, and the end of the last: one more than rows, in 32 bits.
+    No row is longer than `longest`, which a kernel has to know without asking the device.
+    """
+
+    places_1T: torch.Tensor
+    bounds: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded rows on the device. `positions_N` point into the flattened [B*T] hidden states that predict `labels_N`."""
+    """Rows on the device, padded on the right, or end to end in one row where there are `blocks`.
+
+    `positions_N` point into the flattened [B*T] hidden states that predict `labels_N`.
+    """
 
     input_ids_BT: torch.Tensor
     positions_N: torch.Tensor
     labels_N: torch.Tensor
     supervised: list[int]
     tokens: int
+    blocks: Blocks | None = None
 
 
 def steps_per_epoch(rows: int, rows_per_step: int) -> int:
@@ -81,6 +99,11 @@ class Order:
         self._of(step)
         return [[self.row_lengths[row] for row in rows] for rows in self._steps]
 
+    def totals(self, size: int) -> list[int]:
+        """Return the tokens of every micro-batch of `size` rows in the first epoch."""
+        ordered = [sorted(lengths, reverse=True) for lengths in self.epoch(1)]
+        return [sum(step[start : start + size]) for step in ordered for start in range(0, len(step), size)]
+
     def _of(self, step: int) -> list[int]:
         epoch, index = divmod(step - 1, self.per_epoch)
         if self._epoch != epoch:
@@ -123,6 +146,32 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
         [len(part) for part in labels],
         sum(len(row.input_ids) for row in rows),
     )
+
+
+def pack(rows: Sequence[TokenRow], device: torch.device) -> Batch:
+    """Lay `rows` end to end without padding; what is supervised is what `collate` finds, and never a row's first token."""
+    lengths = [len(row.input_ids) for row in rows]
+    ids_T = torch.cat([torch.tensor(row.input_ids, dtype=torch.long) for row in rows])
+    trained_T = torch.cat([torch.tensor(list(row.trained), dtype=torch.bool) for row in rows])
+    blocks = blocks_of(lengths, device)
+    firsts = torch.tensor(lengths).cumsum(0)[:-1]
+    trained_T[0] = trained_T[firsts] = False
+    targets = trained_T.nonzero().squeeze(1)
+    return Batch(
+        _sent(ids_T[None], device),
+        _sent(targets - 1, device),
+        _sent(ids_T[targets], device),
+        [supervised_tokens(row) for row in rows],
+        len(ids_T),
+        blocks,
+    )
+
+
+def blocks_of(lengths: Sequence[int], device: torch.device) -> Blocks:
+    """Return where rows of `lengths` tokens lie when they go end to end."""
+    places_T = torch.cat([torch.arange(length) for length in lengths])
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return Blocks(_sent(places_T[None], device), _sent(bounds, device), max(lengths))
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

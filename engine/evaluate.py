@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from qlora_tui.engine.batches import collate
 from qlora_tui.engine.data import TokenRow, lengths_of
 from qlora_tui.engine.fast.loss import token_losses
 from qlora_tui.engine.load import Loaded
@@ -79,8 +78,8 @@ def measure(
 
 @torch.no_grad()
 def _measure_batch(loaded: Loaded, rows: list[TokenRow], chunk: int) -> list[RowLoss]:
-    batch = collate(rows, loaded.device)
-    hidden_BTH = loaded.hidden(batch.input_ids_BT)
+    batch = loaded.batch(rows)
+    hidden_BTH = loaded.hidden(batch.input_ids_BT, batch.blocks)
     hidden_NH = hidden_BTH.view(-1, hidden_BTH.shape[-1])[batch.positions_N]
     losses_N = token_losses(hidden_NH, loaded.head, batch.labels_N, chunk).double()
     parts = losses_N.split(batch.supervised)

@@ -20,6 +20,7 @@ from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.pace import Triple
+from qlora_tui.engine.padding import bucket, padded_share, spread
 from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, element_bytes, weight_bytes
 from qlora_tui.engine.spec import RunConfig, offloads, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import micro_batch, micro_batches, optimizer_seconds, table_speed
@@ -199,6 +200,7 @@ def step_key(model: ModelSpec, run: RunConfig) -> str:
     Neither the optimizer nor the rank is part of it: both move a step's time by a few percent only.
     """
     extra = " dora" * run.use_dora + " offloaded" * offloads(run) + " plain" * (run.fused_layers == "off")
+    extra += " packed" * (run.packing == "on")
     kind = f"{model.name}, {_method(run)} {run.dtype} {run.attn_implementation}{extra}"
     return f"{kind}, {checkpointed_layers(model, run)} recomputed"
 
@@ -224,9 +226,10 @@ def _pace(model: ModelSpec, run: RunConfig, machine: Machine, tokens: float, len
     if speed is None:
         return None
     formula = _formula(model, run, machine, speed, rows_at_once(run), checkpointed_layers(model, run), tokens, lengths)
-    factor, spread = against_steps(model, run, machine, speed, tokens)
-    if spread is not None:
-        return _Pace(formula * factor, spread, "steps measured on this machine")
+    factor, found = against_steps(model, run, machine, speed, tokens)
+    if found is not None:  # padding is in what was measured
+        return _Pace(formula * factor, found, "steps measured on this machine")
+    formula /= 1 - _padding(run, lengths)
     if machine.kind == "cuda" and measured.speed(machine.name):
         return _Pace(formula, _PIECES_RANGE, "the speed measured on this machine")
     if machine.kind == "cpu":
@@ -247,19 +250,22 @@ def _formula(
 ) -> float:
     """Return the seconds of one token in a step of micro-batches of `rows` rows, each `tokens` or one of `lengths` long.
 
-    Rows of a micro-batch are about equally long, since batches are made of neighbours by length. The update is spread over
+    Rows of a micro-batch are about equally long, since batches are made of neighbours by length: what they differ by is padding,
+    which is not counted here, and which rows that lie end to end do not have. The update is spread over
     `parts` micro-batches; 0: as many as `run` has.
     """
-    known = _spread_evenly([length for length in lengths if length <= run.max_length]) or [tokens]
-    batches = [micro_batch(model, run, machine, speed, rows, float(length)).seconds(recomputed) for length in known]
+    known = spread([length for length in lengths if length <= run.max_length], _LENGTHS_USED)
+    means = [float(length) for length in known] or [tokens]
+    batches = [micro_batch(model, run, machine, speed, rows, length).seconds(recomputed) for length in means]
     update = optimizer_seconds(model, run, speed) / (parts or micro_batches(run, rows))
-    return (statistics.fmean(batches) + update) / (rows * statistics.fmean(known))
+    return (statistics.fmean(batches) + update) / (rows * statistics.fmean(means))
 
 
-def _spread_evenly(lengths: Sequence[int]) -> list[float]:
-    """Return a few of `lengths` that stand for all: the middles of equally large groups."""
-    ordered, used = sorted(lengths), min(len(lengths), _LENGTHS_USED)
-    return [float(ordered[(2 * index + 1) * len(ordered) // (2 * used)]) for index in range(used)]
+def _padding(run: RunConfig, lengths: Sequence[int]) -> float:
+    """Return which share of a step's tokens is padding."""
+    if run.packing == "on":
+        return 0.0
+    return padded_share(bucket([length for length in lengths if length <= run.max_length], rows_per_step(run)), rows_at_once(run))
 
 
 def against_steps(

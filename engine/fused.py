@@ -23,6 +23,9 @@ TILE = 4096
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
 
+WIDEST_HEAD = 256
+"""The widest head that torch's flash kernel takes; it also wants a multiple of 8."""
+
 
 def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
     """Say whether a model's layers are fused: where `kernels` run, for its family, attention and adapter.
@@ -40,6 +43,22 @@ def fp8_products(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
         return False
     even = all(part.inputs % 16 == 0 and part.outputs % 16 == 0 for part in model.linears())
     return even and fused_layers(model, run, machine.kernels)
+
+
+def unpacked_because(model: ModelSpec, run: RunConfig, kernels: bool) -> str:
+    """Return why rows of `model` cannot lie end to end; an empty text where they can: fused layers keep them apart, and no others."""
+    if run.fused_layers == "off":
+        return "fused_layers is off"
+    if not kernels:
+        return "fused layers compute in bfloat16, on a CUDA card"
+    if not fused_layers(model, run, kernels):
+        return f"layers of {model.family} with this adapter and attention are not fused"
+    return "" if has_flash(model) else f"its heads are {model.head_dim} wide: the flash kernel takes multiples of 8 up to {WIDEST_HEAD}"
+
+
+def has_flash(model: ModelSpec) -> bool:
+    """Say whether the flash kernel takes the heads of `model`: then fused layers need no mask, for windows neither."""
+    return model.head_dim % 8 == 0 and model.head_dim <= WIDEST_HEAD
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,8 +147,8 @@ def remarks(
         found.append(_about_size(model, run, device))
     if min(longest_chat, run.max_length) > _LONG_CHAT:
         found.append(
-            f"Chats with several answers reach {count(min(longest_chat, run.max_length))} tokens: 4,096 is the usual limit where rows are "
-            "packed, and nothing is packed here, so they cost their own length alone; split them if memory or time is short."
+            f"Chats with several answers reach {count(min(longest_chat, run.max_length))} tokens: 4,096 is the usual limit where chats are "
+            "joined to rows of one length; here each is a row, and costs its own length alone; split them if memory or time is short."
         )
     return [*found, *(_renting(model, asked, work) if rent and asked is not None and work is not None else [])]
 

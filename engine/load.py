@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
+from qlora_tui.engine.batches import Batch, Blocks, collate, pack
 from qlora_tui.engine.compat import TOWER_LAYERS
+from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.fast import compiled, eightload, pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
@@ -45,14 +48,31 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     why_plain: str = ""  # why layers run as transformers has them; empty where they are fused
+    packs: bool = False  # rows of a batch lie end to end
 
-    def hidden(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states [B, T, H].
+    def batch(self, rows: Sequence[TokenRow]) -> Batch:
+        """Return `rows` on the device: end to end where that is wanted, else padded."""
+        return (pack if self.packs else collate)(rows, self.device)
+
+    def hidden(self, input_ids_BT: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+        """Return the last hidden states [B, T, H]; with `blocks`, of rows that lie end to end.
 
         No attention mask: rows are right-padded and attention is causal, so padding never reaches a real
-        token, and without a mask the flash kernel runs where the family allows it.
+        token, and without a mask the flash kernel runs where the family allows it. Fused layers know windows and
+        blocks themselves; a mask of four dimensions is passed through to them as it is, and an empty one keeps
+        transformers from making its own.
+
+        Raises:
+            ValueError: there are blocks and layers are not fused, so nothing would keep the rows apart.
         """
-        states: torch.Tensor = self.decoder(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        more: dict[str, Any] = {}
+        if not self.why_plain and (blocks is not None or self.device.type == "cuda"):
+            more = {"attention_mask": torch.empty(1, 1, 0, 0, device=self.device)}
+        if blocks is not None:
+            if self.why_plain:
+                raise ValueError(f"rows lie end to end for fused layers only: {self.why_plain}")
+            more |= {"position_ids": blocks.places_1T, "blocks": blocks}
+        states: torch.Tensor = self.decoder(input_ids=input_ids_BT, use_cache=False, **more).last_hidden_state
         return states
 
 
@@ -87,7 +107,8 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     start_lengths(model)
     if run.init_lora_weights == "pissa":
         pissa.start(model)
-    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype, why_plain)
+    packs = run.packing == "on" and not why_plain
+    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype, why_plain, packs)
     _check_head(loaded, base)
     return loaded
 

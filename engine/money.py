@@ -133,7 +133,7 @@ def rented_hours(model: ModelSpec, asked: RunConfig, known: Prices, work: Work) 
     free = dataclasses.replace(asked, memory_limit_gib=0.0, max_time=0.0, until="")
     try:
         mean = sum(work.lengths) / len(work.lengths) if work.lengths else None
-        plan = planner.choose(model, free, card, longest=max(work.lengths, default=None), mean=mean)
+        plan = planner.choose(model, free, card, longest=max(work.lengths, default=None), mean=mean, lengths=work.lengths)
     except EngineError:
         return None
     time = before_work(model, plan.run, card, work) if plan.budget.fits else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,10 @@ from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.forecast import step_key
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.padding import bucket
 from qlora_tui.engine.search import FEW_LAYERS, Asked, Choice, Search
 from qlora_tui.engine.spec import RunConfig, rows_per_step, values_of
-from qlora_tui.engine.units import count, gib
+from qlora_tui.engine.units import count, gib, percent
 from qlora_tui.engine.values import Value
 
 __all__ = ["Plan", "choose", "open_keys", "settled", "step_key"]
@@ -35,6 +36,7 @@ _OPEN: Mapping[str, Value] = {
     "offload_checkpoints": "auto",
     "loss_chunk_size": 0,
     "cuda_graphs": "auto",
+    "packing": "auto",
 }
 _GIB = 1 << 30
 
@@ -67,7 +69,15 @@ def settled(run: RunConfig) -> bool:
     return not open_keys(run)
 
 
-def choose(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int | None = None, mean: float | None = None) -> Plan:
+def choose(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    *,
+    longest: int | None = None,
+    mean: float | None = None,
+    lengths: Sequence[int] = (),
+) -> Plan:
     """Choose everything that `run` leaves open.
 
     Args:
@@ -76,18 +86,28 @@ def choose(model: ModelSpec, run: RunConfig, machine: Machine, *, longest: int |
         machine: the device; its `memory_limit_gib` is applied here.
         longest: tokens of the longest row, which decides memory; else rows are taken to be `max_length` long.
         mean: tokens of the mean row, which decides time; else the longest is taken.
+        lengths: tokens of the rows, where they are known: they say what padding would cost.
 
     Raises:
         ConfigError: `lora_target_modules` names a layer that the model does not have.
     """
     long = min(run.max_length, longest or run.max_length)
-    return _choose(model, run, machine, longest, min(mean or long, long), measured.stamp())
+    some = bucket([length for length in lengths if length <= run.max_length], rows_per_step(run))
+    return _choose(model, run, machine, longest, min(mean or long, long), some, measured.stamp())
 
 
 @functools.lru_cache(maxsize=64)
-def _choose(model: ModelSpec, run: RunConfig, machine: Machine, longest: int | None, mean: float, stamp: tuple[int, int]) -> Plan:
+def _choose(
+    model: ModelSpec,
+    run: RunConfig,
+    machine: Machine,
+    longest: int | None,
+    mean: float,
+    some: tuple[int, ...],
+    stamp: tuple[int, int],
+) -> Plan:
     """Choose, once for the same question; `stamp` changes with what was measured."""
-    asked = Asked(model, run, machine, longest, mean, forecast.speed_of(machine), measured.correction_now(machine.name))
+    asked = Asked(model, run, machine, longest, mean, forecast.speed_of(machine), measured.correction_now(machine.name), some)
     search, found = _best(asked)
     chosen = search.config(found)
     names = open_keys(run)
@@ -213,6 +233,7 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
         else "not needed",
         "loss_chunk_size": "smaller than usual, for memory" if smaller else "by the vocabulary",
         "cuda_graphs": "launching kernels would take longer" if search.replayed(found) else "kernels take longer than their launches",
+        "packing": search.why_padded(found) or f"padding would be {percent(search.padded(found))} of a batch",
     }
 
 

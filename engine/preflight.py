@@ -22,12 +22,13 @@ from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError, WontFit
 from qlora_tui.engine.export import planned as exports
+from qlora_tui.engine.fused import unpacked_because
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import is_folder, is_here, place
 from qlora_tui.engine.rules import bounds, problems
-from qlora_tui.engine.sizes import adapter_params
+from qlora_tui.engine.sizes import adapter_params, element_bytes
 from qlora_tui.engine.spec import BUILTIN, RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
@@ -89,7 +90,7 @@ def check(
     device = machine.limited(dataclasses.replace(seen, others_bytes=0, others=()) if alone else seen, run)
     faults.problems += device_problems(run, device)
     if found is not None:
-        faults.problems += model_problems(run, *found)
+        faults.problems += [*model_problems(run, *found), *_packing_problems(run, found[1], device)]
         if not faults:
             faults.attempt(lambda: _check_disk(run, *found))
     faults.tell()
@@ -239,6 +240,14 @@ def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
     if run.attn_implementation == "sdpa" and not spec.sdpa:
         found.append(Problem("attn_implementation", f"sdpa does not exist for the family {spec.family}", "say eager"))
     return [*found, *_start_problems(run, spec), *stored_problems(run, spec), *_other_parts(run, spec)]
+
+
+def _packing_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[Problem]:
+    """Return why rows cannot lie end to end as asked, of this model on this device; what `rules` say is not said again."""
+    if run.packing != "on" or any(problem.where == "packing" for problem in problems(run)):
+        return []
+    reason = unpacked_because(spec, run, device.kernels and element_bytes(run, device) == 2)
+    return [Problem("packing", f"rows cannot lie end to end: {reason}", "say packing=auto, or off")] if reason else []
 
 
 def _start_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:

@@ -142,7 +142,20 @@ def _combinations(run: RunConfig) -> list[Problem]:
     if run.offload_checkpoints == "on" and run.gradient_checkpointing == "false":
         told = "inputs of recomputed layers wait in RAM, and no layer is recomputed"
         found.append(Problem("offload_checkpoints", told, "say gradient_checkpointing=true, or offload_checkpoints=auto"))
+    if run.packing == "on" and (told := _unfused(run)):
+        found.append(Problem("packing", f"rows lie end to end for fused layers only, and {told}", "say packing=auto, or off"))
     return found
+
+
+def _unfused(run: RunConfig) -> str:
+    """Return the setting that keeps layers from being fused, whatever the model."""
+    kept = {
+        "fused_layers is off": run.fused_layers == "off",
+        "DoRA goes without them": run.use_dora,
+        "lora_dropout goes without them": run.lora_dropout > 0,
+        "attn_implementation=eager goes without them": run.attn_implementation == "eager",
+    }
+    return next((told for told, so in kept.items() if so), "")
 
 
 def _detectors(run: RunConfig) -> list[Problem]:

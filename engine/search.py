@@ -11,12 +11,15 @@ import math
 from typing import Any, NamedTuple
 
 from qlora_tui.engine.budget import Budget, estimate
+from qlora_tui.engine.fused import unpacked_because
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction, Speed
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.padding import padded_share
 from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, element_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import MicroBatch, micro_batch, optimizer_seconds, table_speed
+from qlora_tui.engine.units import percent
 
 FEW_LAYERS = 4
 """Recomputing more layers than this saves more memory than the one being recomputed takes."""
@@ -28,10 +31,11 @@ _APART = 1.3
 _CPU_TOKENS, _CPU_ROWS = 2048, 8
 _STAND_IN = "RTX 4090"  # ranks the choices for a card that nobody knows; no figure of it is told
 _LOOKS = 4
+_PADDING_PAYS = 0.02  # of a batch, from where rows are laid end to end; below it both ways take as long
 
 
 class Asked(NamedTuple):
-    """The question: a run on a machine, with what is known of its rows and of the machine."""
+    """The question: a run on a machine, with what is known of its rows and of the machine; `bucket` are lengths as `padding` has them."""
 
     model: ModelSpec
     run: RunConfig
@@ -40,6 +44,7 @@ class Asked(NamedTuple):
     mean: float
     speed: Speed | None
     correction: Correction | None
+    bucket: tuple[int, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -75,6 +80,8 @@ class Search:
             changes["offload_checkpoints"] = "on" if choice.away else "off"
         if self.asked.run.cuda_graphs == "auto":
             changes["cuda_graphs"] = "on" if not self._away(choice) and self.replayed(choice) else "off"
+        if self.asked.run.packing == "auto":
+            changes["packing"] = "off" if self.why_padded(choice) else "on"
         if self.layers_open:
             changes["gradient_checkpointing"] = {0: "false", self.layers: "true"}.get(choice.recomputed, str(choice.recomputed))
         if self.asked.run.per_device_train_batch_size == 0:
@@ -107,6 +114,23 @@ class Search:
     def replayed(self, choice: Choice) -> bool:
         """Say whether a choice's micro-batches are recorded and replayed as CUDA graphs."""
         return self._pieces(choice).replayed(choice.recomputed)
+
+    def why_padded(self, choice: Choice) -> str:
+        """Return why rows of a batch are padded and not laid end to end; an empty text where they are not."""
+        asked = self.asked
+        kernels = asked.machine.kernels and element_bytes(asked.run, asked.machine) == 2
+        if reason := unpacked_because(asked.model, self.base, kernels):
+            return reason
+        if choice.rows == 1:
+            return "rows go one at a time"
+        if not asked.bucket:
+            return "lengths of the rows are not known"
+        share = self.padded(choice)
+        return f"padding is {percent(share)} of a batch" if share < _PADDING_PAYS else ""
+
+    def padded(self, choice: Choice) -> float:
+        """Return which share of a padded batch would be padding."""
+        return padded_share(self.asked.bucket, choice.rows)
 
     def rank(self, choice: Choice) -> int:
         """Return which percent of speed a choice falls into; smaller is faster."""

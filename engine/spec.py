@@ -190,6 +190,12 @@ class RunConfig:
         "On CUDA, run each layer as a few fused operations: auto: for families that have them, off: as transformers has it.",
         choices=("auto", "off"),
     )
+    packing: str = _key(
+        "auto",
+        "memory",
+        "Lay rows of a batch end to end instead of padding them: on, off, or auto: with fused layers, where padding would cost over 2 %.",
+        choices=("auto", "on", "off"),
+    )
     rehearsal: bool = _key(True, "memory", "Before step 1, run the longest batch and measure it; off only to save seconds on CUDA.")
     memory_limit_gib: float = _key(0.0, "memory", "Use no more of the device than this; also held by the allocator. 0: all of it.", low=0.0)
 

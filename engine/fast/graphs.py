@@ -8,6 +8,8 @@ A graph reads and writes fixed addresses. So inputs are copied into tensors of i
 that is lent to the parameters (`flat`), and lengths and numbers of supervised tokens are rounded up to a few sizes. All graphs
 share one pool of memory, which is as large as the largest of them needs, and only one of them runs at a time.
 
+Of rows that lie end to end the sum of their lengths is rounded up: what is left over is one more row, of which nothing is learned.
+
 Shapes: B rows, T tokens of the longest row, N supervised tokens.
 """
 
@@ -18,11 +20,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from qlora_tui.engine.batches import Batch
+from qlora_tui.engine.batches import Batch, Blocks
 from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.text import one_line
@@ -32,16 +35,17 @@ SIZES = 12
 MOST_HELD = 24
 _SUPERVISED_PARTS = 4  # the number of supervised tokens is rounded up to so many parts of all
 
-Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Row ids [B, T], positions [N] and labels [N] in; the loss of each supervised token [N] out, differentiable."""
+Losses = Callable[[Batch], torch.Tensor]
+"""A batch in; the loss of each supervised token [N] out, differentiable."""
 
 
 class Shape(NamedTuple):
-    """What one graph is made for."""
+    """What one graph is made for; `blocks` are the rows that lie end to end in its one, 0 where they are padded."""
 
     rows: int
     length: int
     supervised: int
+    blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,38 +60,33 @@ class _Recorded:
     """A graph and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    ids_BT: torch.Tensor
-    positions_N: torch.Tensor
-    labels_N: torch.Tensor
+    own: Batch
     shares_N: torch.Tensor
     loss: torch.Tensor
 
     def fill(self, batch: Batch, supervised: int) -> None:
         """Copy a batch in; what is padded counts nothing."""
-        rows, length = batch.input_ids_BT.shape
-        self.ids_BT.zero_()
-        self.ids_BT[:rows, :length].copy_(batch.input_ids_BT)
-        number, size = len(batch.labels_N), self.ids_BT.shape[1]
-        self.positions_N[:number].copy_(batch.positions_N // length * size + batch.positions_N % length)
-        self.labels_N[:number].copy_(batch.labels_N)
+        fill(self.own, batch)
         self.shares_N.zero_()
-        self.shares_N[:number].fill_(1.0 / supervised)
+        self.shares_N[: len(batch.labels_N)].fill_(1.0 / supervised)
 
 
 class Graphs:
     """Records micro-batches by shape and replays them; falls back to the plain way where one cannot be recorded."""
 
-    def __init__(self, module: torch.nn.Module, flat: Flat[Any], losses: Losses, lengths: Sequence[int]) -> None:
-        """Serve rows of `lengths` tokens; nothing is recorded and no memory is taken before the first batch.
+    def __init__(self, module: torch.nn.Module, flat: Flat[Any], losses: Losses, lengths: Sequence[int], *, longest: int = 0) -> None:
+        """Serve batches of `lengths` tokens a row; nothing is recorded and no memory is taken before the first batch.
 
         Args:
             module: what the losses come from; a batch that changes its buffers cannot be recorded.
             flat: the parameters that are trained; it lends them their gradients before any batch of a step.
             losses: the work of a forward pass.
-            lengths: tokens of every row.
+            lengths: tokens of every row, or of every batch where its rows lie end to end.
+            longest: tokens of the longest row where rows lie end to end; 0 where they are padded.
         """
         self._module, self._device, self._losses = module, flat.device, losses
         self._sizes = sizes(lengths)
+        self._longest = max(longest, *(above - below for below, above in pairwise([0, *self._sizes])))  # what is left over is a row too
         self._held: dict[Shape, _Recorded] = {}
         self._pool: _Pool | None = None
         self.why_not = ""
@@ -99,7 +98,8 @@ class Graphs:
         at = bisect.bisect_left(self._sizes, longest)
         length = self._sizes[at] if at < len(self._sizes) else longest
         part = -(-rows * length // _SUPERVISED_PARTS)
-        return Shape(rows, length, min(rows * length, -(-len(batch.labels_N) // part) * part))
+        blocks = 0 if batch.blocks is None else len(batch.blocks.bounds) - 1
+        return Shape(rows, length, min(rows * length, -(-len(batch.labels_N) // part) * part), blocks)
 
     def add(self, batch: Batch, supervised: int) -> torch.Tensor:
         """Add the gradient of `batch` to the parameters' and return its summed loss over `supervised`.
@@ -147,9 +147,7 @@ class Graphs:
         here, stream = torch.cuda.current_stream(device), _stream(device)
         if self._pool is None:
             self._pool = _Pool(torch.cuda.graph_pool_handle())
-        ids_BT = torch.zeros(shape.rows, shape.length, dtype=torch.long, device=device)
-        positions_N = torch.arange(shape.supervised, device=device)
-        labels_N = torch.zeros(shape.supervised, dtype=torch.long, device=device)
+        own = empty(shape, self._longest, device)
         shares_N = torch.zeros(shape.supervised, device=device)
         graph, buffers = torch.cuda.CUDAGraph(), _addresses(self._module)
         generator = torch.cuda.default_generators[_index(device)]
@@ -159,7 +157,7 @@ class Graphs:
             with torch.cuda.stream(stream):
                 graph.capture_begin(self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]  # torch's own example
                 try:
-                    loss = (self._losses(ids_BT, positions_N, labels_N) * shares_N).sum()
+                    loss = (self._losses(own) * shares_N).sum()
                     loss.backward()
                     loss = loss.detach()
                 finally:
@@ -177,7 +175,38 @@ class Graphs:
             self.why_not = "the model makes its buffers anew while it runs"
             raise RuntimeError(self.why_not)
         self.recordings += 1
-        return _Recorded(graph, ids_BT, positions_N, labels_N, shares_N, loss)
+        return _Recorded(graph, own, shares_N, loss)
+
+
+def empty(shape: Shape, longest: int, device: torch.device) -> Batch:
+    """Return a batch of `shape` that nothing was copied into: where rows lie end to end, with one more for what is left over.
+
+    No row in it, that one included, may be longer than `longest`.
+    """
+    ids_BT = torch.zeros(shape.rows, shape.length, dtype=torch.long, device=device)
+    positions_N = torch.arange(shape.supervised, device=device)
+    labels_N = torch.zeros(shape.supervised, dtype=torch.long, device=device)
+    blocks = None
+    if shape.blocks:
+        bounds = torch.full((shape.blocks + 2,), shape.length, dtype=torch.int32, device=device)
+        bounds[0] = 0
+        blocks = Blocks(torch.arange(shape.length, device=device)[None], bounds, longest)
+    return Batch(ids_BT, positions_N, labels_N, [], shape.rows * shape.length, blocks)
+
+
+def fill(own: Batch, batch: Batch) -> None:
+    """Copy `batch` into a larger one; of what is left over nothing is learned, and no row sees it."""
+    rows, length = batch.input_ids_BT.shape
+    own.input_ids_BT.zero_()
+    own.input_ids_BT[:rows, :length].copy_(batch.input_ids_BT)
+    number, size = len(batch.labels_N), own.input_ids_BT.shape[1]
+    own.positions_N[:number].copy_(batch.positions_N // length * size + batch.positions_N % length)
+    own.labels_N[:number].copy_(batch.labels_N)
+    if own.blocks is not None and batch.blocks is not None:
+        own.blocks.places_1T[:, :length].copy_(batch.blocks.places_1T)
+        own.blocks.places_1T[:, length:].copy_(torch.arange(size - length, device=own.input_ids_BT.device)[None])
+        own.blocks.bounds.fill_(size)
+        own.blocks.bounds[: len(batch.blocks.bounds)].copy_(batch.blocks.bounds)
 
 
 @functools.cache

@@ -22,8 +22,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_tui.engine.batches import Blocks
 from qlora_tui.engine.compat import CACHES
 from qlora_tui.engine.families import FAMILIES, Family
+from qlora_tui.engine.fast.blocks import attend, window_of
 from qlora_tui.engine.fast.kernels import WIDEST_ROW, Activation
 from qlora_tui.engine.fast.lora import ADAPTER
 from qlora_tui.engine.fast.operations import Norm, added_norm, gated_mlp, normed_heads, product, projections
@@ -103,6 +105,7 @@ class FusedLayer:
         attention = layer.self_attn
         self.heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self.size = attention.head_dim
+        self.window = window_of(attention.config, attention.layer_idx)
         self.before, self.after = _norm(layer.input_layernorm, form), _norm(layer.post_attention_layernorm, form)
         self.sandwich = family.extra_norms > 0
         if self.sandwich:
@@ -125,8 +128,15 @@ class FusedLayer:
         return added_norm(gated_mlp(hidden, self.inner, ups, down, kind, residual=False), hidden, self.outer)
 
     def _attended(
-        self, hidden: torch.Tensor, *, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
+        self,
+        hidden: torch.Tensor,
+        *,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
+        """Return attention's output [B, T, A * D]; without a mask, or with one of no numbers, the layer knows what a token sees."""
         module, form, fused = self.layer.self_attn, self.form, self.family.fused
         linears = (module.qkv_proj,) if fused else (module.q_proj, module.k_proj, module.v_proj)
         angles = None if form.some_unturned and not module.use_rope else tuple(part.flatten(0, -2) for part in position_embeddings)
@@ -139,10 +149,14 @@ class FusedLayer:
         query, key, value = (part.unflatten(-1, (-1, self.size)) for part in parts)
         if self.head_norms is not None:
             query, key = (normed_heads(part, norm, angles) for part, norm in zip((query, key), self.head_norms, strict=True))
+        if attention_mask is None or not attention_mask.numel():
+            attention_mask = None
+            if blocks is not None or (self.window is not None and self.window < hidden.shape[1]):
+                return attend(query, key, value, blocks, self.window, module.scaling).flatten(2)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+        scores_of = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
         dropout = module.attention_dropout if module.training else 0.0
-        out, _ = attend(module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling)
+        out, _ = scores_of(module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling)
         flat: torch.Tensor = out.flatten(2)
         return flat
 

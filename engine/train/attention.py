@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_tui.engine.batches import blocks_of
 from qlora_tui.engine.events import Event
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train.fence import Fence
-from qlora_tui.engine.watch.attention import SOFTMAX, Seen, judge
+from qlora_tui.engine.watch.attention import FUSED, SOFTMAX, Seen, judge
 
 SHORTEST = 256
 """Below this, half a row says nothing of how memory grows."""
@@ -37,7 +38,7 @@ class Calls(TorchDispatchMode):
         """Count one call and let it through."""
         name = str(func.overloadpacket.__name__)
         square = name == SOFTMAX and tuple(args[0].shape[-2:]) == (self.length, self.length)
-        if square or name.startswith("_scaled_dot_product"):
+        if square or name.startswith("_scaled_dot_product") or name in FUSED:
             self.seen[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -65,7 +66,7 @@ def tell_kernel(run: RunConfig, loaded: Loaded, fence: Fence, longest: int, head
 def calls_of(loaded: Loaded, length: int) -> dict[str, int]:
     """Return the attention operators that one forward pass over `length` tokens calls, by name."""
     with Calls(length) as calls:
-        loaded.hidden(_row(loaded, length))
+        _forward(loaded, length)
     return dict(calls.seen)
 
 
@@ -75,11 +76,12 @@ def peak_bytes(loaded: Loaded, length: int) -> int:
     torch.cuda.synchronize(loaded.device)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     before = torch.cuda.memory_allocated(loaded.device)
-    loaded.hidden(_row(loaded, length))
+    _forward(loaded, length)
     torch.cuda.synchronize(loaded.device)
     return torch.cuda.max_memory_allocated(loaded.device) - before
 
 
-def _row(loaded: Loaded, length: int) -> torch.Tensor:
-    """Return a row of tokens that every vocabulary has."""
-    return torch.arange(length, device=loaded.device)[None] % 100
+def _forward(loaded: Loaded, length: int) -> None:
+    """Let a row pass, as rows pass in this run, of tokens that every vocabulary has."""
+    row = torch.arange(length, device=loaded.device)[None] % 100
+    loaded.hidden(row, blocks_of([length], loaded.device) if loaded.packs else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,14 @@ class Choices:
         """
         return fixes.refusal(self.model, self.run, self.machine, said, longest=max(self.lengths), lengths=self.lengths, lacking=lacking)
 
+    def _measured_length(self) -> int:
+        """Return the length of the rows whose batch was the largest: of rows end to end, that of equal ones that are as many tokens.
+
+        The plan counts the longest row as often as there are rows, which is more than any batch of theirs can be.
+        """
+        most = heapq.nlargest(rows_at_once(self.run) if self.run.packing == "on" else 1, self.lengths)
+        return -(-sum(most) // len(most))
+
     def remember(
         self,
         meter: Meter,
@@ -114,7 +123,7 @@ class Choices:
             found[kind] = max(found.get(kind, 0), meter.peaks.get(phase, 0))
         if halved:
             return
-        formula = budget.estimate(self.model, self.run, self.machine, longest=max(self.lengths))
+        formula = budget.estimate(self.model, self.run, self.machine, longest=self._measured_length())
         measured.remember_memory(name, measured.versions(), {phase.name: phase.bytes for phase in formula.phases}, found)
         parts = rows_per_step(self.run) // at_once
         for tokens, seconds in points(timed):
@@ -163,7 +172,7 @@ def points(timed: Sequence[tuple[int, int, float]]) -> list[tuple[int, float]]:
 
 
 def _choose(model: ModelSpec, run: RunConfig, machine: Machine, lengths: Sequence[int]) -> Plan:
-    return planner.choose(model, run, machine, longest=max(lengths), mean=statistics.fmean(lengths))
+    return planner.choose(model, run, machine, longest=max(lengths), mean=statistics.fmean(lengths), lengths=lengths)
 
 
 def _open(run: RunConfig) -> tuple[str, ...]:

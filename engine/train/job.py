@@ -18,7 +18,7 @@ import torch
 from qlora_tui.engine import builtin, fixes, hub
 from qlora_tui.engine.adapters import Chosen
 from qlora_tui.engine.batches import Order, steps_per_epoch
-from qlora_tui.engine.data import Dataset, Tokenized, lengths_of, load_tokenizer, prepare
+from qlora_tui.engine.data import Dataset, Tokenized, load_tokenizer, prepare
 from qlora_tui.engine.errors import ConfigError, DataError, ModelError, Stopped
 from qlora_tui.engine.events import Event, Phase, PhaseName, Planned, Prepared, Wishes
 from qlora_tui.engine.export import planned as exports
@@ -122,7 +122,9 @@ def _train(job: Job) -> Generator[Event, None, Result]:
         loaded = load(choices.run, folder, job.machine)
     if device.type == "cuda" and sees_whole_rows(choices.model, choices.run, max(choices.lengths)):
         attend_without_mask(loaded)
-    note = NOT_ON_A_CPU if device.type == "cpu" else _layers_told(loaded.why_plain)
+    if job.run.packing == "on" and not loaded.packs:
+        raise ConfigError(f"packing=on: rows lie end to end for fused layers only: {loaded.why_plain}", hint="say packing=auto, or off")
+    note = NOT_ON_A_CPU if device.type == "cpu" else _layers_told(loaded.why_plain, padded=choices.run.packing == "on")
     yield Phase("load", "end", seconds=time.monotonic() - began, note=note, **meter.told("load"))
     fence = Fence(loaded)
     if choices.run.perplexity_filter:
@@ -143,8 +145,10 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     return result
 
 
-def _layers_told(why_plain: str) -> str:
-    return f"layers run as transformers has them: {why_plain}" if why_plain else "layers are fused"
+def _layers_told(why_plain: str, *, padded: bool) -> str:
+    """Say how layers run; where they could not be fused after all, rows that were to lie end to end are `padded`."""
+    told = f"layers run as transformers has them{', and rows are padded' if padded else ''}: {why_plain}"
+    return told if why_plain else "layers are fused"
 
 
 def _through(job: Job, ahead: Ahead, folder: Path, planned: Callable[[int], Planned]) -> Generator[Event, None, Result]:
@@ -318,7 +322,8 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
     discard(job.folder / FOLDER)  # a pause that was killed
     loaded.model.train()
     gradient = Gradient(loaded, flat, halving("training"), run.loss_chunk_size, Thrash(device))
-    gradient.record(lengths_of(tokenized.train) if recorded(run, loaded) else None)
+    order = Order(tokenized.train, rows_per_step(run), run.seed)
+    gradient.record(order if recorded(run, loaded) else None)
     samples = _samples(job, run, loaded, fence, tokenized, meter, folder)
     holdout = Holdout(
         job.folder, tokenized.holdout, halving("evaluation"), run.loss_chunk_size, meter, job.wishes, gradient.beside, samples.told
@@ -328,7 +333,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
         loaded=loaded,
         gradient=gradient,
         optimizer=optimizer,
-        order=Order(tokenized.train, rows_per_step(run), run.seed),
+        order=order,
         holdout=holdout,
         meter=meter,
         watch=_watch(run, total),

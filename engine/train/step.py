@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora_tui.engine.batches import Batch, collate, micro_batches
+from qlora_tui.engine.batches import Batch, Order, micro_batches
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Finding
@@ -93,6 +93,7 @@ class Gradient:
     chunk: int
     thrash: Thrash
     graphs: Graphs | None = None  # records batches and replays them; None where each kernel is started by itself
+    _order: Order | None = None
     _found: list[Finding] = field(default_factory=list)
     _warm: bool = False
 
@@ -112,16 +113,23 @@ class Gradient:
             self.release()
             start.restore()
             self._found.append(self.halving.halve(step, words))
+            self.record(self._order if self.graphs is not None else None)
 
     @property
     def recordings(self) -> int:
         """Return how many batches were recorded so far: each makes its step longer, and those after it not."""
         return 0 if self.graphs is None else self.graphs.recordings
 
-    def record(self, lengths: Sequence[int] | None) -> None:
-        """Record batches of rows of `lengths` tokens from now on; with None, start each kernel by itself."""
+    def record(self, order: Order | None) -> None:
+        """Record batches of the rows of `order` from now on; with None, start each kernel by itself."""
         self.release()
-        self.graphs = None if lengths is None else Graphs(self.loaded.model, self.flat, self.losses, lengths)
+        self.graphs, self._order = None, order
+        if order is None:
+            return
+        packs = self.loaded.packs
+        lengths = order.totals(self.halving.rows) if packs else order.row_lengths
+        longest = max(order.row_lengths) if packs else 0
+        self.graphs = Graphs(self.loaded.model, self.flat, self.losses, lengths, longest=longest)
 
     def clear(self) -> None:
         """End a step: take the gradients back, and their memory too unless recorded batches write to that very place."""
@@ -162,7 +170,7 @@ class Gradient:
         data_seconds = 0.0
         for part in micro_batches(rows, self.halving.rows):
             began = time.monotonic()
-            batch = collate(part, self.loaded.device)
+            batch = self.loaded.batch(part)
             data_seconds += time.monotonic() - began
             total += self._backward(batch, supervised)
         return float(total), data_seconds
@@ -182,22 +190,22 @@ class Gradient:
                     raise
                 why_not = self.graphs.why_not
             self._give_up(why_not)
-        loss = self.losses(batch.input_ids_BT, batch.positions_N, batch.labels_N).sum() / supervised
+        loss = self.losses(batch).sum() / supervised
         loss.backward()
         if self.graphs is not None and not self._warm:
             self._warm = True
             empty_cache(self.loaded.device)  # graphs have a pool of their own
         return loss.detach()
 
-    def losses(self, ids_BT: torch.Tensor, positions_N: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    def losses(self, batch: Batch) -> torch.Tensor:
         """Return the loss of each supervised token [N]; no name holds hidden states when its backward pass begins.
 
         The backward pass does not read them. The supervised ones are a copy, and the rest is dropped before logits are made.
         """
-        hidden_BTH = self.loaded.hidden(ids_BT)
-        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, positions_N)
+        hidden_BTH = self.loaded.hidden(batch.input_ids_BT, batch.blocks)
+        hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, batch.positions_N)
         del hidden_BTH
-        return token_losses(hidden_NH, self.loaded.head, labels_N, self.chunk)
+        return token_losses(hidden_NH, self.loaded.head, batch.labels_N, self.chunk)
 
     def _give_up(self, why_not: str) -> None:
         """Go on without recording; nothing of a batch that could not be recorded was computed."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 import torch
 
 from qlora_tui.engine import measured
-from qlora_tui.engine.data import Tokenized, lengths_of
+from qlora_tui.engine.data import Tokenized
 from qlora_tui.engine.events import Event, Finding, Phase, Planned
 from qlora_tui.engine.load import settle_layers
 from qlora_tui.engine.meter import empty_cache, out_of_memory, said
@@ -90,6 +90,6 @@ def _resize(loop: Loop, choices: Choices, tokenized: Tokenized) -> None:
     assert isinstance(layers, torch.nn.ModuleList)
     settle_layers(run, layers, loop.loaded.device)
     loop.gradient.halving.rows = loop.holdout.halving.rows = rows_at_once(run)
-    loop.gradient.record(lengths_of(tokenized.train) if recorded(run, loop.loaded) else None)
+    loop.gradient.record(loop.order if recorded(run, loop.loaded) else None)
     loop.gradient.chunk = loop.holdout.chunk = run.loss_chunk_size
     loop.meter.predicted = choices.predicted()

@@ -23,6 +23,7 @@ FUSED: Mapping[str, str] = {
     "_scaled_dot_product_efficient_attention": "memory-efficient",
     "_scaled_dot_product_cudnn_attention": "cuDNN",
     "_scaled_dot_product_fused_attention_overrideable": "fused",
+    "_varlen_attn": "flash without a mask",
 }
 SOFTMAX = "_softmax"
 NOT_ON_A_CPU = "attention kernels are not judged on a CPU: the fused ones that a length could fall back from are CUDA's"

@@ -86,12 +86,12 @@ def test_a_stop_and_a_resume_change_nothing(run_of: Make, tmp_path: Path) -> Non
 def test_what_cannot_be_recorded_goes_the_plain_way_and_says_so(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = graphs.Graphs.__init__
 
-    def init(self: graphs.Graphs, module: Any, parameters: Any, losses: Any, lengths: Any) -> None:
-        def waits(*given: torch.Tensor) -> torch.Tensor:
+    def init(self: graphs.Graphs, module: Any, parameters: Any, losses: Any, lengths: Any, *, longest: int) -> None:
+        def waits(*given: Any) -> torch.Tensor:
             found: torch.Tensor = losses(*given)
             return found * float(found.detach().sum() > -1)  # the host asks for a number: no graph can hold that
 
-        real(self, module, parameters, waits, lengths)
+        real(self, module, parameters, waits, lengths, longest=longest)
 
     monkeypatch.setattr(graphs.Graphs, "__init__", init)
     ran = on_gpu(run_of(cuda_graphs="on"), tmp_path / "run")

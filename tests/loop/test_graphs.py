@@ -49,4 +49,4 @@ def test_a_shape_holds_its_batch_and_little_more(rows: int, lengths: list[int], 
 
 def test_a_row_longer_than_all_that_were_told_has_a_shape_of_its_own() -> None:
     graphs = Graphs(torch.nn.Linear(1, 1), FLAT, lambda *_: torch.zeros(1), [10, 20])
-    assert graphs.shape(batch_of(1, 30, 30)) == (1, 30, 30)
+    assert graphs.shape(batch_of(1, 30, 30)) == (1, 30, 30, 0)

@@ -13,6 +13,7 @@ from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
 from qlora_tui.engine import meter
+from qlora_tui.engine.batches import Blocks
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Evaluated, Finding, Saved, Stepped
 from qlora_tui.engine.load import Loaded
@@ -45,13 +46,14 @@ class Card:
         self.alive_at_retry: list[int] = []
         real = Loaded.hidden
 
-        def hidden(loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
+        def hidden(loaded: Loaded, ids: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
             if torch.is_grad_enabled() != self.training:
-                return real(loaded, ids)
+                return real(loaded, ids, blocks)
+            rows = len(ids) if blocks is None else len(blocks.bounds) - 1
             self.alive_at_retry.append(sum(tensor() is not None for tensor in self.failed))
-            self.passes.append(len(ids))
-            states = real(loaded, ids)
-            if len(ids) > self.most and len(self.passes) > self.after:
+            self.passes.append(rows)
+            states = real(loaded, ids, blocks)
+            if rows > self.most and len(self.passes) > self.after:
                 self.failed.append(weakref.ref(states))
                 raise torch.OutOfMemoryError(SAID)
             return states

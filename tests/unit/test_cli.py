@@ -289,6 +289,25 @@ def test_a_dry_run_shows_all_and_makes_nothing(rows: str, tiny_model: Path, tmp_
     assert not (tmp_path / "home" / "state").exists()
 
 
+def test_a_dry_run_says_whether_rows_lie_end_to_end(rows: str, tiny_model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [
+        "--dry-run",
+        "--model",
+        str(tiny_model),
+        "--data",
+        rows,
+        "--set",
+        "per_device_train_batch_size=8",
+        "--set",
+        "max_length=256",
+    ]
+    assert main(arguments) == 0
+    assert "packing=off  fused layers compute in bfloat16, on a CUDA card" in capsys.readouterr().out
+    monkeypatch.setattr(machine, "look", lambda: machine.find_card("H100 80GB"))
+    assert main(arguments) == 0
+    assert "packing=on  padding would be " in capsys.readouterr().out
+
+
 def test_the_equivalent_command_gives_the_same_config(rows: str, tiny_model: Path, capsys: Capture) -> None:
     arguments = [
         "--dry-run",

@@ -176,7 +176,7 @@ def test_a_16_bit_base_is_not_dequantized_and_only_a_4_bit_one_minds_how_fast_th
 
 
 def test_short_rows_cost_less_a_token_once_the_batch_is_large_and_the_mean_of_both_lies_between():
-    run = with_(per_device_train_batch_size=64, gradient_accumulation_steps=1, max_length=16_384)
+    run = with_(per_device_train_batch_size=64, gradient_accumulation_steps=1, max_length=16_384, packing="on")
     short, long = (forecast.seconds_per_token(LLAMA, run, H100, row_tokens=tokens) for tokens in (512, 16_384))
     assert short < 0.75 * long
 
@@ -187,6 +187,21 @@ def test_short_rows_cost_less_a_token_once_the_batch_is_large_and_the_mean_of_bo
     assert epoch([512] * 40) == pytest.approx(short, rel=0.02)
     assert epoch([16_384] * 40) == pytest.approx(long, rel=0.02)
     assert short < epoch([512] * 30 + [16_384] * 10) < epoch([512] * 20 + [16_384] * 20) < long
+
+
+def test_padding_costs_what_it_adds_unless_rows_lie_end_to_end_or_steps_were_measured():
+    lengths = [100 + 40 * at for at in range(48)]
+    run = with_(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+
+    def epoch(**changes):
+        return steps_of(
+            forecast.before(LLAMA, with_(run, **changes), H100, tokens_per_epoch=10**7, steps=10, steps_per_epoch=10, lengths=lengths)
+        )
+
+    whole = sum(8 * max(lengths[at : at + 8]) for at in range(0, 48, 8))
+    assert epoch(packing="off") == pytest.approx(epoch(packing="on") * whole / sum(lengths))
+    measured.remember_steps(H100.name, planner.step_key(LLAMA, with_(run, packing="off")), 1000, 8, 1e-3)
+    assert epoch(packing="off") > 5 * epoch(packing="on")  # what was measured of padded rows says nothing of the others
 
 
 def test_a_step_is_its_micro_batches_and_one_update():
@@ -303,7 +318,7 @@ def test_a_step_of_few_parts_says_how_its_update_was_spread():
 def test_steps_of_another_kind_do_not_count():
     plain = forecast.seconds_per_token(LLAMA, TWO_ROWS, H100)
     others = [{"method": "lora"}, {"method": "lora-8bit"}, {"dtype": "float32"}, {"use_dora": True}, {"fused_layers": "off"}]
-    others += [{"attn_implementation": "eager"}, {"offload_checkpoints": "on", "cuda_graphs": "off"}]
+    others += [{"attn_implementation": "eager"}, {"packing": "on"}, {"offload_checkpoints": "on", "cuda_graphs": "off"}]
     for other in (with_(**change) for change in others):
         measured.remember_steps(H100.name, planner.step_key(LLAMA, other), 2048, 2, 1.0)
     measured.remember_steps(H100.name, planner.step_key(QWEN_14B, TWO_ROWS), 2048, 2, 1.0)

@@ -43,7 +43,7 @@ def test_an_ordinary_run_gets_no_remark():
         (lambda: told(with_(method="lora"), model=QWEN_14B, device=machine.find_card("RTX 4090")), "method=qlora"),
         (lambda: told(model=QWEN_14B, device=machine.find_card("RTX 3060")), "smaller model"),
         (lambda: told(with_(memory_limit_gib=24.0), model=QWEN_14B), "13 B on 24 GB"),
-        (lambda: told(with_(max_length=8000), longest_chat=5000), "nothing is packed"),
+        (lambda: told(with_(max_length=8000), longest_chat=5000), "each is a row"),
     ],
     ids=lambda case: case if isinstance(case, str) else "",
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.engine import budget, forecast, machine, measured, models, onebyte, planner, search, steptime
+from qlora_tui.engine import budget, forecast, machine, measured, models, onebyte, padding, planner, search, steptime
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.rules import problems
@@ -31,6 +31,7 @@ PLANNED = (
     "offload_checkpoints",
     "loss_chunk_size",
     "cuda_graphs",
+    "packing",
 )
 FIXED = {
     "gradient_checkpointing": "9",
@@ -38,6 +39,7 @@ FIXED = {
     "loss_chunk_size": 77,
     "cuda_graphs": "off",
     "offload_checkpoints": "off",
+    "packing": "off",
     "optim": "adamw_torch",
     "method": "qlora",
     "dtype": "float32",
@@ -363,6 +365,7 @@ def test_the_step_key_tells_kinds_apart_but_not_what_hardly_matters():
         {"gradient_checkpointing": "3"},
         {"use_dora": True},
         {"attn_implementation": "eager"},
+        {"packing": "on"},
     ):
         assert planner.step_key(LLAMA, with_(run, **other)) != key
     assert planner.step_key(QWEN_SMALL, run) != key
@@ -400,3 +403,65 @@ def test_recorded_batches_and_a_processor_never_copy():
     both = problems(with_(offload_checkpoints="on", cuda_graphs="on"))
     none = problems(with_(offload_checkpoints="on", gradient_checkpointing="false"))
     assert all("offload_checkpoints" in {problem.where for problem in found} for found in (both, none))
+
+
+# Rows end to end
+
+RAGGED = [50 + 37 * at % 1950 for at in range(400)]
+FOUR_ROWS = with_(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("run", "device", "model", "lengths", "chosen", "why"),
+    [
+        (FOUR_ROWS, H100, LLAMA, RAGGED, "on", "padding would be"),
+        (FOUR_ROWS, H100, LLAMA, [700] * 400, "off", "padding is 0 %"),
+        (FOUR_ROWS, H100, LLAMA, (), "off", "lengths of the rows are not known"),
+        (with_(FOUR_ROWS, per_device_train_batch_size=1), H100, LLAMA, RAGGED, "off", "one at a time"),
+        (FOUR_ROWS, CPU, LLAMA, RAGGED, "off", "on a CUDA card"),
+        (with_(FOUR_ROWS, dtype="float32"), H100, LLAMA, RAGGED, "off", "in bfloat16"),
+        (with_(FOUR_ROWS, fused_layers="off"), H100, LLAMA, RAGGED, "off", "fused_layers is off"),
+        (with_(FOUR_ROWS, use_dora=True), H100, LLAMA, RAGGED, "off", "not fused"),
+        (FOUR_ROWS, H100, dataclasses.replace(LLAMA, family="olmo2"), RAGGED, "off", "layers of olmo2"),
+        (FOUR_ROWS, H100, dataclasses.replace(LLAMA, head_dim=260), RAGGED, "off", "260 wide"),
+    ],
+)
+def test_rows_lie_end_to_end_where_that_pays_and_can_be(run, device, model, lengths, chosen, why):
+    plan = choose(run, device, model, longest=2048, lengths=lengths)
+    assert plan.choices["packing"] == plan.run.packing == chosen
+    assert why in plan.reasons["packing"]
+    for way in ("on", "off"):  # a value fixed by hand is not weighed
+        assert choose(with_(run, packing=way), device, model, longest=2048, lengths=lengths).run.packing == way
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=200),
+    rows=st.integers(1, 16),
+    steps=st.sampled_from([1, 4, 16]),
+)
+def test_padding_is_what_batches_of_such_rows_have(lengths, rows, steps):
+    some = padding.bucket(lengths, rows * steps)
+    assert list(some) == sorted(some)
+    assert set(some) <= set(lengths)
+    share = padding.padded_share(some, rows)
+    assert 0 <= share < 1
+    assert padding.padded_share(some, 1) == 0
+    assert padding.padded_share([lengths[0]] * 30, rows) == pytest.approx(0)
+    padded = sum(max(part) * len(part) for part in (some[at : at + rows] for at in range(0, len(some), rows)))
+    assert sum(some) == pytest.approx((1 - share) * padded)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"fused_layers": "off"}, "fused_layers is off"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"attn_implementation": "eager"}, "eager"),
+    ],
+)
+def test_packing_without_fused_layers_is_refused_in_a_sentence(other, why):
+    (found,) = [problem for problem in problems(with_(packing="on", **other)) if problem.where == "packing"]
+    assert why in found.message
+    assert "packing=auto" in found.hint
+    assert not [problem for problem in problems(with_(packing="auto", **other)) if problem.where == "packing"]

@@ -140,6 +140,13 @@ def test_a_limit_of_the_device_is_told(good: RunConfig, monkeypatch: pytest.Monk
     assert "bfloat16" in told(replace(good, dtype="bfloat16"))
 
 
+def test_rows_that_cannot_lie_end_to_end_are_told_why_once(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "rows cannot lie end to end: fused layers compute in bfloat16, on a CUDA card" in told(replace(good, packing="on"))
+    assert told(replace(good, packing="on", use_dora=True)).count("end to end") == 1
+    monkeypatch.setattr(machine, "look", lambda: replace(CARD, bf16=True))
+    assert check(replace(good, packing="on", dtype="auto")).run.packing == "on"
+
+
 def test_four_bits_on_a_processor_are_no_fault(good: RunConfig) -> None:
     assert check(replace(good, method="qlora", dtype="float32", optim="adamw_8bit")).machine is CPU
 

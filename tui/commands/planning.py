@@ -106,7 +106,7 @@ def needs(
     lengths = lengths_of(run, rows) if rows else Lengths()
     fitted = lengths.fitted(run)
     longest, mean = fitted.longest_trained(run.max_length), fitted.mean(run.max_length) or None
-    plan = planner.choose(spec, run, device, longest=longest, mean=mean)
+    plan = planner.choose(spec, run, device, longest=longest, mean=mean, lengths=fitted.tokens)
     found = tuple(fixes(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     room = tuple(tips(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     if not rows:

@@ -352,7 +352,7 @@ class Desk:
     def _plan(self, spec: ModelSpec, run: RunConfig, look: DataLook | None) -> Plan:
         lengths = look.lengths.fitted(run) if look else Lengths()
         longest, mean = lengths.longest_trained(run.max_length), lengths.mean(run.max_length) or None
-        return planner.choose(spec, run, self.machine(), longest=longest, mean=mean)
+        return planner.choose(spec, run, self.machine(), longest=longest, mean=mean, lengths=lengths.tokens)
 
     def save_draft(self, run: RunConfig) -> None:
         """Keep an unfinished run for the next time; a disk that is full or read-only only loses the draft."""
