@@ -134,11 +134,10 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     positions: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
     for index, row in enumerate(rows):
-        ids = torch.tensor(row.input_ids, dtype=torch.long)
-        ids_BT[index, : len(ids)] = ids
-        targets = torch.tensor(list(row.trained), dtype=torch.bool)[1:].nonzero().squeeze(1)
+        ids_BT[index, : len(row.input_ids)] = _ids(row)
+        targets = _trained(row)[1:].nonzero().squeeze(1)
         positions.append(targets + index * longest)
-        labels.append(ids[1:][targets])
+        labels.append(ids_BT[index, 1:][targets])
     return Batch(
         _sent(ids_BT, device),
         _sent(torch.cat(positions), device),
@@ -151,8 +150,8 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
 def pack(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """Lay `rows` end to end without padding; what is supervised is what `collate` finds, and never a row's first token."""
     lengths = [len(row.input_ids) for row in rows]
-    ids_T = torch.cat([torch.tensor(row.input_ids, dtype=torch.long) for row in rows])
-    trained_T = torch.cat([torch.tensor(list(row.trained), dtype=torch.bool) for row in rows])
+    ids_T = torch.cat([_ids(row) for row in rows]).long()
+    trained_T = torch.cat([_trained(row) for row in rows])
     blocks = blocks_of(lengths, device)
     firsts = torch.tensor(lengths).cumsum(0)[:-1]
     trained_T[0] = trained_T[firsts] = False
@@ -172,6 +171,15 @@ def blocks_of(lengths: Sequence[int], device: torch.device) -> Blocks:
     places_T = torch.cat([torch.arange(length) for length in lengths])
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return Blocks(_sent(places_T[None], device), _sent(bounds, device), max(lengths))
+
+
+def _ids(row: TokenRow) -> torch.Tensor:
+    """Return the row's tokens, in place: a list in between costs more than all else that makes a batch."""
+    return torch.frombuffer(row.input_ids, dtype=torch.int32)
+
+
+def _trained(row: TokenRow) -> torch.Tensor:
+    return torch.frombuffer(bytearray(row.trained), dtype=torch.bool)  # torch warns of memory that nobody may write to
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

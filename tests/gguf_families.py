@@ -286,7 +286,7 @@ def rows_of(folder: Path, texts: Iterable[str] = NASTY) -> list[TokenRow]:
     """Return the texts as rows; the first three tokens of each are not trained."""
     tokenizer = load_tokenizer(folder)
     rows = [(number, tokenizer.encode(text)[0]) for number, text in enumerate(texts)]
-    return [TokenRow(number, array("q", ids), bytes([0] * 3 + [1] * (len(ids) - 3))) for number, ids in rows if len(ids) > 4]
+    return [TokenRow(number, array("i", ids), bytes([0] * 3 + [1] * (len(ids) - 3))) for number, ids in rows if len(ids) > 4]
 
 
 def losses(model: Any, rows: list[TokenRow]) -> list[float]:

@@ -27,7 +27,7 @@ _THOUGHT_TOKENS = ("<think>", "</think>")
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One row as the model sees it: its number, its token ids, and for each token 1 if it is a target to predict."""
+    """One row as the model sees it: its number, its token ids (of 32 bits, "i"), and for each token 1 if it is a target to predict."""
 
     row: int
     input_ids: array[int]
