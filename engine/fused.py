@@ -53,12 +53,21 @@ def unpacked_because(model: ModelSpec, run: RunConfig, kernels: bool) -> str:
         return "fused layers compute in bfloat16, on a CUDA card"
     if not fused_layers(model, run, kernels):
         return f"layers of {model.family} with this adapter and attention are not fused"
-    return "" if has_flash(model) else f"its heads are {model.head_dim} wide: the flash kernel takes multiples of 8 up to {WIDEST_HEAD}"
+    return (
+        ""
+        if has_flash(model)
+        else f"its heads are {model.head_dim} wide: the flash kernel takes multiples of 8 up to {WIDEST_HEAD}, none of 200 to 224"
+    )
 
 
 def has_flash(model: ModelSpec) -> bool:
     """Say whether the flash kernel takes the heads of `model`: then fused layers need no mask, for windows neither."""
-    return model.head_dim % 8 == 0 and model.head_dim <= WIDEST_HEAD
+    return flash_takes(model.head_dim)
+
+
+def flash_takes(size: int) -> bool:
+    """Say whether torch's flash kernel trains heads of `size`: multiples of 8 up to 256, and no card before Hopper those of 200 to 224."""
+    return size % 8 == 0 and size <= WIDEST_HEAD and not 192 < size <= 224
 
 
 @dataclass(frozen=True, slots=True)

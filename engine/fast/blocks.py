@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_tui.engine.batches import Blocks
-from qlora_tui.engine.fused import WIDEST_HEAD
+from qlora_tui.engine.fused import flash_takes
 
 _KNOWN = inspect.signature(varlen_attn).parameters  # 2.10 has no window; 2.13 wants to be told that keys have fewer heads
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
@@ -61,7 +61,7 @@ def window_of(config: Any, layer: int) -> int | None:
 def _has_kernel(query: torch.Tensor) -> bool:
     """Say whether the kernel takes such heads, by torch's own conditions."""
     size = query.shape[-1]
-    return query.is_cuda and query.dtype == torch.bfloat16 and size % 8 == 0 and size <= WIDEST_HEAD and "window_size" in _KNOWN
+    return query.is_cuda and query.dtype == torch.bfloat16 and flash_takes(size) and "window_size" in _KNOWN
 
 
 def _even(rows: int, length: int, device: torch.device) -> torch.Tensor:

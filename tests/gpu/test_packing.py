@@ -189,7 +189,7 @@ def test_a_run_learns_what_padded_rows_learn(
 
 
 def test_a_stop_and_a_resume_change_nothing(tmp_path: Path, run_of: Callable[..., RunConfig]) -> None:
-    run = run_of(max_steps=12)
+    run = run_of(max_steps=12, packing="auto")
     whole, again = (drive(run, tmp_path / name, machine=look()) for name in ("whole", "again"))
     assert whole.of(Planned)[-1].choices["packing"] == "on"
     noise = max(abs(a - b) for a, b in zip(whole.losses, again.losses, strict=True))

@@ -257,12 +257,12 @@ def test_a_measurement_between_steps_changes_no_bit(run_of: Make, tmp_path: Path
 
 
 def test_the_choice_is_told_and_kept_by_a_resume(run_of: Make, tmp_path: Path, fused_on_cpu: None) -> None:
-    ran = drive(run_of(**USUAL), tmp_path / "run", Asked({3: "stop"}))
+    ran = drive(run_of(**USUAL, packing="auto"), tmp_path / "run", Asked({3: "stop"}))
     assert ran.error is None
     assert ran.of(Planned)[-1].choices["packing"] == "on"
-    again = drive(run_of(**USUAL), tmp_path / "run", resume=True)
+    again = drive(run_of(**USUAL, packing="auto"), tmp_path / "run", resume=True)
     assert again.of(Planned)[-1].choices["packing"] == "on"
-    alone = drive(run_of(**{**USUAL, "per_device_train_batch_size": 1}), tmp_path / "alone")
+    alone = drive(run_of(**{**USUAL, "per_device_train_batch_size": 1}, packing="auto"), tmp_path / "alone")
     assert alone.of(Planned)[-1].choices["packing"] == "off"
 
 

@@ -300,6 +300,8 @@ def test_a_dry_run_says_whether_rows_lie_end_to_end(rows: str, tiny_model: Path,
         "per_device_train_batch_size=8",
         "--set",
         "max_length=256",
+        "--set",
+        "packing=auto",
     ]
     assert main(arguments) == 0
     assert "packing=off  fused layers compute in bfloat16, on a CUDA card" in capsys.readouterr().out

@@ -23,7 +23,7 @@ RTX_4090 = machine.find_card("RTX 4090")
 RTX_3060 = machine.find_card("RTX 3060")
 CPU = machine.Machine("cpu", "cpu", 16 * GIB, cores=2)
 
-OPEN = RunConfig()
+OPEN = RunConfig(packing="auto")
 PLANNED = (
     "gradient_checkpointing",
     "per_device_train_batch_size",
