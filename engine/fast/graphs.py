@@ -85,8 +85,8 @@ class Graphs:
             longest: tokens of the longest row where rows lie end to end; 0 where they are padded.
         """
         self._module, self._device, self._losses = module, flat.device, losses
-        self._sizes = sizes(lengths)
-        self._longest = max(longest, *(above - below for below, above in pairwise([0, *self._sizes])))  # what is left over is a row too
+        self.sizes = sizes(lengths)
+        self._longest = max(longest, *(above - below for below, above in pairwise([0, *self.sizes])))  # what is left over is a row too
         self._held: dict[Shape, _Recorded] = {}
         self._pool: _Pool | None = None
         self.why_not = ""
@@ -95,8 +95,8 @@ class Graphs:
     def shape(self, batch: Batch) -> Shape:
         """Return the shape of the graph that serves `batch`."""
         rows, longest = batch.input_ids_BT.shape
-        at = bisect.bisect_left(self._sizes, longest)
-        length = self._sizes[at] if at < len(self._sizes) else longest
+        at = bisect.bisect_left(self.sizes, longest)
+        length = self.sizes[at] if at < len(self.sizes) else longest
         part = -(-rows * length // _SUPERVISED_PARTS)
         blocks = 0 if batch.blocks is None else len(batch.blocks.bounds) - 1
         return Shape(rows, length, min(rows * length, -(-len(batch.labels_N) // part) * part), blocks)

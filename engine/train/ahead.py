@@ -12,7 +12,7 @@ import bisect
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeVar
@@ -20,7 +20,6 @@ from typing import TypeVar
 from qlora_tui.engine import forecast, lengthy, measured
 from qlora_tui.engine.data import lengths_of
 from qlora_tui.engine.events import Event, Finding, Forecast, Phase, Stepped
-from qlora_tui.engine.fast.graphs import sizes
 from qlora_tui.engine.measured import Around
 from qlora_tui.engine.pace import Pace, Triple
 from qlora_tui.engine.rehearse import Rehearsed
@@ -48,9 +47,9 @@ class Load:
     """What arithmetic expects of the rows of a step, in seconds; in tokens where the device's speed is not known."""
 
     choices: Choices
-    rounded: Sequence[int] = ()  # row lengths that are told apart, where batches are recorded
+    rounded: Sequence[int] = ()  # row lengths, or sums of those that lie end to end, that are told apart where batches are recorded
     update: float | None = None  # seconds of the optimizer, where they were measured
-    _known: dict[tuple[int, int], float] = field(default_factory=dict)
+    _known: dict[tuple[int, float], float] = field(default_factory=dict)
 
     @property
     def in_seconds(self) -> bool:
@@ -59,17 +58,20 @@ class Load:
 
     def of(self, lengths: Sequence[int], at_once: int, *, update: bool = True) -> float:
         """Return the work of a step, or without `update` of its batches alone; they are made as training makes them."""
-        ordered = sorted(lengths, reverse=True)
-        batches = sum(self._batch(len(ordered[start : start + at_once]), ordered[start]) for start in range(0, len(ordered), at_once))
+        batches = sum(map(self._batch, self._shapes(lengths, at_once)))
         return batches + (self._update() if update else 0.0)
 
-    def shapes(self, lengths: Sequence[int], at_once: int) -> set[tuple[int, int]]:
-        """Return rows and length of the batches of a step, where batches are recorded: each shape costs a recording at its first sight."""
-        if not self.rounded:
-            return set()
+    def shapes(self, lengths: Sequence[int], at_once: int) -> set[tuple[int, float]]:
+        """Return the shapes of the batches of a step, where batches are recorded: each costs a recording at its first sight."""
+        return set(self._shapes(lengths, at_once)) if self.rounded else set()
+
+    def _shapes(self, lengths: Sequence[int], at_once: int) -> Iterator[tuple[int, float]]:
+        """Yield rows and tokens a row of each batch of a step: of the longest where they are padded, of the mean where none is."""
         ordered = sorted(lengths, reverse=True)
-        parts = (ordered[start : start + at_once] for start in range(0, len(ordered), at_once))
-        return {(len(part), self._round(part[0])) for part in parts}
+        for start in range(0, len(ordered), at_once):
+            part = ordered[start : start + at_once]
+            packed = self.choices.run.packing == "on"
+            yield len(part), self._round(sum(part)) / len(part) if packed else self._round(part[0])
 
     def recording(self) -> float:
         """Return the seconds of recording a batch of the mean row."""
@@ -77,21 +79,20 @@ class Load:
             self.choices.model, self.choices.run, self.choices.machine, statistics.fmean(self.choices.lengths)
         )
 
-    def _batch(self, rows: int, longest: int) -> float:
-        key = (rows, longest)
-        if key not in self._known:
-            self._known[key] = self._expected(rows, self._round(longest))
-        return self._known[key]
+    def _batch(self, shape: tuple[int, float]) -> float:
+        if shape not in self._known:
+            self._known[shape] = self._expected(*shape)
+        return self._known[shape]
 
-    def _round(self, longest: int) -> int:
-        return next((size for size in self.rounded if size >= longest), longest)
+    def _round(self, tokens: int) -> int:
+        return next((size for size in self.rounded if size >= tokens), tokens)
 
-    def _expected(self, rows: int, length: int) -> float:
+    def _expected(self, rows: int, length: float) -> float:
         model, run, machine = self.choices.model, self.choices.run, self.choices.machine
         speed = forecast.speed_of(machine)
         if speed is None:
             return float(rows * length)
-        return micro_batch(model, run, machine, speed, rows, float(length)).seconds(checkpointed_layers(model, run))
+        return micro_batch(model, run, machine, speed, rows, length).seconds(checkpointed_layers(model, run))
 
     def _update(self) -> float:
         if self.update is None:
@@ -124,8 +125,8 @@ class Ahead:
     _works: tuple[tuple[int, int], list[float]] = ((-1, 0), [])
     _recorded: int = 0
     _recordings: list[tuple[float, float, int]] = field(default_factory=list)  # work, seconds and recordings of steps that made some
-    _shapes: set[tuple[int, int]] = field(default_factory=set)  # of batches in this epoch
-    _seen: set[tuple[int, int]] = field(default_factory=set)  # of batches so far
+    _shapes: set[tuple[int, float]] = field(default_factory=set)  # of batches in this epoch
+    _seen: set[tuple[int, float]] = field(default_factory=set)  # of batches so far
 
     def follow(self, work: Generator[Event, None, T]) -> Generator[Event, None, T]:
         """Pass on what `work` says, and add how long the rest takes."""
@@ -365,7 +366,7 @@ class Ahead:
 
     def _loaded(self) -> Load:
         if self._load is None:
-            recorded = self.loop.gradient.graphs is not None
+            graphs = self.loop.gradient.graphs
             update = self.rehearsed.seconds["optimizer"] if self.rehearsed else None
-            self._load = Load(self.choices, sizes(self.loop.order.row_lengths) if recorded else (), update)
+            self._load = Load(self.choices, () if graphs is None else graphs.sizes, update)
         return self._load

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from loop_driver import CPU, Asked, Ran, drive
 
-from qlora_tui.engine import forecast, measured
+from qlora_tui.engine import forecast, measured, planner
 from qlora_tui.engine.events import Event, Finding, Forecast, Phase, Saved, Stepped, Wish
+from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import from_folder
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import job
-from qlora_tui.engine.train.ahead import Ahead
+from qlora_tui.engine.train.ahead import Ahead, Load
+from qlora_tui.engine.train.choices import Choices
 from qlora_tui.engine.train.limits import Limits
 from qlora_tui.engine.until import Deadline
 
@@ -194,3 +196,21 @@ def test_a_run_that_takes_long_says_so_once_with_what_would_make_it_shorter(
     monkeypatch.undo()
     short = ran(run_of(**SETTINGS), tmp_path / "short", monkeypatch, Ticking())
     assert not [finding for finding in short.of(Finding) if finding.detector == "time"]
+
+
+def test_the_work_of_rows_that_lie_end_to_end_is_their_own_tokens_and_of_padded_ones_the_longest_as_often(
+    run_of: Make, tmp_path: Path
+) -> None:
+    def load(packing: str, rounded: tuple[int, ...] = ()) -> Load:
+        run = run_of(per_device_train_batch_size=2, packing=packing)
+        model, stranger = from_folder(Path(run.model_name_or_path)), Machine("NVIDIA GB999", "cuda", 1 << 34, bf16=True)
+        return Load(Choices(model, run, stranger, lengths, planner.choose(model, run, stranger)), rounded)
+
+    lengths = [10, 40, 30, 20]  # batches of (40, 30) and (20, 10)
+    assert load("off").of(lengths, 2, update=False) == 2 * 40 + 2 * 20
+    assert load("on").of(lengths, 2, update=False) == 70 + 30
+    assert load("off", (25, 50)).of(lengths, 2, update=False) == 2 * 50 + 2 * 25
+    assert load("on", (32, 80)).of(lengths, 2, update=False) == 80 + 32
+    assert load("off", (25, 50)).shapes(lengths, 2) == {(2, 50), (2, 25)}
+    assert load("on", (32, 80)).shapes(lengths, 2) == {(2, 40.0), (2, 16.0)}
+    assert load("on").shapes(lengths, 2) == set()
