@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, A heads, D size of a head, N tiles along the rows; key
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,28 +96,29 @@ def tiles_of(bounds: torch.Tensor, length: int, window: int | None) -> BlockMask
     return BlockMask.from_kv_blocks(*some, *whole, BLOCK_SIZE=TILE, mask_mod=seen, seq_lengths=(length, length))
 
 
-@functools.cache
 def why_not(device: torch.device, heads: tuple[int, int], size: int, scale: float, cap: float) -> str:
-    """Return why the kernel cannot run for such heads on `device`, or an empty text; both passes are compiled here, once.
+    """Return why the kernel cannot run for such heads on `device`, or an empty text; all that a run needs is compiled here.
 
-    Off a card nothing is compiled, so nothing stands against it.
+    What was compiled before is forgotten: the compiler would take other heads for a number that changes, and it stops after
+    eight programs. Off a card nothing is compiled, so nothing stands against it.
 
     Raises:
         torch.OutOfMemoryError: there is no room for a few hundred tokens.
     """
     if device.type != "cuda":
         return ""
+    torch.compiler.reset()
+    numbers = (heads[0], heads[1], heads[1])
     try:
-        for length in _PROBED:
-            query, key, value = (
-                torch.zeros(1, length, number, size, device=device, dtype=torch.bfloat16, requires_grad=True)
-                for number in (heads[0], heads[1], heads[1])
-            )
-            with torch.enable_grad():
-                attend(query, key, value, None, None, scale, cap).sum().backward()
+        for trained, length in itertools.product((True, False), _PROBED):
+            parts = [torch.zeros(1, length, number, size, device=device, dtype=torch.bfloat16, requires_grad=trained) for number in numbers]
+            with torch.set_grad_enabled(trained):
+                out = attend(parts[0], parts[1], parts[2], None, None, scale, cap)
+                if trained:
+                    out.sum().backward()
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever the compiler lacks, the plain way is left and the reason is told
-        if isinstance(error, RuntimeError) and out_of_memory(error):
+        if out_of_memory(error):
             raise
         return f"attention with capped scores cannot be compiled: {one_line(error, limit=200)}"
     return ""

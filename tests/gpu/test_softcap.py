@@ -21,7 +21,14 @@ def parts_of(rows: int, length: int, size: int, heads: tuple[int, int], seed: in
     return [torch.randn(rows, length, number, size, device=CUDA, dtype=torch.bfloat16).mul_(3).requires_grad_() for number in numbers]
 
 
-@pytest.mark.parametrize("size", [128, 256])
+@pytest.fixture(scope="module", params=[128, 256])
+def size(request: pytest.FixtureRequest) -> int:
+    """The size of a head, for which the kernel is compiled once."""
+    found: int = request.param
+    assert softcap.why_not(CUDA, (8, 4), found, found**-0.5, 5.0) == ""
+    return found
+
+
 @pytest.mark.parametrize("window", [None, 100, 300])
 @pytest.mark.parametrize("lengths", [[700], [1], [255, 1, 300, 77], [128] * 4, []], ids=str)
 def test_outputs_and_gradients_are_as_close_to_32_bits_as_whole_scores(size: int, window: int | None, lengths: list[int]) -> None:
@@ -47,30 +54,29 @@ def test_outputs_and_gradients_are_as_close_to_32_bits_as_whole_scores(size: int
         assert (mine - exact).norm() < 1.25 * (rough - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_a_change_in_one_row_leaves_the_others_bitwise_alone() -> None:
+def test_a_change_in_one_row_leaves_the_others_bitwise_alone(size: int) -> None:
     lengths = [200, 90, 313]
     blocks = blocks_of(lengths, CUDA)
-    parts = parts_of(1, sum(lengths), 256, (8, 4))
+    parts = parts_of(1, sum(lengths), size, (8, 4))
     with torch.no_grad():
-        before = softcap.attend(*parts, blocks, None, 1 / 16, 5.0)
+        before = softcap.attend(*parts, blocks, None, size**-0.5, 5.0)
         for part in parts:
             part[:, 200:290].normal_()
-        after = softcap.attend(*parts, blocks, None, 1 / 16, 5.0)
+        after = softcap.attend(*parts, blocks, None, size**-0.5, 5.0)
     assert torch.equal(before[:, :200], after[:, :200])
     assert torch.equal(before[:, 290:], after[:, 290:])
     assert not torch.equal(before[:, 200:290], after[:, 200:290])
 
 
-def test_two_programs_serve_every_length_and_memory_grows_with_it() -> None:
-    assert softcap.why_not(CUDA, (8, 4), 256, 0.0625, 7.0) == ""
+def test_what_loading_compiled_serves_every_length_and_memory_grows_with_it(size: int) -> None:
     compiled = counters["stats"]["unique_graphs"]
     taken = []
     for length in (300, 1000, 2048, 5000, 10_000):
-        parts = parts_of(1, length, 256, (8, 4))
+        parts = parts_of(1, length, size, (8, 4))
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         for window in (None, 128):
-            softcap.attend(*parts, blocks_of([length // 3, length - length // 3], CUDA), window, 0.0625, 7.0).sum().backward()
+            softcap.attend(*parts, blocks_of([length // 3, length - length // 3], CUDA), window, size**-0.5, 5.0).sum().backward()
         taken.append(torch.cuda.max_memory_allocated() - held)
     assert counters["stats"]["unique_graphs"] == compiled
     assert taken[-1] < 2.5 * taken[-2]  # scores of every pair would be four times as large
