@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from qlora_tui.engine import onebyte
 from qlora_tui.engine.budget import Budget, estimate
 from qlora_tui.engine.forecast import seconds_per_token
+from qlora_tui.engine.fused import has_scoreless
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec
@@ -120,7 +121,7 @@ def _same_result(asked: Asked) -> Iterator[Change]:
         yield Change({"optim": "paged_adamw_8bit"}, "keep the optimizer's state in 8 bits")
     if four_bit(model, run) and not model.quantized and not double_quantized(model, run):
         yield Change({"bnb_4bit_use_double_quant": True}, "quantize the block constants too")
-    if run.attn_implementation == "eager" and model.sdpa:
+    if run.attn_implementation == "eager" and has_scoreless(model, run, asked.machine):
         yield Change({"attn_implementation": "sdpa"}, "attention that does not hold all scores")
     if asked.recomputed < asked.layers:
         number = asked.layers

@@ -25,7 +25,7 @@ class Family:
     extra_norms: int = 0  # norms a layer beyond the usual two
     qk_norm: QkNorm = ""
     windowed: bool = False  # some layers always see only a window
-    soft_caps: bool = False  # attention scores are squashed, which no fused kernel does: eager attention only
+    soft_caps: bool = False  # attention scores are squashed, which SDPA does not: only fused layers do without holding them
     default_window: int | None = None
     default_tied: bool = False
     default_head_dim: int | None = None
@@ -44,7 +44,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(qk_norm="head", default_head_dim=128, kernels=True),
     "smollm3": Family(default_tied=True, kernels=True),
     "phi3": Family(fused=True, biased=False, kernels=True),
-    "gemma2": Family(extra_norms=2, windowed=True, soft_caps=True, default_window=4096, default_tied=True, default_head_dim=256),
+    "gemma2": Family(
+        extra_norms=2, windowed=True, soft_caps=True, default_window=4096, default_tied=True, default_head_dim=256, kernels=True
+    ),
     "gemma3_text": Family(
         extra_norms=2,
         qk_norm="head",

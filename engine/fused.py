@@ -7,7 +7,7 @@ computed again the MLP's two wide products exist a tile at a time. `tests/loop/t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_tui.engine.families import has_kernels
 from qlora_tui.engine.machine import Machine
@@ -32,9 +32,15 @@ def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
 
     Those are a family with a form in `fast.layers`, fused attention, and an adapter without dropout and lengths of its own.
     """
-    plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
+    plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa"
     covered = has_kernels(model.family, model.wrapper) and model.hidden_size <= WIDEST_ROW
     return run.fused_layers != "off" and kernels and plain and covered
+
+
+def has_scoreless(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
+    """Say whether `attn_implementation = "sdpa"` exists for `model` here: of capped scores it is what fused layers do."""
+    asked = replace(run, attn_implementation="sdpa")
+    return model.sdpa or fused_layers(model, asked, machine.kernels and element_bytes(run, machine) == 2)
 
 
 def fp8_products(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
@@ -61,8 +67,8 @@ def unpacked_because(model: ModelSpec, run: RunConfig, kernels: bool) -> str:
 
 
 def has_flash(model: ModelSpec) -> bool:
-    """Say whether the flash kernel takes the heads of `model`: then fused layers need no mask, for windows neither."""
-    return flash_takes(model.head_dim)
+    """Say whether fused layers need no mask, for windows neither: flash takes the heads, or the kernel is the one for capped scores."""
+    return not model.sdpa or flash_takes(model.head_dim)
 
 
 def flash_takes(size: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from qlora_tui.engine import money, prices, until
 from qlora_tui.engine.events import Finding
 from qlora_tui.engine.forecast import Before, Work, before_work, speed_of
+from qlora_tui.engine.fused import has_scoreless
 from qlora_tui.engine.machine import Machine, limited
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import element_bytes, weight_bytes
@@ -194,9 +195,10 @@ def _about_time(before: Before) -> list[str]:
 
 
 def _about_length(model: ModelSpec, run: RunConfig, machine: Machine, length: int) -> str:
-    if run.attn_implementation == "eager" or not model.sdpa:
+    possible = has_scoreless(model, run, machine)
+    if run.attn_implementation == "eager" or not possible:
         scores = model.num_attention_heads * length**2 * element_bytes(run, machine)
-        cure = "attn_implementation=sdpa does not" if model.sdpa else "this family has no other kind, so lower max_length"
+        cure = "attn_implementation=sdpa does not" if possible else "this family has no other kind, so lower max_length"
         return f"Rows of {count(length)} tokens: attention holds all scores, {gib(scores)} a layer and copy; {cure}."
     speed = speed_of(machine)
     share = f"{percent(attention_share(model, run, machine, speed, length))} of such a row's time goes" if speed else "time goes"

@@ -27,6 +27,7 @@ from qlora_tui.engine.batches import Batch, Blocks, collate, pack
 from qlora_tui.engine.compat import TOWER_LAYERS
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import ModelError
+from qlora_tui.engine.families import FAMILIES
 from qlora_tui.engine.fast import compiled, eightload, pissa
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
@@ -50,6 +51,11 @@ class Loaded:
     why_plain: str = ""  # why layers run as transformers has them; empty where they are fused
     packs: bool = False  # rows of a batch lie end to end
 
+    @property
+    def caps_scores(self) -> bool:
+        """Whether fused layers attend with a kernel of capped scores, for which no mask is ever made."""
+        return not self.why_plain and _caps_scores(self.model.config)
+
     def batch(self, rows: Sequence[TokenRow]) -> Batch:
         """Return `rows` on the device: end to end where that is wanted, else padded."""
         return (pack if self.packs else collate)(rows, self.device)
@@ -66,7 +72,7 @@ class Loaded:
             ValueError: there are blocks and layers are not fused, so nothing would keep the rows apart.
         """
         more: dict[str, Any] = {}
-        if not self.why_plain and (blocks is not None or self.device.type == "cuda"):
+        if not self.why_plain and (blocks is not None or self.device.type == "cuda" or self.caps_scores):
             more = {"attention_mask": torch.empty(1, 1, 0, 0, device=self.device)}
         if blocks is not None:
             if self.why_plain:
@@ -127,6 +133,8 @@ def _fuse_layers(run: RunConfig, model: PeftModel, decoder: torch.nn.Module, dev
         return reason
     if dtype != torch.bfloat16:
         return "they compute in bfloat16 alone"
+    if run.attn_implementation == "eager":
+        return "attention that holds its scores goes layer by layer"
     from qlora_tui.engine.fast import layers  # imports Triton
 
     if reason := layers.why_not(model):
@@ -199,13 +207,13 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
             text_alone = config.get_text_config() is config
             stored = config.to_dict().get("quantization_config")
             if run.method == "lora-8bit":
-                return eightload.read(folder, config, device, dtype, run.attn_implementation)
+                return eightload.read(folder, config, device, dtype, _attention(run, config))
             base = (AutoModelForCausalLM if text_alone else AutoModelForImageTextToText).from_pretrained(
                 folder,
                 config=config if text_alone else _without_layers_that_see(config),
                 dtype=dtype,
                 device_map={"": device},
-                attn_implementation=run.attn_implementation,
+                attn_implementation=_attention(run, config),
                 quantization_config=None if stored else quantization(run, dtype),  # what is stored in 4 bits is not quantized again
                 trust_remote_code=False,
                 local_files_only=True,
@@ -224,6 +232,16 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
         if stored and parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)  # the loader leaves the 16-bit parts in the type they were stored in
     return base
+
+
+def _attention(run: RunConfig, config: Any) -> str:
+    """Return the attention that transformers is to use: of capped scores it has one kind, whatever fused layers do in its place."""
+    return "eager" if _caps_scores(config) else run.attn_implementation
+
+
+def _caps_scores(config: Any) -> bool:
+    family = FAMILIES.get(config.get_text_config().model_type)
+    return family is not None and family.soft_caps
 
 
 def _without_layers_that_see(config: Any) -> Any:

@@ -141,7 +141,7 @@ class ModelSpec:
 
     @property
     def sdpa(self) -> bool:
-        """Whether `attn_implementation = "sdpa"` exists for this family; without it attention holds all scores."""
+        """Whether torch's SDPA computes this family's attention; if not, attention holds all scores unless layers are fused."""
         return not FAMILIES[self.family].soft_caps
 
     @property

@@ -22,7 +22,7 @@ from qlora_tui.engine.data import Dataset
 from qlora_tui.engine.data.tokenizer import OLDER_FILES
 from qlora_tui.engine.errors import ConfigError, ConfigErrors, EngineError, ExitCode, Problem, SpaceError, WontFit
 from qlora_tui.engine.export import planned as exports
-from qlora_tui.engine.fused import unpacked_because
+from qlora_tui.engine.fused import has_scoreless, unpacked_because
 from qlora_tui.engine.hub import ModelFiles
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
@@ -90,7 +90,11 @@ def check(
     device = machine.limited(dataclasses.replace(seen, others_bytes=0, others=()) if alone else seen, run)
     faults.problems += device_problems(run, device)
     if found is not None:
-        faults.problems += [*model_problems(run, *found), *_packing_problems(run, found[1], device)]
+        faults.problems += [
+            *model_problems(run, *found),
+            *attention_problems(run, found[1], device),
+            *_packing_problems(run, found[1], device),
+        ]
         if not faults:
             faults.attempt(lambda: _check_disk(run, *found))
     faults.tell()
@@ -237,9 +241,15 @@ def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
         spec.targeted(run.lora_target_modules)
     except ConfigError as error:
         found.append(error.problem)
-    if run.attn_implementation == "sdpa" and not spec.sdpa:
-        found.append(Problem("attn_implementation", f"sdpa does not exist for the family {spec.family}", "say eager"))
     return [*found, *_start_problems(run, spec), *stored_problems(run, spec), *_other_parts(run, spec)]
+
+
+def attention_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[Problem]:
+    """Return that attention of this family holds its scores on this device, where it is asked not to: SDPA has no cap for them."""
+    if run.attn_implementation == "eager" or has_scoreless(spec, run, device):
+        return []
+    text = f"sdpa does not exist for the family {spec.family} where its layers are not fused"
+    return [Problem("attn_implementation", text, "say eager")]
 
 
 def _packing_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[Problem]:

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_tui.engine.batches import Blocks
 from qlora_tui.engine.compat import CACHES
 from qlora_tui.engine.families import FAMILIES, Family
+from qlora_tui.engine.fast import softcap
 from qlora_tui.engine.fast.blocks import attend, window_of
 from qlora_tui.engine.fast.kernels import WIDEST_ROW, Activation
 from qlora_tui.engine.fast.lora import ADAPTER
@@ -47,6 +48,7 @@ FORMS: Mapping[str, Form] = {
     "qwen3": Form(),
     "smollm3": Form(some_unturned=True),
     "phi3": Form(),
+    "gemma2": Form(offset=1.0, activation="gelu_tanh"),
     "gemma3_text": Form(offset=1.0, activation="gelu_tanh"),
 }
 """By `model_type`; every other family goes the plain way, layer by layer as transformers has it."""
@@ -62,8 +64,6 @@ def why_not(model: Any) -> str:
         return f"models of type {config.model_type} have no fused layers here"
     if _ACTIVATIONS.get(_activation_of(config)) != form.activation:
         return f"its activation {_activation_of(config)} has no kernel here"
-    if config._attn_implementation == "eager":
-        return "attention that holds its scores goes layer by layer"
     if config.hidden_size > WIDEST_ROW:
         return f"a hidden size of {config.hidden_size} is too wide for the norm's kernel"
     for module in model.modules():
@@ -71,7 +71,16 @@ def why_not(model: Any) -> str:
             module.lora_magnitude_vector or not isinstance(module.lora_dropout[ADAPTER], torch.nn.Identity)
         ):
             return "DoRA and dropout of adapters go layer by layer"
-    return ""
+    return _why_not_capped(model, config) if FAMILIES[config.model_type].soft_caps else ""
+
+
+def _why_not_capped(model: Any, config: Any) -> str:
+    """Return why attention with capped scores cannot run for `config`; asked last, since it compiles."""
+    cap = config.attn_logit_softcapping
+    if not cap or config.attention_dropout:
+        return "capped attention without its cap, or with dropout, has no kernel here"
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return softcap.why_not(model.device, heads, config.head_dim, config.query_pre_attn_scalar**-0.5, cap)
 
 
 def _activation_of(config: Any) -> str:
@@ -105,6 +114,7 @@ class FusedLayer:
         attention = layer.self_attn
         self.heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self.size = attention.head_dim
+        self.cap = attention.attn_logit_softcapping if family.soft_caps else None
         self.window = window_of(attention.config, attention.layer_idx)
         self.before, self.after = _norm(layer.input_layernorm, form), _norm(layer.post_attention_layernorm, form)
         self.sandwich = family.extra_norms > 0
@@ -149,10 +159,12 @@ class FusedLayer:
         query, key, value = (part.unflatten(-1, (-1, self.size)) for part in parts)
         if self.head_norms is not None:
             query, key = (normed_heads(part, norm, angles) for part, norm in zip((query, key), self.head_norms, strict=True))
-        if attention_mask is None or not attention_mask.numel():
+        if attention_mask is not None and not attention_mask.numel():
             attention_mask = None
-            if blocks is not None or (self.window is not None and self.window < hidden.shape[1]):
-                return attend(query, key, value, blocks, self.window, module.scaling).flatten(2)
+        if self.cap is not None:
+            return softcap.attend(query, key, value, blocks, self.window, module.scaling, self.cap, attention_mask).flatten(2)
+        if attention_mask is None and (blocks is not None or (self.window is not None and self.window < hidden.shape[1])):
+            return attend(query, key, value, blocks, self.window, module.scaling).flatten(2)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         scores_of = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
         dropout = module.attention_dropout if module.training else 0.0

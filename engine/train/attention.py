@@ -47,6 +47,8 @@ def tell_kernel(run: RunConfig, loaded: Loaded, fence: Fence, longest: int, head
     """Say which kernel attends to rows of `longest` tokens, and why where it is a slow one; nothing on a CPU, where the loading said so."""
     if loaded.device.type != "cuda":
         return
+    if loaded.caps_scores:
+        return  # loading compiled its kernel, which under a mode that watches operators would run uncompiled, with all scores
     try:
         with fence.excursion():
             calls = calls_of(loaded, longest)

@@ -80,6 +80,8 @@ CASES: tuple[Case, ...] = (
     Case(QWEN4, 2, 1024, "false", {"bnb_4bit_use_double_quant": False}),
     Case(QWEN4, 4, 2048, "18", LORA),
     Case(GEMMA2, 2, 1024, "true", EAGER),
+    Case(GEMMA2, 2, 2048, "true", {}),
+    Case(GEMMA2, 1, 4096, "13", LORA),
     Case(GEMMA2, 1, 1024, "13", EAGER | LORA),
     Case(GEMMA3, 2, 1024, "false", {"lora_r": 32} | PLAIN),
     Case(PHI35, 2, 2048, "true", {}),

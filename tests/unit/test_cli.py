@@ -103,7 +103,10 @@ def test_every_key_is_listed(capsys: Capture) -> None:
         (["data", "d.jsonl", "--set", "max_length=1"], "max_length: 1 is out of range"),
         (["budget", "--model", "Qwen/Qwen3-8B", "--set", "per_device_train_batch_size=-1"], "-1 is out of range"),
         (["budget", "--model", "Qwen/Qwen3-8B", "--set", "max_length=999999"], "positions of this model"),
-        (["budget", "--model", "google/gemma-2-9b-it"], "sdpa does not exist for the family gemma2; say eager"),
+        (
+            ["budget", "--model", "google/gemma-2-9b-it"],
+            "sdpa does not exist for the family gemma2 where its layers are not fused; say eager",
+        ),
         (["--resume", "last", "--preset", "demo", "--no-ui"], "leave out --config and --preset"),
         (["runs", "--model", "x"], "unknown option --model"),
         (["watch"], "required: LOG"),

@@ -208,11 +208,17 @@ def test_attention_that_a_family_lacks_is_refused() -> None:
     gemma = models.find("google/gemma-2-9b-it")
     assert gemma is not None
     run = RunConfig(model_name_or_path=gemma.name, data=("d",))
-    (problem,) = preflight.shape_problems(run, gemma)
-    assert str(problem) == "attn_implementation: sdpa does not exist for the family gemma2; say eager"
-    assert preflight.shape_problems(replace(run, attn_implementation="eager"), gemma) == []
     card = Machine("small", "cuda", 8 * 2**30, bf16=True)
-    assert not [fix for fix in fixes.fixes(gemma, replace(run, attn_implementation="eager"), card) if "sdpa" in fix.set]
+    older = replace(card, bf16=False)
+    for device, changes in ((older, {}), (card, {"fused_layers": "off"}), (card, {"use_dora": True}), (card, {"dtype": "float32"})):
+        (problem,) = preflight.attention_problems(replace(run, **changes), gemma, device)  # type: ignore[arg-type]
+        told = "attn_implementation: sdpa does not exist for the family gemma2 where its layers are not fused; say eager"
+        assert str(problem) == told
+    assert preflight.attention_problems(replace(run, attn_implementation="eager"), gemma, older) == []
+    assert preflight.attention_problems(run, gemma, card) == []
+    for device, offered in ((card, True), (older, False)):
+        found = fixes.fixes(gemma, replace(run, attn_implementation="eager"), device)
+        assert any(fix.values == {"attn_implementation": "sdpa"} for fix in found) is offered
 
 
 @pytest.mark.parametrize(("content", "fault"), [(None, "no tokenizer.json in it"), ("{torn", "its tokenizer.json cannot be read")])

@@ -33,7 +33,9 @@ def budget(options: argparse.Namespace) -> int:
         raise ConfigError("no model named", hint="say --model DIR_OR_HUB_ID or --preset NAME", where="model_name_or_path")
     device = machine.find_card(options.card) if options.card else machine.look()
     spec = preflight.find_spec(run)
-    preflight.bounded(run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec))
+    preflight.bounded(
+        run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec), *preflight.attention_problems(run, spec, device)
+    )
     streams = Streams()
     with on_a_line(streams.talk) as reading:
         needs = planning.needs(run, spec, device, reading=reading)
