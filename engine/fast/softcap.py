@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,20 +108,24 @@ def why_not(device: torch.device, heads: tuple[int, int], size: int, scale: floa
     if device.type != "cuda":
         return ""
     torch.compiler.reset()
-    numbers = (heads[0], heads[1], heads[1])
     try:
         for trained, length in itertools.product((True, False), _PROBED):
-            parts = [torch.zeros(1, length, number, size, device=device, dtype=torch.bfloat16, requires_grad=trained) for number in numbers]
-            with torch.set_grad_enabled(trained):
-                out = attend(parts[0], parts[1], parts[2], None, None, scale, cap)
-                if trained:
-                    out.sum().backward()
+            _try(device, (heads[0], heads[1], heads[1]), size, length, scale, cap, trained=trained)
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever the compiler lacks, the plain way is left and the reason is told
         if out_of_memory(error):
             raise
         return f"attention with capped scores cannot be compiled: {one_line(error, limit=200)}"
     return ""
+
+
+def _try(device: torch.device, heads: Sequence[int], size: int, length: int, scale: float, cap: float, *, trained: bool) -> None:
+    """Attend once, and go back if `trained`."""
+    parts = [torch.zeros(1, length, number, size, device=device, dtype=torch.bfloat16, requires_grad=trained) for number in heads]
+    with torch.set_grad_enabled(trained):
+        out = attend(parts[0], parts[1], parts[2], None, None, scale, cap)
+        if trained:
+            out.sum().backward()
 
 
 def _seen(bounds: torch.Tensor, length: int, window: int | None) -> Seen:
