@@ -42,7 +42,15 @@ def finish(run: RunConfig, loop: Loop, base: Path, ending: str) -> Generator[Eve
     yield from verdict.told((yield from loop.measure()))
     yield from loop.checks.final(loop)
     reason = f"all {loop.total} steps" if ending == "done" else f"time was up at step {loop.step} of {loop.total}"
-    return Result("done", reason, path.name)
+    return Result("done", reason + _unmeasured(loop), path.name)
+
+
+def _unmeasured(loop: Loop) -> str:
+    """Say that somebody stopped the last measurement, and what makes up for it; the adapter is whole."""
+    told = loop.holdout.told
+    if loop.wishes.urgent() is None or not loop.holdout.rows or (told is not None and told.step == loop.step):
+        return ""
+    return f"; its last measurement was stopped: qlora-tui eval {loop.holdout.folder.name} makes up for it"
 
 
 def measure_again(loop: Loop, chosen: Chosen) -> Generator[Event, None, Result]:

@@ -14,7 +14,7 @@ from loop_driver import Asked, Ran, drive
 from safetensors.torch import load_file
 
 from qlora_tui.engine.errors import CheckpointError, ConfigErrors, Diverged, ModelError
-from qlora_tui.engine.events import Evaluated, Finding, Phase, Planned, Prepared, Resumed, Saved, Stepped
+from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Planned, Prepared, Resumed, Saved, Stepped
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import loop
 
@@ -213,6 +213,25 @@ def test_a_stop_before_the_first_step_says_so(run_of: Make, tmp_path: Path) -> N
     assert ran.result.outcome == "stopped"
     assert "nothing to save" in ran.result.reason
     assert not (ran.folder / "adapter").exists()
+
+
+@pytest.mark.parametrize("after", ["adapter", "measured"])
+def test_a_stop_of_the_last_measurement_is_said_and_what_makes_up_for_it(run_of: Make, tmp_path: Path, after: str) -> None:
+    asked = Asked()
+
+    def stop(event: Event) -> None:
+        found = (
+            (isinstance(event, Saved) and event.kind == "adapter") if after == "adapter" else isinstance(event, Evaluated) and event.step
+        )
+        if found:
+            asked.at_step[0] = "stop"
+
+    ran = drive(run_of(max_steps=4, eval_steps=100), tmp_path / "run", asked, on_event=stop)
+    assert ran.result is not None
+    assert (ran.result.outcome, ran.result.adapter, (tmp_path / "run" / "adapter").is_dir()) == ("done", "adapter", True)
+    assert [event.step for event in ran.of(Evaluated)] == ([0] if after == "adapter" else [0, 4])
+    told = "; its last measurement was stopped: qlora-tui eval run makes up for it" if after == "adapter" else ""
+    assert ran.result.reason == f"all 4 steps{told}"
 
 
 def test_time_is_up_after_one_step_at_least_and_that_is_done(run_of: Make, tmp_path: Path) -> None:
