@@ -204,6 +204,7 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loaders warn about what is checked below or is of no use to a person
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            in_4_bits = quantization(run, dtype)
             text_alone = config.get_text_config() is config
             stored = config.to_dict().get("quantization_config")
             if run.method == "lora-8bit":
@@ -214,7 +215,7 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=_attention(run, config),
-                quantization_config=None if stored else quantization(run, dtype),  # what is stored in 4 bits is not quantized again
+                quantization_config=None if stored else in_4_bits,  # what is stored in 4 bits is not quantized again
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
@@ -231,6 +232,8 @@ def _base(run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype
         parameter.requires_grad_(False)
         if stored and parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)  # the loader leaves the 16-bit parts in the type they were stored in
+        if device.type == "cpu" and in_4_bits and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.clone()  # one tensor that lies in the file keeps all of it mapped, and counted as ours
     return base
 
 
