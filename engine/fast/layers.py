@@ -64,6 +64,8 @@ def why_not(model: Any) -> str:
         return f"models of type {config.model_type} have no fused layers here"
     if _ACTIVATIONS.get(_activation_of(config)) != form.activation:
         return f"its activation {_activation_of(config)} has no kernel here"
+    if config.attention_dropout:
+        return "dropout of attention goes layer by layer"
     if config.hidden_size > WIDEST_ROW:
         return f"a hidden size of {config.hidden_size} is too wide for the norm's kernel"
     for module in model.modules():
@@ -77,8 +79,8 @@ def why_not(model: Any) -> str:
 def _why_not_capped(model: Any, config: Any) -> str:
     """Return why attention with capped scores cannot run for `config`; asked last, since it compiles."""
     cap = config.attn_logit_softcapping
-    if not cap or config.attention_dropout:
-        return "capped attention without its cap, or with dropout, has no kernel here"
+    if not cap:
+        return "capped attention without its cap has no kernel here"
     heads = config.num_attention_heads, config.num_key_value_heads
     return softcap.why_not(model.device, heads, config.head_dim, config.query_pre_attn_scalar**-0.5, cap)
 
@@ -167,8 +169,7 @@ class FusedLayer:
             return attend(query, key, value, blocks, self.window, module.scaling).flatten(2)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         scores_of = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-        dropout = module.attention_dropout if module.training else 0.0
-        out, _ = scores_of(module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling)
+        out, _ = scores_of(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling)
         flat: torch.Tensor = out.flatten(2)
         return flat
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fused import IDS, gradients, in_32_bits, loaded_from, write
+from test_packing import LAID, parts_of, seen_by
 from torch.nn.attention.flex_attention import create_block_mask
 
 from qlora_tui.engine import steptime
@@ -46,18 +47,10 @@ def test_tiles_are_those_that_a_search_of_every_pair_finds(lengths: list[int], w
             assert torch.equal(mine[:size], theirs[:size])
 
 
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    window=st.none() | st.integers(1, 14),
-    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
-)
+@given(**LAID)
 def test_attention_is_that_of_one_mask_over_all(lengths: list[int], window: int | None, heads: tuple[int, int]) -> None:
-    total = sum(lengths)
-    query, key, value = (torch.randn(1, total, number, 8) for number in (heads[0], heads[1], heads[1]))
-    ours = softcap.attend(query, key, value, blocks_of(lengths, CPU), window, 0.3, 0.5)
-    at, block = torch.arange(total), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    back = at[:, None] - at
-    seen = (block[:, None] == block) & (back >= 0) & (back < (window or total))
+    query, key, value = parts_of(lengths, heads)
+    ours, seen = softcap.attend(query, key, value, blocks_of(lengths, CPU), window, 0.3, 0.5), seen_by(lengths, window)
     key, value = (part.repeat_interleave(heads[0] // heads[1], dim=2) for part in (key, value))
     scores = torch.einsum("bqad,bkad->baqk", query, key) * 0.3
     weights = (torch.tanh(scores / 0.5) * 0.5).masked_fill(~seen, float("-inf")).softmax(-1)
@@ -91,7 +84,7 @@ def test_a_mask_that_somebody_gives_is_obeyed(tmp_path: Path, fused_on_cpu: None
     [
         ({}, {"attn_implementation": "eager"}, "holds its scores"),
         ({"attn_logit_softcapping": None}, {}, "capped attention without its cap"),
-        ({"attention_dropout": 0.1}, {}, "or with dropout"),
+        ({"attention_dropout": 0.1}, {}, "dropout of attention"),
     ],
     ids=str,
 )
