@@ -59,11 +59,9 @@ def unpacked_because(model: ModelSpec, run: RunConfig, kernels: bool) -> str:
         return "fused layers compute in bfloat16, on a CUDA card"
     if not fused_layers(model, run, kernels):
         return f"layers of {model.family} with this adapter and attention are not fused"
-    return (
-        ""
-        if has_flash(model)
-        else f"its heads are {model.head_dim} wide: the flash kernel takes multiples of 8 up to {WIDEST_HEAD}, none of 200 to 224"
-    )
+    if has_flash(model):
+        return ""
+    return f"its heads are {model.head_dim} wide: the flash kernel takes multiples of 8 up to {WIDEST_HEAD}, none of 200 to 224"
 
 
 def has_flash(model: ModelSpec) -> bool:
@@ -72,7 +70,7 @@ def has_flash(model: ModelSpec) -> bool:
 
 
 def flash_takes(size: int) -> bool:
-    """Say whether torch's flash kernel trains heads of `size`: multiples of 8 up to 256, and no card before Hopper those of 200 to 224."""
+    """Say whether torch's flash kernel trains heads of `size`: multiples of 8 up to 256, not 200 to 224, which consumer cards refuse."""
     return size % 8 == 0 and size <= WIDEST_HEAD and not 192 < size <= 224
 
 

@@ -27,9 +27,9 @@ def full_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 def widened(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """Return a weight that bitsandbytes packed in 4 bits as numbers, by our kernel where it runs: the same bits in less time."""
     if not compiled.why_not(packed.device):
-        from qlora_tui.engine.fast import kernels  # imports Triton
+        from qlora_tui.engine.fast import widths  # imports Triton
 
-        return kernels.dequantize(packed, state)
+        return widths.dequantize(packed, state)
     full: torch.Tensor = bnb.dequantize_4bit(packed, state)
     return full
 
@@ -72,17 +72,17 @@ def room(x_NI: torch.Tensor, layers: Iterable[torch.nn.Module]) -> Rows | None:
 def narrowed(x_NI: torch.Tensor, times_I: torch.Tensor | None = None) -> Rows:
     """Return rows in FP8, times `times_I` first, by our kernel where it runs: the same bits in one pass."""
     if not compiled.why_not(x_NI.device):
-        from qlora_tui.engine.fast import kernels  # imports Triton
+        from qlora_tui.engine.fast import widths  # imports Triton
 
-        return kernels.quantize(x_NI, times_I)
+        return widths.quantize(x_NI, times_I)
     return eightbit.quantize(x_NI if times_I is None else x_NI.float() * times_I, "fp8")
 
 
 def _turned(weight_OI: torch.Tensor) -> torch.Tensor:
     if not compiled.why_not(weight_OI.device):
-        from qlora_tui.engine.fast import kernels  # imports Triton
+        from qlora_tui.engine.fast import widths  # imports Triton
 
-        return kernels.turned(weight_OI)
+        return widths.turned(weight_OI)
     return weight_OI.t().contiguous()
 
 

@@ -41,7 +41,7 @@ def attend(
     if not _has_kernel(query_BTAD):
         ends = None if blocks is None else blocks.bounds.tolist()
         return _one_by_one((query_BTAD, key_BTAD, value_BTAD), ends, window, scale)
-    bounds, longest = (_even(rows, length, query_BTAD.device), length) if blocks is None else (blocks.bounds, blocks.longest)
+    bounds, longest = (even_bounds(rows, length, query_BTAD.device), length) if blocks is None else (blocks.bounds, blocks.longest)
     seen = (-1 if window is None else window - 1, 0)  # the kernel counts the tokens before
     query, key, value = (part.flatten(0, 1) for part in (query_BTAD, key_BTAD, value_BTAD))
     out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=seen, **_GROUPED)
@@ -64,7 +64,8 @@ def _has_kernel(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype == torch.bfloat16 and flash_takes(size) and "window_size" in _KNOWN
 
 
-def _even(rows: int, length: int, device: torch.device) -> torch.Tensor:
+def even_bounds(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """Return where `rows` rows of `length` tokens begin, and the end of the last: the `bounds` of `Blocks`."""
     return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
 
 

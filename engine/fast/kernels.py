@@ -20,9 +20,6 @@ import triton.language as tl
 
 from qlora_tui.engine.fast.eightbit import Rows
 from qlora_tui.engine.fast.widths import WIDE_TILE, scale_of, store_narrow, warps
-from qlora_tui.engine.fast.widths import dequantize as dequantize
-from qlora_tui.engine.fast.widths import quantize as quantize
-from qlora_tui.engine.fast.widths import turned as turned
 
 Activation = Literal["silu", "gelu_tanh"]
 

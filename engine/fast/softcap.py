@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
 from qlora_tui.engine.batches import Blocks
+from qlora_tui.engine.fast.blocks import even_bounds
 from qlora_tui.engine.meter import out_of_memory
 from qlora_tui.engine.text import one_line
 
@@ -49,7 +50,7 @@ def attend(
         query_BTAD: queries.
         key_BTAD: keys.
         value_BTAD: values.
-        blocks: where rows lie that go end to end, B being 1; None: every row of the batch is a block.
+        blocks: where rows lie that go end to end, as `blocks.attend` has it.
         window: how many tokens a token sees, itself included; None: all.
         scale: what scores are multiplied by before the cap.
         cap: no score is larger.
@@ -59,7 +60,7 @@ def attend(
     device = query_BTAD.device
     if mask is not None or not query_BTAD.is_cuda:
         if mask is None:
-            bounds = _even(1, length, device) if blocks is None else blocks.bounds
+            bounds = even_bounds(1, length, device) if blocks is None else blocks.bounds
             places = torch.arange(length, device=device)
             mask = torch.zeros(length, length, device=device)
             mask.masked_fill_(~_seen(bounds, length, window)(0, 0, places[:, None], places[None]), float("-inf"))
@@ -149,11 +150,7 @@ def _listed(tiles_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @functools.lru_cache(maxsize=4)
 def _tiles_of_rows(rows: int, length: int, tokens: int, window: int | None, device: torch.device) -> BlockMask:
     """Return the tiles of padded rows: the same in every layer with that window, so they are found once a batch."""
-    return tiles_of(_even(rows, length, device), tokens, window)
-
-
-def _even(rows: int, length: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
+    return tiles_of(even_bounds(rows, length, device), tokens, window)
 
 
 @functools.cache

@@ -64,7 +64,9 @@ def dequantizations(mine: Any, wide: int, inner: int, device: str) -> Iterator[T
     moved = weight.numel() * 2 + packed.numel() + weight.numel() // 64
     yield "dequantize", "bitsandbytes", moved, lambda: dequantize_4bit(packed, state)
     if mine:
-        yield "dequantize", "ours", moved, lambda: mine.dequantize(packed, state)
+        from qlora_tui.engine.fast import widths
+
+        yield "dequantize", "ours", moved, lambda: widths.dequantize(packed, state)
 
 
 def norms(mine: Any, tokens: int, wide: int, device: str) -> Iterator[Timed]:
@@ -115,9 +117,11 @@ def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> It
     yield "quantize", "torch", 3 * x.numel(), lambda: eightbit.quantize(x, "fp8")
     yield "turned", "torch", 2 * held.numel(), lambda: held.t().contiguous()
     if mine and eightbit.fp8_on(x.device):
+        from qlora_tui.engine.fast import widths
+
         hidden_rows, inner_rows = eightbit.Rows.empty(x), eightbit.Rows.empty(gate)
-        yield "quantize", "ours", 3 * x.numel(), lambda: mine.quantize(x)
-        yield "turned", "ours", 2 * held.numel(), lambda: mine.turned(held)
+        yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x)
+        yield "turned", "ours", 2 * held.numel(), lambda: widths.turned(held)
         yield "rms_norm, rows too", "ours", 5 * x.numel(), lambda: mine.rms_norm(x, weight, EPS, rows=hidden_rows)
         yield "swiglu, rows too", "ours", 7 * gate.numel(), lambda: mine.gated(gate, up, "silu", inner_rows)
 

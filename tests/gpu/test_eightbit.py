@@ -59,11 +59,11 @@ def same_bits(ours: eightbit.Rows, theirs: eightbit.Rows) -> bool:
 
 @pytest.mark.parametrize("width", [96, 4096, 14_336, 28_672])
 def test_kernels_write_rows_with_the_bits_of_plain_torch(layer: EightBit, width: int) -> None:
-    from qlora_tui.engine.fast import kernels
+    from qlora_tui.engine.fast import kernels, widths
 
     x, times = loud(70, width), torch.rand(width, device="cuda") * 10
-    assert same_bits(kernels.quantize(x), eightbit.quantize(x, "fp8"))
-    assert same_bits(kernels.quantize(x, times), eightbit.quantize(x.float() * times, "fp8"))
+    assert same_bits(widths.quantize(x), eightbit.quantize(x, "fp8"))
+    assert same_bits(widths.quantize(x, times), eightbit.quantize(x.float() * times, "fp8"))
     gate, up, rows = loud(70, width), loud(70, width), eightbit.Rows.empty(x)
     for kind in ("silu", "gelu_tanh"):
         made = kernels.gated(gate, up, kind, rows)
@@ -78,10 +78,10 @@ def test_kernels_write_rows_with_the_bits_of_plain_torch(layer: EightBit, width:
 
 @pytest.mark.parametrize("shape", [(16, 16), (1024, 4096), (4096, 1040)])
 def test_a_weight_is_turned_byte_by_byte(layer: EightBit, shape: tuple[int, int]) -> None:
-    from qlora_tui.engine.fast import kernels
+    from qlora_tui.engine.fast import widths
 
     weight = torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8)
-    assert torch.equal(kernels.turned(weight), weight.t())
+    assert torch.equal(widths.turned(weight), weight.t())
 
 
 def test_an_adapter_learns_on_it_what_it_learns_on_16_bits(

@@ -38,10 +38,10 @@ def made(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(14336, 4096), (1024, 4096), (896, 4864), (7, 192)])
 def test_widened_weights_are_those_of_bitsandbytes_to_the_bit(double: bool, kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    from qlora_tui.engine.fast import kernels
+    from qlora_tui.engine.fast import widths
 
     packed, state = bnb.quantize_4bit(made(*shape).to(dtype), compress_statistics=double, quant_type=kind)
-    assert torch.equal(kernels.dequantize(packed, state), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(widths.dequantize(packed, state), bnb.dequantize_4bit(packed, state))
 
 
 def test_kernels_are_their_plain_twins() -> None:

@@ -24,8 +24,9 @@ def bits_can_be_compared(one_thread: None) -> None:
 @pytest.fixture
 def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse layers as on a card, with the kernels' plain twins; bfloat16 runs alone are fused, as there."""
-    monkeypatch.setitem(sys.modules, "qlora_tui.engine.fast.kernels", plain_kernels)
-    monkeypatch.setattr(fast, "kernels", plain_kernels, raising=False)
+    for room in ("kernels", "widths"):
+        monkeypatch.setitem(sys.modules, f"qlora_tui.engine.fast.{room}", plain_kernels)
+        monkeypatch.setattr(fast, room, plain_kernels, raising=False)
     monkeypatch.setattr(compiled, "why_not", lambda device: "")
     monkeypatch.setattr(Machine, "kernels", True)
     from qlora_tui.engine.fast import operations

@@ -126,18 +126,28 @@ def test_packing_finds_the_targets_that_padding_finds(lengths: list[int]) -> Non
     assert torch.equal(before, padded.input_ids_BT.flatten()[padded.positions_N])
 
 
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    window=st.none() | st.integers(1, 14),
-    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
-)
-def test_attention_is_that_of_one_mask_over_all(lengths: list[int], window: int | None, heads: tuple[int, int]) -> None:
-    total = sum(lengths)
-    query, key, value = (torch.randn(1, total, number, 8) for number in (heads[0], heads[1], heads[1]))
-    ours = attend(query, key, value, blocks_of(lengths, CPU), window, 0.3)
-    at, block = torch.arange(total), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+def seen_by(lengths: list[int], window: int | None) -> torch.Tensor:
+    """One mask over rows that lie end to end: causal, each row apart."""
+    at, block = torch.arange(sum(lengths)), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     back = at[:, None] - at
-    seen = (block[:, None] == block) & (back >= 0) & (back < (window or total))
+    return (block[:, None] == block) & (back >= 0) & (back < (window or sum(lengths)))
+
+
+def parts_of(lengths: list[int], heads: tuple[int, int]) -> list[torch.Tensor]:
+    return [torch.randn(1, sum(lengths), number, 8) for number in (heads[0], heads[1], heads[1])]
+
+
+LAID = {
+    "lengths": st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    "window": st.none() | st.integers(1, 14),
+    "heads": st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+}
+
+
+@given(**LAID)
+def test_attention_is_that_of_one_mask_over_all(lengths: list[int], window: int | None, heads: tuple[int, int]) -> None:
+    query, key, value = parts_of(lengths, heads)
+    ours, seen = attend(query, key, value, blocks_of(lengths, CPU), window, 0.3), seen_by(lengths, window)
     grouped = (part.repeat_interleave(heads[0] // heads[1], dim=2).transpose(1, 2) for part in (key, value))
     whole = torch.nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *grouped, seen, scale=0.3)
     torch.testing.assert_close(ours, whole.transpose(1, 2), rtol=1e-4, atol=1e-5)

@@ -270,18 +270,12 @@ def test_presets_are_listed_and_shown(capsys: Capture, tmp_path: Path) -> None:
     assert json.loads(capsys.readouterr().out)["config"]["model_name_or_path"] == "builtin:smollm2-135m"
 
 
+def dry(model: Path, rows: str, *settings: str) -> list[str]:
+    return ["--dry-run", "--model", str(model), "--data", rows, *(part for setting in settings for part in ("--set", setting))]
+
+
 def test_a_dry_run_shows_all_and_makes_nothing(rows: str, tiny_model: Path, tmp_path: Path, capsys: Capture) -> None:
-    arguments = [
-        "--dry-run",
-        "--model",
-        str(tiny_model),
-        "--data",
-        rows,
-        "--set",
-        "max_length=256",
-        "--set",
-        "gradient_checkpointing=false",
-    ]
+    arguments = dry(tiny_model, rows, "max_length=256", "gradient_checkpointing=false")
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["data"]["usable"] == 40
@@ -293,19 +287,7 @@ def test_a_dry_run_shows_all_and_makes_nothing(rows: str, tiny_model: Path, tmp_
 
 
 def test_a_dry_run_says_whether_rows_lie_end_to_end(rows: str, tiny_model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [
-        "--dry-run",
-        "--model",
-        str(tiny_model),
-        "--data",
-        rows,
-        "--set",
-        "per_device_train_batch_size=8",
-        "--set",
-        "max_length=256",
-        "--set",
-        "packing=auto",
-    ]
+    arguments = dry(tiny_model, rows, "per_device_train_batch_size=8", "max_length=256", "packing=auto")
     assert main(arguments) == 0
     assert "packing=off  fused layers compute in bfloat16, on a CUDA card" in capsys.readouterr().out
     monkeypatch.setattr(machine, "look", lambda: machine.find_card("H100 80GB"))

@@ -33,6 +33,11 @@ def kernels() -> ModuleType:
 
 
 @pytest.fixture
+def widths(kernels: ModuleType) -> ModuleType:
+    return importlib.import_module("qlora_tui.engine.fast.widths")
+
+
+@pytest.fixture
 def fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers become FP8 as torch rounds them."""
     from triton.runtime import interpreter
@@ -58,10 +63,10 @@ def _seeded() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(48, 128), (7, 192)])
 def test_widened_weights_are_those_of_bitsandbytes_to_the_bit(
-    kernels: ModuleType, double: bool, kind: str, dtype: torch.dtype, shape: tuple[int, int]
+    widths: ModuleType, double: bool, kind: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     packed, state = bnb.quantize_4bit(torch.randn(shape).to(dtype), compress_statistics=double, quant_type=kind)
-    assert torch.equal(kernels.dequantize(packed, state), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(widths.dequantize(packed, state), bnb.dequantize_4bit(packed, state))
 
 
 def loud(number: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,13 +86,13 @@ def same_bits(ours: eightbit.Rows, theirs: eightbit.Rows) -> bool:
 @pytest.mark.parametrize("times", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 96, 9000], ids=["one", "one tile", "several tiles"])
-def test_narrowed_rows_have_the_bits_of_plain_torch(kernels: ModuleType, fp8: None, times: bool, dtype: torch.dtype, width: int) -> None:
+def test_narrowed_rows_have_the_bits_of_plain_torch(widths: ModuleType, fp8: None, times: bool, dtype: torch.dtype, width: int) -> None:
     x = loud(6, width, dtype)
     columns = torch.rand(width) * 10 if times else None
-    ours = kernels.quantize(x, columns)
+    ours = widths.quantize(x, columns)
     assert same_bits(ours, plain_kernels.quantize(x, columns))
     assert bool((ours.held[3].float() == 0).all())
-    assert same_bits(kernels.quantize(x[::2], columns), plain_kernels.quantize(x[::2], columns))  # rows that lie apart
+    assert same_bits(widths.quantize(x[::2], columns), plain_kernels.quantize(x[::2], columns))  # rows that lie apart
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -114,9 +119,9 @@ def test_a_gate_writes_what_it_returns_in_8_bits_too(kernels: ModuleType, fp8: N
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 300), (256, 128)])
-def test_a_weight_is_turned_byte_by_byte(kernels: ModuleType, shape: tuple[int, int]) -> None:
+def test_a_weight_is_turned_byte_by_byte(widths: ModuleType, shape: tuple[int, int]) -> None:
     weight = torch.randint(-128, 128, shape, dtype=torch.int8)
-    found = kernels.turned(weight)
+    found = widths.turned(weight)
     assert found.is_contiguous()
     assert torch.equal(found, weight.t())
 
