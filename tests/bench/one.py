@@ -149,7 +149,8 @@ def run_of(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> Any
     return from_values(
         {
             "model_name_or_path": str(model),
-            "method": "qlora",
+            "method": case.method,
+            "packing": "on" if case.packing == "packed" else "off",
             "lora_r": case.rank,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,

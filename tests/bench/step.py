@@ -1,7 +1,7 @@
 """A training step of ours and of the peers side by side on one card: same shapes, same rows, each in a process of its own.
 
 usage: python -m tests.bench.step --workload a|b|c|d|length|long --out FILE.jsonl [--only ours,unsloth] [--settings full,none,auto]
-           [--limit GIB] [--seconds N] [--each N] [--model DIR] [--sixteen] [--peers DIR] [--profile] [--cpu]
+           [--limit GIB] [--seconds N] [--each N] [--model DIR] [--method lora-8bit] [--sixteen] [--peers DIR] [--profile] [--cpu]
        python -m tests.bench.step --table FILE.jsonl
 
 Lines are appended as they come; a case that FILE holds is not run again, one that would begin after N seconds is named and left
@@ -211,6 +211,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--start", type=int, default=8192, help="the first length that `long` tries")
     parser.add_argument("--near", type=float, default=0.02, help="`long` finds the longest row to within this share")
     parser.add_argument("--model", default="", help="folder of the checkpoints; empty: a temporary one")
+    parser.add_argument("--method", default="qlora", choices=("qlora", "lora-8bit", "lora"), help="what ours holds its base in")
     parser.add_argument("--sixteen", action="store_true")
     parser.add_argument("--peers", default="")
     parser.add_argument("--profile", action="store_true", help="ours alone: where the time of three steps goes")
@@ -233,7 +234,8 @@ def main(words: list[str]) -> int:
     if options.peers:
         sys.path.append(options.peers)  # so that what is installed there is found
     split = {name: [part for part in getattr(options, name).split(",") if part] for name in ("only", "settings")}
-    wanted = cases(options.workload, **split, limit=options.limit, profile=options.profile, sixteen=options.sixteen, tiny=options.cpu)
+    flags = {"profile": options.profile, "sixteen": options.sixteen, "tiny": options.cpu}
+    wanted = cases(options.workload, **split, limit=options.limit, method=options.method, **flags)
     if not wanted:
         raise SystemExit(f"nothing to measure: no backend fits --only {options.only} --settings {options.settings}")
     with tempfile.TemporaryDirectory() as folder:

@@ -39,6 +39,7 @@ class Case:
     backend: str = "ours"
     setting: str = "full"
     packing: str = ""
+    method: str = "qlora"
     limit: float = 0.0
     profile: bool = False
     sixteen: bool = False  # the checkpoint's weights are bfloat16, and ours loads it too
@@ -48,6 +49,7 @@ class Case:
     def key(self) -> str:
         """What names the case in a file of results; a case in it is not run again."""
         parts = [self.workload, self.backend, self.setting, self.packing, f"{self.length}", f"{self.limit:g}GiB" if self.limit else ""]
+        parts += [self.method] if self.method != "qlora" else []
         parts += [name for name in ("profile", "sixteen", "tiny") if dataclasses.asdict(self)[name]]
         return " ".join(part for part in parts if part)
 
@@ -73,10 +75,11 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
 }
 
 
-def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit: float, **flags: bool) -> list[Case]:
+def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit: float, method: str, **flags: bool) -> list[Case]:
     """Return the processes of a workload: ours in each setting, then the peers; empty `only` or `settings` take all.
 
-    `flags` are `profile`, `sixteen` and `tiny` of each case; only ours are profiled.
+    `method` is what ours holds its base in; peers know NF4 alone. `flags` are `profile`, `sixteen` and `tiny` of each case; only
+    ours are profiled.
     """
     pairs = [("ours", setting) for setting in OURS] + ([] if flags.get("profile") else list(PEERS.items()))
     kept = [(name, setting) for name, setting in pairs if (not only or name in only) and (not settings or setting in settings)]
@@ -86,8 +89,9 @@ def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit:
         if shared.tiny:
             shared = dataclasses.replace(shared, length=min(base.length, 64), rows=min(base.rows, 4), at_once=min(base.at_once, 2), steps=3)
         for name, setting in kept:
-            packings = ("padded", "packed") if base.ragged and name != "ours" else ("",)
-            found += [dataclasses.replace(shared, backend=name, setting=setting, packing=packing) for packing in packings]
+            base_of = method if name == "ours" else "qlora"
+            made = dataclasses.replace(shared, backend=name, setting=setting, method=base_of)
+            found += [dataclasses.replace(made, packing=packing) for packing in (("padded", "packed") if base.ragged else ("",))]
     return list(dict.fromkeys(found))
 
 

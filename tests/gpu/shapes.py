@@ -30,6 +30,7 @@ from loop_driver import Asked, Ran, drive  # noqa: E402
 
 from qlora_tui.engine import load, measured  # noqa: E402
 from qlora_tui.engine.events import Device  # noqa: E402
+from qlora_tui.engine.fast.eightbit import EightBit, kind_for  # noqa: E402
 from qlora_tui.engine.machine import Machine, cpu_machine, look  # noqa: E402
 from qlora_tui.engine.models import ModelSpec, find  # noqa: E402
 from qlora_tui.engine.spec import RunConfig, rows_per_step  # noqa: E402
@@ -117,11 +118,24 @@ def random_base(spec: ModelSpec, run: RunConfig, device: torch.device, dtype: to
     if run.method == "qlora":
         _quantize(layers, run, device, dtype)
         base.is_loaded_in_4bit = True  # PEFT asks the model, not its layers
+    elif run.method == "lora-8bit":
+        _as_bytes(layers, device, dtype)
     _fill(base, device, dtype)
     base.tie_weights()
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     return base.eval()
+
+
+def _as_bytes(layers: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    for owner in list(layers.modules()):
+        for name, linear in list(owner.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                made = EightBit(torch.randn(linear.weight.shape, device=device, dtype=dtype).mul_(0.02), None, kind_for(device))
+                made.register_parameter("bias", linear.bias)
+                setattr(owner, name, made)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 def _quantize(layers: torch.nn.Module, run: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
