@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,8 +111,9 @@ def why_not(device: torch.device, heads: tuple[int, int], size: int, scale: floa
         return ""
     torch.compiler.reset()
     try:
-        for trained, length in itertools.product((True, False), _PROBED):
-            _try(device, (heads[0], heads[1], heads[1]), size, length, scale, cap, trained=trained)
+        with warnings.catch_warnings(action="ignore"):  # the compiler reads gradients of tensors that have none, and warns of itself
+            for trained, length in itertools.product((True, False), _PROBED):
+                _try(device, (heads[0], heads[1], heads[1]), size, length, scale, cap, trained=trained)
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever the compiler lacks, the plain way is left and the reason is told
         if out_of_memory(error):
