@@ -32,7 +32,7 @@ class Batch:
     length: int
     cuda: bool
     kernels: bool = False  # ours, which compute in 16 bits
-    fp8: bool = False  # frozen products are computed in 8 bits
+    fp8: bool = False  # gradients of inputs are multiplied in 8 bits
 
     @property
     def tokens(self) -> int:

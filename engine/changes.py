@@ -188,7 +188,7 @@ def _narrower(asked: Asked) -> Iterator[Change]:
     """Yield changes of the type that numbers are kept in."""
     model, run, machine = asked.model, asked.run, asked.machine
     if run.method == "lora" and onebyte.offered(model, run, machine):
-        yield Change({"method": "lora-8bit"}, "the base in 8 bits", 1, onebyte.quality(machine))
+        yield Change({"method": "lora-8bit"}, "the base in 8 bits", 1, onebyte.quality())
     if not four_bit(model, run) and run.init_lora_weights != "pissa":
         yield Change(
             {"method": "qlora", "bnb_4bit_quant_type": "nf4"}, "the base in 4 bits (nf4)", 2, "a little worse, most in small models"
@@ -209,7 +209,7 @@ def roomier(asked: Asked) -> Iterator[Iterable[Change]]:
         yield (Change(_rows(run, rows), f"{rows} rows at once, as many rows a step") for rows in reversed(larger))
         if four_bit(asked.model, run) and not asked.model.quantized:
             yield [Change({"method": "lora"}, "the base in 16 bits", quality="no loss from 4 bits")]
-            byte = Change({"method": "lora-8bit"}, "the base in 8 bits", quality=onebyte.quality(asked.machine))
+            byte = Change({"method": "lora-8bit"}, "the base in 8 bits", quality=onebyte.quality())
             useful = not asked.enough({"method": "lora"}) or asked.factor(byte.values) < 1
             yield [byte] if useful and onebyte.offered(asked.model, run, asked.machine) else []
     now = asked.over(run.max_length)

@@ -43,8 +43,8 @@ def has_scoreless(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
     return model.sdpa or fused_layers(model, asked, machine.kernels and element_bytes(run, machine) == 2)
 
 
-def fp8_products(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
-    """Say whether frozen products are computed in FP8: on an 8-bit base, in fused layers, where the card does and the sizes are even."""
+def fp8_gradients(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
+    """Say whether gradients are multiplied in FP8: with an 8-bit base, in fused layers, where the card does and the sizes are even."""
     if not eight_bit(model, run) or not machine.fp8 or element_bytes(run, machine) != 2:
         return False
     even = all(part.inputs % 16 == 0 and part.outputs % 16 == 0 for part in model.linears())
@@ -79,7 +79,7 @@ class FusedLayer:
     """One fused layer of one micro-batch; all sizes in bytes.
 
     `repeated` are its keys, or values, as attention takes them, `scores` what attention keeps beside its output, and `kernel` what
-    its backward pass holds inside. `fp8`: its frozen products are computed in FP8.
+    its backward pass holds inside. `fp8`: gradients of inputs are multiplied in FP8.
     """
 
     model: ModelSpec
@@ -127,8 +127,7 @@ class FusedLayer:
         tokens = min(self.tokens, TILE)
         share = self.model.intermediate_size * tokens * self.width
         small = self._hidden() * tokens // self.tokens
-        up, down = self._read(tokens, *_UP), self._read(tokens, "down_proj")
-        mlp = max(2 * share + up + small, 3 * share + self.fp8 * self.model.intermediate_size * tokens, share + down)
+        mlp = max(2 * share + self._widened(*_UP) + small, 3 * share, share + self._widened("down_proj"))
         attention = self._hidden() + 2 * self._query() + 2 * self._keys()
         return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
 
@@ -182,14 +181,11 @@ class FusedLayer:
         count = sum(part.name in names for part in self.model.targeted(self.run.lora_target_modules))
         return self.tokens * self.width * self._rank() * count
 
-    def _read(self, tokens: int, *names: str) -> int:
-        """Return what products with those called `names` take beside input and output: the input in FP8, or the largest weight widened."""
-        if not self.fp8:
-            return self._widened(*names)
-        return max(tokens * (part.inputs + 4 + part.outputs * self.width * (part.name == "down_proj")) for part in self._named(*names))
-
     def _turned(self, tokens: int, *names: str) -> int:
-        """Return the same of their gradients: the weight turned, what came in FP8, and from the second on the sum's next part."""
+        """Return what gradients of inputs of those called `names` take: the largest weight widened, or turned in FP8.
+
+        What came is beside it in FP8 then, and from the second on the sum's next part.
+        """
         if not self.fp8:
             return self._widened(*names)
         most = 0

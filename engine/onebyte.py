@@ -6,36 +6,33 @@ Whoever asks for `method=lora-8bit` gets it anywhere. To propose it, or to choos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import RunConfig
 
-Kind = Literal["fp8", "int8"]
+Gradients = Literal["16 bits", "FP8"]
+"""What gradients are multiplied in on it; forward products are in 16 bits everywhere."""
 
-GOOD_ENOUGH: frozenset[Kind] = frozenset()
-"""What passed: no worse than 16 bits beyond the noise of three seeds after 200 steps, and better than NF4. None has been run yet."""
+GOOD_ENOUGH: frozenset[Gradients] = frozenset(("16 bits",))
+"""What passed: no worse than 16 bits beyond the noise of three seeds after 200 steps, and better than NF4 (tests/bench/results)."""
 
-NATS: Mapping[Kind, float] = {"fp8": 0.03, "int8": 0.00}
-"""What an untouched model loses to 32 bits on real text, FP8 with its inputs quantized too (tests/bench/results, 2026-11-27)."""
-
-_NF4_NATS = 0.25  # of the same model on the same text
+_NATS, _NF4_NATS = 0.00, 0.25
+"""What an untouched model loses to 32 bits on real text (tests/bench/results, 2026-11-27)."""
 
 
-def kind_on(machine: Machine) -> Kind:
-    """Return what an 8-bit base is held in; the same as `fast.eightbit.kind_for`, which needs torch. A test compares them."""
-    capability = machine.compute_capability
-    return "fp8" if machine.kind == "cuda" and capability is not None and capability >= (8, 9) else "int8"
+def gradients_on(machine: Machine) -> Gradients:
+    """Return what gradients are multiplied in; the same as `fast.eightbit.fp8_on`, which needs torch. A test compares them."""
+    return "FP8" if machine.fp8 else "16 bits"
 
 
 def offered(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
     """Say whether an 8-bit base may be proposed: measured to be good enough, and possible for this model and this adapter's start."""
     possible = not model.quantized and not model.wrapper and run.init_lora_weights != "pissa"
-    return possible and machine.kind == "cuda" and kind_on(machine) in GOOD_ENOUGH
+    return possible and machine.kind == "cuda" and gradients_on(machine) in GOOD_ENOUGH
 
 
-def quality(machine: Machine) -> str:
+def quality() -> str:
     """Return what it costs, in a few words."""
-    return f"{NATS[kind_on(machine)]:.2f} nats from 16 bits where 4 bits are {_NF4_NATS} off, in a model of 135 M"
+    return f"{_NATS:.2f} nats from 16 bits where 4 bits are {_NF4_NATS} off, in a model of 135 M"

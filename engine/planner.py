@@ -241,7 +241,7 @@ def _why_this_base(search: Search) -> str:
     if search.base.method == "lora":
         return "the 16-bit base fits, and 4 bits cost quality"
     if search.base.method == "lora-8bit":
-        return f"the fastest base that fits and is near 16 bits: {onebyte.quality(search.asked.machine)}"
+        return f"the fastest base that fits and is near 16 bits: {onebyte.quality()}"
     if search.asked.model.quantized:
         return "its weights are stored in 4 bits"
     return "the usual choice on a processor" if search.asked.machine.kind == "cpu" else "the 16-bit base does not fit"

@@ -177,10 +177,10 @@ def largest_linear(model: ModelSpec) -> Linear:
 def widened_bytes(model: ModelSpec, run: RunConfig, part: Linear, width: int, *, at_once: bool = False) -> int:
     """Return what one 4-bit or 8-bit weight takes while it is widened to the type of computation; 0 on a 16-bit base.
 
-    Doubly quantized constants are widened to 32 bits first, unless a kernel does both `at_once`; 8-bit weights are, a piece at a time.
+    Unless a kernel does both `at_once`, doubly quantized constants are widened to 32 bits first, and 8-bit weights too, a piece at a time.
     """
     if eight_bit(model, run):
-        return part.weights * width + 8 * min(part.weights, EIGHT_BIT_PIECE)
+        return part.weights * width + (0 if at_once else 8 * min(part.weights, EIGHT_BIT_PIECE))
     if not four_bit(model, run):
         return 0
     return part.weights * width + (part.weights // BLOCK * 4 if double_quantized(model, run) and not at_once else 0)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import fp8_products, fused_layers
+from qlora_tui.engine.fused import fp8_gradients, fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -51,7 +51,8 @@ _GRAPHS_PAY = 0.5  # of the device's seconds that the host needs, from where a r
 _BUS_BYTES = 12e9  # a second between card and pinned RAM, each way: PCIe 3.0 with 16 lanes; 4.0 and 5.0 reach two and four times that
 _SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}  # read one input
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
-_EIGHT_BIT_BYTES = 23  # of one weight: read as a byte, twice through 32 bits, written in 16
+_EIGHT_BIT_BYTES = 3  # of one weight: read as a byte, written in 16 bits
+_EIGHT_BIT_PLAIN_BYTES = 23  # the same without our kernel, twice through 32 bits
 _FP8_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25
 _TURNED_BYTES = 2  # of one weight: read and written the other way round
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
@@ -123,20 +124,20 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
-    share, fp8 = _PRODUCT_SHARE if cuda else 1.0, fp8_products(model, run, machine)
-    products = 2.0 * weights * batch / flops * share * (_FP8_SHARE if fp8 else 1)
-    products = max(products, weights * (1 if fp8 else width) / speed.bandwidth_bytes)
-    products += 2.0 * _low_rank(model, run) * batch / flops
+    share, fp8 = _PRODUCT_SHARE if cuda else 1.0, fp8_gradients(model, run, machine)
+    frozen, low = 2.0 * weights * batch / flops * share, 2.0 * _low_rank(model, run) * batch / flops
+    products = max(frozen, weights * width / speed.bandwidth_bytes) + low
+    gradients = max(frozen * _FP8_SHARE, weights / speed.bandwidth_bytes) + low if fp8 else products
     fused = fused_layers(model, run, kernels)
     there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
-    full = back_full = _full_weights(model, run, width, speed)
+    full = back_full = _full_weights(model, run, width, speed, kernels=kernels)
     if fp8:
-        there, back = (moved + more for moved, more in zip((there, back), _fp8_moves(model), strict=True))
-        full, back_full = 0.0, weights * _TURNED_BYTES / (speed.bandwidth_bytes * _FUSED_MOVE_SHARE)
+        back += _fp8_moves(model)
+        back_full = weights * _TURNED_BYTES / (speed.bandwidth_bytes * _FUSED_MOVE_SHARE)
     attention = batch * _attention(model, tokens) / (flops * _ATTENTION_SHARE)
     forward = products + attention + batch * there / rate + full
-    backward = products + 2.0 * _low_rank(model, run) * batch / flops + 2.5 * attention + batch * back / rate + back_full
+    backward = gradients + low + 2.5 * attention + batch * back / rate + back_full
     once_more = forward
     if fused and model.norms_per_layer == 2:  # the third product of the MLP is not made again, nor widened, nor what it reads
         third = next(part.weights for part in model.linears() if part.name == "down_proj") / weights
@@ -185,10 +186,8 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
     if fused:  # counted from `fast.layers`
-        products = (2 if four_bit(model, run) else 6 if eight_bit(model, run) else 1) * len(parts)
-        turned = products
-        if fp8:  # a residual is added by itself; backward a gradient is quantized, a weight turned, and sums are added up
-            products, turned = len(parts) + 4, 5 * len(parts)
+        products = (2 if four_bit(model, run) or eight_bit(model, run) else 1) * len(parts)
+        turned = 5 * len(parts) if fp8 else products  # a gradient is quantized, a weight turned, and sums are added up
         there = 15 + model.norms_per_layer + products + 3 * len(targeted) + 2 * model.qk_norm
         back = 25 + model.norms_per_layer + turned + 10 * len(targeted) + 2 * model.qk_norm
         return round(there if model.norms_per_layer > 2 else 0.75 * there), there + back
@@ -265,23 +264,20 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) ->
     return width * forward, width * backward
 
 
-def _fp8_moves(model: ModelSpec) -> tuple[float, float]:
-    """Return the bytes that rows in 8 bits add: written by norms and gate, made of attention's output and of every gradient.
-
-    Products in FP8 add nothing to what is there: residuals, the MLP's output and gradients of a shared input are summed apart.
-    """
+def _fp8_moves(model: ModelSpec) -> float:
+    """Return the bytes that FP8 adds to a token's way back through a layer: gradients are quantized, those of one input summed apart."""
     parts = model.linears()
     shared = sum(part.inputs for part in parts if part.name in _SHARED) - 2 * model.hidden_size * (not model.fused)
-    forward = 2 * model.hidden_size + model.intermediate_size + 3 * model.query_size + 2 * 8 * model.hidden_size
-    return forward, 3 * sum(part.outputs for part in parts) + 2 * 3 * shared
+    return 3 * sum(part.outputs for part in parts) + 2 * 3 * shared
 
 
-def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed) -> float:
+def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed, *, kernels: bool) -> float:
     """Return the seconds that one layer's weights take as a whole, whatever the batch: made from fewer bits, measured for DoRA."""
     small = model.quantized_params / model.num_hidden_layers if four_bit(model, run) else 0.0
     seconds = small * _DEQUANT_BYTES / speed.dequant_bytes
     if eight_bit(model, run):
-        seconds = model.quantized_params / model.num_hidden_layers * _EIGHT_BIT_BYTES / speed.bandwidth_bytes
+        moved = _EIGHT_BIT_BYTES / _FUSED_MOVE_SHARE if kernels else _EIGHT_BIT_PLAIN_BYTES
+        seconds = model.quantized_params / model.num_hidden_layers * moved / speed.bandwidth_bytes
     if run.use_dora:  # the base is made whole once more, for the length of every row of it with its adapter
         targeted = sum(part.weights for part in model.targeted(run.lora_target_modules))
         seconds += seconds + targeted * 4 * width / (speed.bandwidth_bytes * _MOVE_SHARE)

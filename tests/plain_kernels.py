@@ -30,20 +30,26 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) 
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (weight.float() + offset)
 
 
-def quantize(x_NI: torch.Tensor, times_I: torch.Tensor | None = None) -> Rows:
+def quantize(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
     rows = Rows.empty(x_NI)
     with _disable_current_modes(), torch.no_grad():
-        _write(x_NI if times_I is None else x_NI.float() * times_I, rows)
+        for room, made in zip(rows, eightbit.quantize(x_NI.float() * times_I, "fp8"), strict=True):
+            room.copy_(made)
     return rows
 
 
-def _write(x_NI: torch.Tensor, rows: Rows | None) -> None:
-    for room, made in zip(rows or (), eightbit.quantize(x_NI, "fp8") if rows else (), strict=True):
-        room.copy_(made)
-
-
 def turned(weight_OI: torch.Tensor) -> torch.Tensor:
-    return weight_OI.t().contiguous()
+    out = torch.empty(weight_OI.shape[::-1], dtype=eightbit.FP8, device=weight_OI.device)
+    with _disable_current_modes():
+        out.copy_(weight_OI.t().float())
+    return out
+
+
+def scaled(held_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(held_OI.shape, dtype=dtype, device=held_OI.device)
+    with _disable_current_modes():
+        out.copy_(held_OI.float() * scales_O[:, None])
+    return out
 
 
 def rms_norm(
@@ -52,13 +58,11 @@ def rms_norm(
     epsilon: float,
     offset: float = 0.0,
     beside: torch.Tensor | None = None,
-    rows: Rows | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(x_NH)
     with _disable_current_modes(), torch.no_grad():
         result = _norm(x_NH.float(), weight_H, epsilon, offset)
         out.copy_(result if beside is None else result + beside.float())
-        _write(out, rows)
     return out
 
 
@@ -83,11 +87,10 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, kind: Activation) -> torch.Tens
     return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, rows: Rows | None = None) -> torch.Tensor:
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
     out = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
     with _disable_current_modes(), torch.no_grad():
         out.copy_(_gated(gate_NI.float(), up_NI.float(), kind))
-        _write(out, rows)
     return out
 
 

@@ -15,7 +15,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from qlora_tui.engine.fast import base
-from qlora_tui.engine.fast.eightbit import Rows
 from qlora_tui.engine.fast.lora import ADAPTER, Start, joined
 
 
@@ -70,15 +69,11 @@ def forward(
     linears: Sequence[Linear],
     adapters: Sequence[Adapter | None],
     residual_NO: torch.Tensor | None = None,
-    rows_NI: Rows | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Return each product with its adapter's part, plus `residual_NO`, and what the adapters' gradients read.
-
-    `rows_NI` is the input in 8 bits where products read that; adapters read the 16-bit one.
-    """
+    """Return each product with its adapter's part, plus `residual_NO`, and what the adapters' gradients read."""
     lows = _low(x_NI, adapters)
     each = zip(linears, adapters, lows, strict=True)
-    return [product(x_NI, linear, adapter, low, residual_NO, rows_NI=rows_NI) for linear, adapter, low in each], lows
+    return [product(x_NI, linear, adapter, low, residual_NO) for linear, adapter, low in each], lows
 
 
 def product(
@@ -88,10 +83,9 @@ def product(
     low_NR: torch.Tensor | None,
     residual_NO: torch.Tensor | None,
     out_NO: torch.Tensor | None = None,
-    rows_NI: Rows | None = None,
 ) -> torch.Tensor:
     """Return one product with its adapter's part."""
-    out = base.product(x_NI, linear.layer, residual_NO, out_NO, rows_NI)
+    out = base.product(x_NI, linear.layer, residual_NO, out_NO)
     if adapter is not None and low_NR is not None:
         out.addmm_(low_NR, adapter[1].t(), alpha=linear.scaling)
     return out

@@ -1,11 +1,12 @@
-"""A frozen product, whatever its weight is held in: 16 or 32 bits as they are, 4 bits widened, 8 bits multiplied or widened.
+"""A frozen product, whatever its weight is held in: 16 or 32 bits as they are, 4 and 8 bits widened.
+
+Gradients of an 8-bit base's inputs are multiplied in FP8 where the card does that.
 
 Shapes: N tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -34,60 +35,36 @@ def widened(packed: torch.Tensor, state: Any) -> torch.Tensor:
     return full
 
 
-def product(
-    x_NI: torch.Tensor,
-    layer: Any,
-    added_NO: torch.Tensor | None = None,
-    out_NO: torch.Tensor | None = None,
-    rows_NI: Rows | None = None,
-) -> torch.Tensor:
-    """Return x W^T + bias + `added_NO`, in `out_NO` if there is one; a weight in full width is gone when this returns.
-
-    `rows_NI` is `x_NI` in 8 bits, where whoever made it wrote that too; else it is quantized here.
-    """
-    if eightbit.multiplies(layer, x_NI):
-        made = eightbit.product(narrowed(x_NI) if rows_NI is None else rows_NI, layer, x_NI.dtype)
-        out = made if out_NO is None else out_NO.copy_(made)
-        return _plus(out, layer.bias, added_NO)
+def product(x_NI: torch.Tensor, layer: Any, added_NO: torch.Tensor | None = None, out_NO: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x W^T + bias + `added_NO`, in `out_NO` if there is one; a weight in full width is gone when this returns."""
     weight_IO = full_weight(layer, x_NI.dtype).t()
     first = layer.bias if added_NO is None else added_NO
     out = torch.mm(x_NI, weight_IO, out=out_NO) if first is None else torch.addmm(first, x_NI, weight_IO, out=out_NO)
-    return out if added_NO is None else _plus(out, layer.bias, None)
+    return out if added_NO is None or layer.bias is None else out.add_(layer.bias)
 
 
 def input_gradient(grad_NO: torch.Tensor, layer: Any, into_NI: torch.Tensor | None = None) -> torch.Tensor:
     """Return g W, the gradient of a product's input, added to `into_NI` if there is one."""
-    if eightbit.multiplies(layer, grad_NO):
-        made = eightbit.input_gradient(narrowed(grad_NO, layer.scales), layer, _turned(layer.weight), grad_NO.dtype)
+    if eightbit.narrow_gradient(layer, grad_NO):
+        made = eightbit.input_gradient(_narrowed(grad_NO, layer.scales), _turned(layer.weight), grad_NO.dtype)
         return made if into_NI is None else into_NI.add_(made)
     weight_OI = full_weight(layer, grad_NO.dtype)
     return grad_NO @ weight_OI if into_NI is None else into_NI.addmm_(grad_NO, weight_OI)
 
 
-def room(x_NI: torch.Tensor, layers: Iterable[torch.nn.Module]) -> Rows | None:
-    """Return where to write `x_NI` in 8 bits for products with `layers`; None if none of them is computed so."""
-    return Rows.empty(x_NI) if any(eightbit.multiplies(layer, x_NI) for layer in layers) else None
-
-
-def narrowed(x_NI: torch.Tensor, times_I: torch.Tensor | None = None) -> Rows:
-    """Return rows in FP8, times `times_I` first, by our kernel where it runs: the same bits in one pass."""
+def _narrowed(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
+    """Return rows times `times_I` in FP8, by our kernel where it runs: the same bits in one pass."""
     if not compiled.why_not(x_NI.device):
         from qlora_tui.engine.fast import widths  # imports Triton
 
         return widths.quantize(x_NI, times_I)
-    return eightbit.quantize(x_NI if times_I is None else x_NI.float() * times_I, "fp8")
+    return eightbit.quantize(x_NI.float() * times_I, "fp8")
 
 
 def _turned(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a weight the other way round, in FP8, as numbers without their scales."""
     if not compiled.why_not(weight_OI.device):
         from qlora_tui.engine.fast import widths  # imports Triton
 
         return widths.turned(weight_OI)
-    return weight_OI.t().contiguous()
-
-
-def _plus(out: torch.Tensor, *parts: torch.Tensor | None) -> torch.Tensor:
-    for part in parts:
-        if part is not None:
-            out.add_(part)
-    return out
+    return weight_OI.t().float().to(eightbit.FP8).contiguous()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qlora_tui.engine.errors import ModelError
-from qlora_tui.engine.fast.eightbit import EightBit, kind_for
+from qlora_tui.engine.fast.eightbit import EightBit
 from qlora_tui.engine.text import one_line
 
 _INDEX, _WHOLE, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
@@ -34,7 +34,6 @@ def read(folder: Path, config: Any, device: torch.device, dtype: torch.dtype, at
     with init_empty_weights():
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     inside = {id(module) for module in base.get_decoder().layers.modules() if isinstance(module, torch.nn.Linear)}
-    kind = kind_for(device)
     names = {name for name, _ in base.named_parameters()}
     for key, tensor in _tensors(folder):
         name = key if key in names else f"{base.base_model_prefix}.{key}"
@@ -45,7 +44,7 @@ def read(folder: Path, config: Any, device: torch.device, dtype: torch.dtype, at
         module = base.get_submodule(path)
         value = tensor.to(device, dtype)
         if part == "weight" and id(module) in inside:
-            made = EightBit(value, None, kind)
+            made = EightBit(value, None)
             made.register_parameter("bias", module.bias)
             base.get_submodule(parent).register_module(child, made)
         else:

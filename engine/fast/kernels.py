@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_tui.engine.fast.eightbit import Rows
-from qlora_tui.engine.fast.widths import WIDE_TILE, scale_of, store_narrow, warps
+from qlora_tui.engine.fast.widths import warps
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -30,10 +29,7 @@ _VOCABULARY_TILE = 4096
 
 
 @triton.jit
-def _norm(
-    x, weight, beside, out, held, scales, width, epsilon,
-    OFFSET: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _norm(x, weight, beside, out, width, epsilon, OFFSET: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
@@ -42,13 +38,7 @@ def _norm(
     result = value * scale * weights
     if BESIDE:
         result += tl.load(beside + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    rounded = result.to(out.dtype.element_ty)
-    tl.store(out + row * width + at, rounded, mask=inside)
-    if ROWS:
-        value = rounded.to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(value)))
-        tl.store(scales + row, scale)
-        store_narrow(held + row * width + at, value, scale, inside)
+    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -71,18 +61,14 @@ def rms_norm(
     epsilon: float,
     offset: float = 0.0,
     beside: torch.Tensor | None = None,
-    rows: Rows | None = None,
 ) -> torch.Tensor:
-    """Return x / rms(x) * (weight + offset) [N, H], plus `beside`; Gemma's weights are kept less one, so its offset is 1.
-
-    What is returned is written to `rows` in FP8 too, if there are any: a row is in registers then, and is not read again.
-    """
+    """Return x / rms(x) * (weight + offset) [N, H], plus `beside`; Gemma's weights are kept less one, so its offset is 1."""
     number, width = x_NH.shape
     out = torch.empty_like(x_NH)
     block = triton.next_power_of_2(width)
     _norm[(number,)](
-        x_NH, weight_H, x_NH if beside is None else beside, out, *(rows or (out, out)), width, epsilon,
-        OFFSET=offset, BESIDE=beside is not None, ROWS=rows is not None, BLOCK=block, num_warps=warps(block),
+        x_NH, weight_H, x_NH if beside is None else beside, out, width, epsilon,
+        OFFSET=offset, BESIDE=beside is not None, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return out
 
@@ -150,30 +136,6 @@ def _gated(gate, up, out, width, gate_stride, up_stride, GELU: tl.constexpr, BLO
 
 
 @triton.jit
-def _gated_rows(gate, up, out, held, scales, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    kind = out.dtype.element_ty
-    most = tl.zeros((), tl.float32)
-    for first in range(0, width, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < width
-        left = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = (_activation(left, GELU) * right).to(kind)
-        tl.store(out + row * width + at, rounded, mask=inside)
-        most = tl.maximum(most, tl.max(tl.abs(rounded.to(tl.float32))))
-    scale = scale_of(most)
-    tl.store(scales + row, scale)
-    for first in range(0, width, BLOCK):  # both are in the cache still, and a row of any width has no place in registers
-        at = first + tl.arange(0, BLOCK)
-        inside = at < width
-        left = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = (_activation(left, GELU) * right).to(kind)
-        store_narrow(held + row * width + at, rounded.to(tl.float32), scale, inside)
-
-
-@triton.jit
 def _gated_backward(grad, gate, up, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -187,16 +149,12 @@ def _gated_backward(grad, gate, up, width, gate_stride, up_stride, GELU: tl.cons
     tl.store(up + row * up_stride + at, (slope * active).to(kind), mask=inside)
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, rows: Rows | None = None) -> torch.Tensor:
-    """Return activation(gate) * up [N, I]; both may be halves of one tensor. It is written to `rows` in FP8 too, if there are any."""
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
+    """Return activation(gate) * up [N, I]; both may be halves of one tensor."""
     number, width = gate_NI.shape
     out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
-    sizes, gelu = (width, gate_NI.stride(0), up_NI.stride(0)), kind == "gelu_tanh"
-    if rows is None:
-        _gated[(number, triton.cdiv(width, _TILE))](gate_NI, up_NI, out, *sizes, GELU=gelu, BLOCK=_TILE)
-        return out
-    block = min(triton.next_power_of_2(width), WIDE_TILE)
-    _gated_rows[(number,)](gate_NI, up_NI, out, *rows, *sizes, GELU=gelu, BLOCK=block, num_warps=warps(block))
+    strides = gate_NI.stride(0), up_NI.stride(0)
+    _gated[(number, triton.cdiv(width, _TILE))](gate_NI, up_NI, out, width, *strides, GELU=kind == "gelu_tanh", BLOCK=_TILE)
     return out
 
 

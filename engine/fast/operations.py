@@ -13,7 +13,6 @@ import torch
 
 from qlora_tui.engine.fast import adapted, base, kernels
 from qlora_tui.engine.fast.adapted import Adapter, Linear
-from qlora_tui.engine.fast.eightbit import Rows
 from qlora_tui.engine.fast.kernels import Activation
 from qlora_tui.engine.fast.recompute import Pass, current_pass
 
@@ -32,11 +31,6 @@ class Norm:
     def of(self, x_NH: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
         """Return the norm of each row, plus `beside`."""
         return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, beside)
-
-    def read_by(self, x_NH: torch.Tensor, linears: Sequence[Linear]) -> tuple[torch.Tensor, Rows | None]:
-        """Return the norm of each row, and the same in 8 bits if a product with one of `linears` reads that."""
-        rows = base.room(x_NH, (linear.layer for linear in linears))
-        return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, rows=rows), rows
 
     def back(
         self, grad_NH: torch.Tensor, x_NH: torch.Tensor, beside: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -105,9 +99,9 @@ class _Projections(torch.autograd.Function):
         *pairs: Any,
     ) -> Any:
         x_NH = _flat(x)
-        normed, rows = norm.read_by(x_NH, linears)
-        outs, lows = adapted.forward(normed, linears, adapted.joined_pairs(linears, pairs, x.dtype), rows_NI=rows)
-        del normed, rows
+        normed = norm.of(x_NH)
+        outs, lows = adapted.forward(normed, linears, adapted.joined_pairs(linears, pairs, x.dtype))
+        del normed
         if angles is not None:
             for out, heads in zip(outs, turned, strict=True):
                 if heads:
@@ -173,10 +167,10 @@ class _Mlp(torch.autograd.Function):
         out = torch.empty_like(x_NH)
         # where it is computed again, nobody reads the output: what the backward pass needs is made there
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
-            normed, rows = norm.read_by(x_NH[part], linears[:-1])
-            made, lows = adapted.forward(normed, linears[:-1], adapters[:-1], rows_NI=rows)
+            normed = norm.of(x_NH[part])
+            made, lows = adapted.forward(normed, linears[:-1], adapters[:-1])
             kept = [*made, *lows] if keep else []
-            del lows, normed, rows
+            del lows, normed
             _gated_down(made, linears[-1], adapters[-1], kind, x_NH[part] if residual else None, out[part])
         ctx.save_for_backward(x, *pairs, *kept)
         return out.view(x.shape)
@@ -211,12 +205,11 @@ def _gated_down(
 ) -> None:
     """Write the third product, of the gated two, which are let go of as soon as they were read."""
     gate, up = _halves(made)
-    rows = base.room(gate, (down.layer,))
-    inner = kernels.gated(gate, up, kind, rows)
+    inner = kernels.gated(gate, up, kind)
     del gate, up
     made.clear()
     low = None if adapter is None else inner @ adapter[0].t()
-    adapted.product(inner, down, adapter, low, residual_NH, out_NH, rows)
+    adapted.product(inner, down, adapter, low, residual_NH, out_NH)
 
 
 def _back_through(
@@ -231,12 +224,11 @@ def _back_through(
     """Return the gradient of an MLP's normed input, and those of its adapters; `made` are the two wide products, where they were kept."""
     *ups, down = linears
     *adapters, last = adapters
+    normed = norm.of(x_NH)
     if made:
-        normed, (wide, lows) = norm.of(x_NH), made
+        wide, lows = made
     else:
-        normed, rows = norm.read_by(x_NH, ups)
-        wide, lows = adapted.forward(normed, ups, adapters, rows_NI=rows)
-        del rows
+        wide, lows = adapted.forward(normed, ups, adapters)
     inner = base.input_gradient(grad_NH, down.layer)
     slope = None if last is None else (grad_NH @ last[1]).mul_(down.scaling)
     if slope is not None and last is not None:

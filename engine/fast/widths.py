@@ -1,4 +1,4 @@
-"""Triton kernels between widths: weights from 4 bits to 16, rows from 16 bits to 8, and the bytes of a weight turned.
+"""Triton kernels between widths: weights from 4 and 8 bits to 16, rows from 16 bits to 8, and the bytes of a weight turned.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -11,12 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_tui.engine.fast.eightbit import Rows
-
-WIDE_TILE = 1 << 13
-"""Numbers of a row that a block of threads takes at once, where a row may be of any width."""
+from qlora_tui.engine.fast.eightbit import FP8, Rows
 
 _BYTES = 1024  # 4-bit pairs a program widens; so many outputs twice are one coalesced write
+_WIDE_TILE = 1 << 13  # numbers of a row that a block of threads takes at once
+_PART = 2048  # bytes of a row that a program widens
 _SQUARE = 128  # a side of the tile that is turned at once: a line of the cache
 
 
@@ -67,45 +66,29 @@ def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None
 
 
 @triton.jit
-def scale_of(largest):
-    """Return the scale of a row whose largest number is `largest`: that of `eightbit.quantize`, to the bit."""
-    return tl.maximum(largest, 1e-12) * (1.0 / 448.0)
-
-
-@triton.jit
-def store_narrow(place, value, scale, inside):
-    """Write numbers over the scale of their row, in FP8."""
-    tl.store(place, tl.div_rn(value, scale).to(place.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _quantize(x, times, held, scales, width, TIMES: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize(x, times, held, scales, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     most = tl.zeros((), tl.float32)
     for first in range(0, width, BLOCK):
         at = first + tl.arange(0, BLOCK)
         value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-        if TIMES:
-            value *= tl.load(times + at, mask=at < width, other=0.0)
+        value *= tl.load(times + at, mask=at < width, other=0.0)
         most = tl.maximum(most, tl.max(tl.abs(value)))
-    scale = scale_of(most)
+    scale = tl.maximum(most, 1e-12) * (1.0 / 448.0)  # that of `eightbit.quantize`, to the bit
     tl.store(scales + row, scale)
-    for first in range(0, width, BLOCK):
+    for first in range(0, width, BLOCK):  # a row is in the cache still, and of any width has no place in registers
         at = first + tl.arange(0, BLOCK)
         value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-        if TIMES:
-            value *= tl.load(times + at, mask=at < width, other=0.0)
-        store_narrow(held + row * width + at, value, scale, at < width)
+        value *= tl.load(times + at, mask=at < width, other=0.0)
+        tl.store(held + row * width + at, tl.div_rn(value, scale).to(held.dtype.element_ty), mask=at < width)
 
 
-def quantize(x_NI: torch.Tensor, times_I: torch.Tensor | None = None) -> Rows:
-    """Return rows in FP8, each number times that of its column first, where there are any: the bits of `eightbit.quantize`."""
+def quantize(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
+    """Return rows in FP8, each number times that of its column first: the bits of `eightbit.quantize`."""
     x_NI, rows = x_NI.contiguous(), Rows.empty(x_NI)
     number, width = x_NI.shape
-    block = min(triton.next_power_of_2(width), WIDE_TILE)
-    _quantize[(number,)](
-        x_NI, x_NI if times_I is None else times_I, *rows, width, TIMES=times_I is not None, BLOCK=block, num_warps=warps(block)
-    )
+    block = min(triton.next_power_of_2(width), _WIDE_TILE)
+    _quantize[(number,)](x_NI, times_I, *rows, width, BLOCK=block, num_warps=warps(block))
     return rows
 
 
@@ -114,12 +97,29 @@ def _turn(weight, out, rows, columns, SIDE: tl.constexpr):
     first, second = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     tile = tl.load(weight + first[:, None] * columns + second[None, :], mask=(first[:, None] < rows) & (second[None, :] < columns))
     place = out + second[:, None].to(tl.int64) * rows + first[None, :]
-    tl.store(place, tl.trans(tile), mask=(second[:, None] < columns) & (first[None, :] < rows))
+    tile = tl.trans(tile).to(tl.float32).to(out.dtype.element_ty)
+    tl.store(place, tile, mask=(second[:, None] < columns) & (first[None, :] < rows))
 
 
 def turned(weight_OI: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a weight the other way round [I, O]; torch's own copy of single bytes moved 0.27 TB/s on an H100."""
+    """Return bytes the other way round, as the same numbers in FP8 [I, O]; torch's own copy of single bytes moved 0.27 TB/s on an H100."""
     rows, columns = weight_OI.shape
-    out = torch.empty(columns, rows, dtype=weight_OI.dtype, device=weight_OI.device)
+    out = torch.empty(columns, rows, dtype=FP8, device=weight_OI.device)
     _turn[(triton.cdiv(rows, _SQUARE), triton.cdiv(columns, _SQUARE))](weight_OI, out, rows, columns, SIDE=_SQUARE, num_warps=8)
+    return out
+
+
+@triton.jit
+def _scaled(held, scales, out, width, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(held + row * width + at, mask=at < width, other=0).to(tl.float32) * tl.load(scales + row)
+    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=at < width)
+
+
+def scaled(held_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes times the scale of their row [O, I], multiplied in float32 and rounded once."""
+    rows, width = held_OI.shape
+    out = torch.empty(rows, width, dtype=dtype, device=held_OI.device)
+    block = min(triton.next_power_of_2(width), _PART)
+    _scaled[(rows, triton.cdiv(width, block))](held_OI, scales_O, out, width, BLOCK=block)
     return out

@@ -6,7 +6,7 @@ FOLDER is a checkpoint with its tokenizer, such as the demo's model; nothing is 
 running Python, of which the same part is held out in every run. One JSON line a run is added to OUT.jsonl, and runs that are in it
 already are not done again; `--seconds` starts no run that would likely end later. Then the table and the verdict are printed.
 
-`lora-8bit` is held in what the device multiplies: FP8 with inputs quantized too, or INT8. `lora-int8` is INT8 on any device.
+On `lora-8bit` gradients are multiplied in FP8 where the device can; on `lora-int8` in 16 bits on any device.
 
 The verdict: an 8-bit base is good enough if its loss is above the 16-bit base's by no more than what another seed changes there (the
 standard deviation over seeds), and below NF4's with every seed. `engine/onebyte.py` names what passed.
@@ -52,10 +52,10 @@ def write_rows(folder: Path, steps: int, held: int) -> tuple[Path, Path, str]:
 
 
 def held_as(method: str) -> AbstractContextManager[Any]:
-    """Return the context in which a base is read in what `method` names."""
-    from qlora_tui.engine.fast import eightload
+    """Return the context in which gradients are multiplied in what `method` names."""
+    from qlora_tui.engine.fast import eightbit
 
-    return mock.patch.object(eightload, "kind_for", return_value="int8") if method == "lora-int8" else nullcontext()
+    return mock.patch.object(eightbit, "fp8_on", return_value=False) if method == "lora-int8" else nullcontext()
 
 
 def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namespace, folder: Path, machine: Any) -> dict[str, Any]:
@@ -158,16 +158,15 @@ def verdict(lines: Sequence[Line], method: str, seeds: Sequence[int]) -> str:
 
 
 def label(method: str, asked: argparse.Namespace, machine: Any) -> str:
-    """Return what a base is held in, in words, and whether its products are in 8 bits too."""
-    from qlora_tui.engine.fused import fp8_products
+    """Return what a base is held in, in words, and whether gradients are multiplied in 8 bits too."""
+    from qlora_tui.engine.fused import fp8_gradients
     from qlora_tui.engine.models import from_folder
     from qlora_tui.engine.spec import from_values
 
     if method in ("lora", "qlora"):
         return "NF4, double quantized" if method == "qlora" else "16 bits" if machine.bf16 else "32 bits"
-    if method == "lora-int8" or not machine.fp8:
-        return "INT8"
-    return "FP8, products too" if fp8_products(from_folder(asked.model), from_values({"method": method}), machine) else "FP8, widened"
+    narrow = method == "lora-8bit" and fp8_gradients(from_folder(asked.model), from_values({"method": method}), machine)
+    return "INT8, gradients in FP8" if narrow else "INT8"
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:

@@ -12,22 +12,18 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / ".pkg")]
 
 import torch  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from qlora_tui.engine import builtin  # noqa: E402
 from qlora_tui.engine.data import builtin_docs  # noqa: E402
-from qlora_tui.engine.fast import eightbit, eightload  # noqa: E402
+from qlora_tui.engine.fast import eightbit  # noqa: E402
 from qlora_tui.engine.load import quantization  # noqa: E402
 from qlora_tui.engine.spec import from_values  # noqa: E402
 
@@ -35,10 +31,16 @@ PART = 512
 CPU = torch.device("cpu")
 
 
-def in_8_bits(folder: Path, kind: eightbit.Kind) -> Any:
-    """Return the model with its layers held as `kind`."""
-    with mock.patch.object(eightload, "kind_for", return_value=kind):
-        return eightload.read(folder, AutoConfig.from_pretrained(folder), CPU, torch.float32, "sdpa")
+def in_8_bits(model: Any, kind: eightbit.Kind) -> Any:
+    """Return the model with the weights of its layers rounded to `kind`."""
+    for linear in _linears(model):
+        held, scales = eightbit.quantize(linear.weight.data, kind)
+        linear.weight.data.copy_(held.float() * scales[:, None])
+    return model
+
+
+def _linears(model: Any) -> list[torch.nn.Linear]:
+    return [module for module in model.get_decoder().layers.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def loaded(folder: Path, **settings: Any) -> Any:
@@ -48,16 +50,16 @@ def loaded(folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=found, device_map={"": "cpu"})
 
 
-@contextmanager
-def inputs_rounded(kind: eightbit.Kind) -> Iterator[None]:
-    """While inside, the inputs of products with 8-bit weights are quantized too, a token at a time."""
+def inputs_rounded(model: Any, kind: eightbit.Kind) -> Any:
+    """Return the model with the inputs of its layers' products quantized too, a token at a time."""
 
-    def forward(layer: eightbit.EightBit, x: torch.Tensor) -> torch.Tensor:
-        held, scales = eightbit.quantize(x, kind)
-        return functional.linear(held.float() * scales[..., None], layer.full(torch.float32), layer.bias)
+    def rounded(_module: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
+        held, scales = eightbit.quantize(given[0], kind)
+        return held.float() * scales[..., None]
 
-    with mock.patch.object(eightbit.EightBit, "forward", forward):
-        yield
+    for linear in _linears(model):
+        linear.register_forward_pre_hook(rounded)
+    return model
 
 
 def parts(folder: Path, number: int) -> torch.Tensor:
@@ -88,10 +90,9 @@ def main() -> None:
     whole = nats(loaded(folder, method="lora"), ids)
     print(f"| base | nats above 32 bits ({whole:.4f}, {ids.numel():,} tokens) |\n|---|---|", flush=True)
     for kind in ("int8", "fp8"):
-        model = in_8_bits(folder, kind)
+        model = in_8_bits(loaded(folder, method="lora"), kind)
         print(f"| {kind.upper()} weights, a scale a row | {nats(model, ids) - whole:+.4f} |", flush=True)
-        with inputs_rounded(kind):
-            print(f"| {kind.upper()} weights and inputs | {nats(model, ids) - whole:+.4f} |", flush=True)
+        print(f"| {kind.upper()} weights and inputs | {nats(inputs_rounded(model, kind), ids) - whole:+.4f} |", flush=True)
     for four in ("nf4", "fp4"):
         print(f"| {four.upper()}, double quantized | {nats(loaded(folder, bnb_4bit_quant_type=four), ids) - whole:+.4f} |", flush=True)
 

@@ -108,22 +108,20 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
 
 
 def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
-    """Rows in FP8: read once and written at half the width, by themselves or beside what makes them; and a weight's bytes turned."""
+    """Gradients in FP8, read once and written at half the width; a weight's bytes turned, and widened to 16 bits."""
     from qlora_tui.engine.fast import eightbit
 
-    x, weight = torch.randn(tokens, wide, device=device, dtype=torch.bfloat16), torch.randn(wide, device=device, dtype=torch.bfloat16)
-    gate, up = (torch.randn(tokens, inner, device=device, dtype=torch.bfloat16) for _ in range(2))
-    held = torch.zeros(inner, wide, device=device, dtype=torch.int8)
-    yield "quantize", "torch", 3 * x.numel(), lambda: eightbit.quantize(x, "fp8")
+    x, times = torch.randn(tokens, wide, device=device, dtype=torch.bfloat16), torch.rand(wide, device=device)
+    held, scales = torch.zeros(inner, wide, device=device, dtype=torch.int8), torch.rand(inner, device=device)
+    yield "quantize", "torch", 3 * x.numel(), lambda: eightbit.quantize(x * times, "fp8")
     yield "turned", "torch", 2 * held.numel(), lambda: held.t().contiguous()
+    yield "widen 8 bits", "torch", 3 * held.numel(), lambda: (held * scales[:, None]).bfloat16()
     if mine and eightbit.fp8_on(x.device):
         from qlora_tui.engine.fast import widths
 
-        hidden_rows, inner_rows = eightbit.Rows.empty(x), eightbit.Rows.empty(gate)
-        yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x)
+        yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x, times)
         yield "turned", "ours", 2 * held.numel(), lambda: widths.turned(held)
-        yield "rms_norm, rows too", "ours", 5 * x.numel(), lambda: mine.rms_norm(x, weight, EPS, rows=hidden_rows)
-        yield "swiglu, rows too", "ours", 7 * gate.numel(), lambda: mine.gated(gate, up, "silu", inner_rows)
+        yield "widen 8 bits", "ours", 3 * held.numel(), lambda: widths.scaled(held, scales, x.dtype)
 
 
 def losses(mine: Any, tokens: int, words: int, device: str) -> Iterator[Timed]:

@@ -30,7 +30,7 @@ from loop_driver import Asked, Ran, drive  # noqa: E402
 
 from qlora_tui.engine import load, measured  # noqa: E402
 from qlora_tui.engine.events import Device  # noqa: E402
-from qlora_tui.engine.fast.eightbit import EightBit, kind_for  # noqa: E402
+from qlora_tui.engine.fast.eightbit import EightBit  # noqa: E402
 from qlora_tui.engine.machine import Machine, cpu_machine, look  # noqa: E402
 from qlora_tui.engine.models import ModelSpec, find  # noqa: E402
 from qlora_tui.engine.spec import RunConfig, rows_per_step  # noqa: E402
@@ -131,7 +131,7 @@ def _as_bytes(layers: torch.nn.Module, device: torch.device, dtype: torch.dtype)
     for owner in list(layers.modules()):
         for name, linear in list(owner.named_children()):
             if isinstance(linear, torch.nn.Linear):
-                made = EightBit(torch.randn(linear.weight.shape, device=device, dtype=dtype).mul_(0.02), None, kind_for(device))
+                made = EightBit(torch.randn(linear.weight.shape, device=device, dtype=dtype).mul_(0.02), None)
                 made.register_parameter("bias", linear.bias)
                 setattr(owner, name, made)
                 if device.type == "cuda":

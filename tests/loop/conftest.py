@@ -36,7 +36,7 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fp8_on_cpu(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse layers, and compute their products on an 8-bit base in FP8, which torch can on a processor too."""
+    """Fuse layers, and multiply gradients on an 8-bit base in FP8, which torch can on a processor too."""
     from qlora_tui.engine.fast import eightbit
 
     monkeypatch.setattr(eightbit, "fp8_on", lambda device: True)

@@ -270,7 +270,7 @@ def test_a_step_of_fused_layers_takes_what_the_formulas_say(
 @pytest.mark.parametrize("length", [32, 256])
 @pytest.mark.parametrize("checkpointing", [ALL, "2", NONE])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma2", "gemma3_text"])
-def test_a_step_of_products_in_fp8_takes_what_the_formulas_say(
+def test_a_step_with_gradients_in_fp8_takes_what_the_formulas_say(
     tmp_path: Path, small_tiles: None, fp8_on_cpu: None, kind: str, checkpointing: str, length: int
 ) -> None:
     changes = {"gradient_checkpointing": checkpointing, "method": "lora-8bit"}
@@ -298,7 +298,7 @@ def check_measuring(tmp_path: Path, kind: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
-def test_measuring_in_fp8_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, fp8_on_cpu: None, kind: str) -> None:
+def test_measuring_on_an_8_bit_base_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, kind: str) -> None:
     check_measuring(tmp_path, kind, "lora-8bit")
 
 

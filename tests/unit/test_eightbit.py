@@ -36,55 +36,58 @@ def test_a_row_is_off_by_its_own_largest_number_at_most(kind, rows, size, zero):
     assert bool((found[0] == 0).all()) or not zero
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_it_is_far_closer_to_the_original_than_four_bits(kind):
+def test_it_is_far_closer_to_the_original_than_four_bits():
     torch.manual_seed(0)
     weight, x = torch.randn(256, 512) * 0.02, torch.randn(64, 512)
-    layer = EightBit(weight, None, kind)
-    assert error(layer(x), x @ weight.t()) < 0.35 * error(x @ four_bits(weight).t(), x @ weight.t())
+    layer = EightBit(weight, None)
+    assert error(layer(x), x @ weight.t()) < 0.12 * error(x @ four_bits(weight).t(), x @ weight.t())
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_loud_rows_blur_nobody_else(kind):
+def test_loud_rows_blur_nobody_else():
     torch.manual_seed(0)
     weight = torch.randn(256, 512) * 0.02
     weight[::50] *= 100
     others = torch.ones(256, dtype=torch.bool)
     others[::50] = False
-    layer, x = EightBit(weight, None, kind), torch.randn(64, 512)
-    assert error(layer(x)[:, others], (x @ weight.t())[:, others]) < 0.04
+    layer, x = EightBit(weight, None), torch.randn(64, 512)
+    assert error(layer(x)[:, others], (x @ weight.t())[:, others]) < 0.01
 
 
-def test_inputs_with_loud_channels_cost_less_than_four_bits():
-    """What real activations have: a few channels a hundred times as loud, in every token; a token's scale is theirs."""
+def test_gradients_in_fp8_cost_less_than_four_bits_whatever_is_loud(monkeypatch):
     torch.manual_seed(0)
-    weight, x = torch.randn(256, 512) * 0.02, torch.randn(64, 512)
-    x[:, ::100] *= 100
-    held, scales = quantize(x, "fp8")
-    layer = EightBit(weight, None, "fp8")
-    made = (held.float() * scales[:, None]) @ layer.full(torch.float32).t()
-    assert error(made, x @ weight.t()) < 0.6 * error(x @ four_bits(weight).t(), x @ weight.t())
+    weight, grad = torch.randn(256, 512) * 0.02, torch.randn(64, 256).bfloat16()
+    weight[::50] *= 100
+    grad[:, ::100] *= 100
+    grad[3] *= 1e-5
+    layer = EightBit(weight, None)
+    right = grad.float() @ weight
+    assert not eightbit.narrow_gradient(layer, grad)
+    monkeypatch.setattr(eightbit, "fp8_on", lambda device: True)
+    assert eightbit.narrow_gradient(layer, grad)
+    found, four = base.input_gradient(grad, layer), grad.float() @ four_bits(weight)
+    assert error(found, right) < 0.6 * error(four, right)
+    assert error(found[3], right[3]) < 0.08  # a faint token has its own scale
+    into = torch.ones(64, 512, dtype=torch.bfloat16)
+    assert error(base.input_gradient(grad, layer, into), right + 1) < 0.06
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_on_a_processor_are_those_of_the_widened_weight(kind, bias):
+def test_products_are_those_of_the_widened_weight(bias):
     torch.manual_seed(0)
-    layer = EightBit(torch.randn(24, 40), torch.randn(24) if bias else None, kind)
+    layer = EightBit(torch.randn(24, 40), torch.randn(24) if bias else None)
     x, grad, added = torch.randn(6, 40), torch.randn(6, 24), torch.randn(6, 24)
     full = base.full_weight(layer, torch.float32)
-    assert torch.allclose(full, layer.held.float() * layer.scales[:, None])
+    assert torch.allclose(full, layer.weight.float() * layer.scales[:, None])
     plain = x @ full.t() + (layer.bias if bias else 0)
     assert torch.allclose(base.product(x, layer), plain, atol=1e-5)
     assert torch.allclose(base.product(x, layer, added, torch.empty(6, 24)), plain + added, atol=1e-5)
     assert torch.allclose(base.input_gradient(grad, layer), grad @ full, atol=1e-5)
     assert torch.allclose(base.input_gradient(grad, layer, torch.ones(6, 40)), grad @ full + 1, atol=1e-5)
-    assert not eightbit.multiplies(layer, x)
 
 
 def test_the_piece_in_32_bits_is_as_large_as_the_budget_says(monkeypatch):
     assert eightbit._PIECE == sizes.EIGHT_BIT_PIECE
-    layer = EightBit(torch.randn(10, 8), None, "int8")
+    layer = EightBit(torch.randn(10, 8), None)
     whole = layer.full(torch.bfloat16)
     monkeypatch.setattr(eightbit, "_PIECE", 24)
     assert torch.equal(layer.full(torch.bfloat16), whole)

@@ -23,20 +23,17 @@ Case = tuple[str, dict[str, str], dict[str, Any]]
 CASES: list[Case] = [
     ("_widen", {**WIDEN, "scales": "*u8"}, {"HALF": 32, "GROUP": 256, "BYTES": 1024}),
     ("_widen", {**WIDEN, "scales": F32}, {"HALF": 32, "GROUP": 0, "BYTES": 1024}),
-    ("_norm", {**NORM, "held": BF16, "scales": BF16}, {"OFFSET": 0.0, "BESIDE": False, "ROWS": False, "BLOCK": 4096}),
-    ("_norm", {**NORM, **ROWS}, {"OFFSET": 1.0, "BESIDE": True, "ROWS": True, "BLOCK": 4096}),
+    ("_norm", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
     ("_norm_backward", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
     ("_gated", GATE, {"GELU": True, "BLOCK": 1024}),
-    ("_gated_rows", {**GATE, **ROWS}, {"GELU": False, "BLOCK": 8192}),
-    ("_gated_rows", {**GATE, **ROWS}, {"GELU": True, "BLOCK": 128}),
     ("_gated_backward", GATE, {"GELU": False, "BLOCK": 1024}),
     ("_gated_backward", GATE, {"GELU": True, "BLOCK": 1024}),
     ("_heads", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_heads_backward", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_cross_entropy", LOSS, {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}),
-    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"TIMES": True, "BLOCK": 8192}),
-    ("_quantize", {"x": BF16, "times": BF16, "width": INT, **ROWS}, {"TIMES": False, "BLOCK": 128}),
-    ("_turn", {"weight": BYTES, "out": BYTES, "rows": INT, "columns": INT}, {"SIDE": 128}),
+    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"BLOCK": 8192}),
+    ("_turn", {"weight": BYTES, "out": FP8, "rows": INT, "columns": INT}, {"SIDE": 128}),
+    ("_scaled", {"held": BYTES, "scales": F32, "out": BF16, "width": INT}, {"BLOCK": 2048}),
 ]
 
 

@@ -244,7 +244,9 @@ def test_known_rows_leave_more_room_and_a_short_mean_takes_more_rows_at_once():
     assert choose(run, longest=9999) == blind
 
 
-def test_the_16_bit_base_is_taken_where_it_fits_and_only_there():
+def test_the_16_bit_base_is_taken_where_it_fits_and_only_there(monkeypatch):
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset())
+    planner._choose.cache_clear()
     auto = with_(method="auto")
     assert choose(auto, H100).run.method == "lora"
     assert choose(auto, RTX_3060).run.method == "qlora"
@@ -255,8 +257,10 @@ def test_the_16_bit_base_is_taken_where_it_fits_and_only_there():
 
 def test_the_8_bit_base_is_chosen_where_it_was_measured_to_be_good_enough(monkeypatch):
     auto, limited = with_(method="auto"), sized(16)
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset())
+    planner._choose.cache_clear()
     assert choose(auto, limited).run.method == "qlora"
-    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"FP8"}))
     planner._choose.cache_clear()
     plan = choose(auto, limited)
     assert plan.run.method == "lora-8bit"
@@ -271,11 +275,11 @@ def test_the_8_bit_base_is_chosen_where_it_was_measured_to_be_good_enough(monkey
     planner._choose.cache_clear()
     assert choose(auto, H100).run.method == "lora"
     monkeypatch.undo()
-    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"FP8"}))
     steptime.micro_batch.cache_clear()
     planner._choose.cache_clear()
     assert choose(auto, sized(10)).run.method == "qlora"
-    assert choose(auto, dataclasses.replace(limited, compute_capability=(8, 0))).run.method == "qlora"  # INT8, which was not measured
+    assert choose(auto, dataclasses.replace(limited, compute_capability=(8, 0))).run.method == "qlora"  # measured for FP8 alone here
     planner._choose.cache_clear()
 
 
