@@ -15,13 +15,16 @@ from qlora_tui.engine.models import Linear, ModelSpec
 from qlora_tui.engine.sizes import eight_bit, element_bytes, widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
-_QKV, _UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
+_QKV, GATED = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
 
 TILE = 4096
 """Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.operations`. A test compares them."""
 
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
+
+WIDEST_RANK = 64
+"""The highest rank that the gate's kernels add as they read; the same figure as in `fast.gate`."""
 
 WIDEST_HEAD = 256
 """The widest head that torch's flash kernel takes; it also wants a multiple of 8."""
@@ -35,6 +38,16 @@ def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
     plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa"
     covered = has_kernels(model.family, model.wrapper) and model.hidden_size <= WIDEST_ROW
     return run.fused_layers != "off" and kernels and plain and covered
+
+
+def gate_adds(run: RunConfig) -> bool:
+    """Say whether the gate's kernels add what adapters add to its products, so that it is not written and read by itself."""
+    return _rank(run) <= WIDEST_RANK
+
+
+def _rank(run: RunConfig) -> int:
+    """Return the rank of what is multiplied: PiSSA's start goes beside the adapter, in one product."""
+    return run.lora_r * (2 if run.init_lora_weights == "pissa" else 1)
 
 
 def has_scoreless(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
@@ -100,7 +113,7 @@ class FusedLayer:
 
     def mlp(self, tokens: int = 0) -> int:
         """Return what the MLP's two wide products of `tokens`, else of all, take with their low-rank parts: a kept layer keeps them."""
-        return (2 * self._inner() + self._low(*_UP)) * (tokens or self.tokens) // self.tokens
+        return (2 * self._inner() + self._low(*GATED)) * (tokens or self.tokens) // self.tokens
 
     def before_gradients(self) -> int:
         """Return what the first layer keeps less: where attention's products have no adapter, nothing before them needs a gradient."""
@@ -127,7 +140,7 @@ class FusedLayer:
         tokens = min(self.tokens, TILE)
         share = self.model.intermediate_size * tokens * self.width
         small = self._hidden() * tokens // self.tokens
-        mlp = max(2 * share + self._widened(*_UP) + small, 3 * share, share + self._widened("down_proj"))
+        mlp = max(2 * share + self._widened(*GATED) + small, 3 * share, share + self._widened("down_proj"))
         attention = self._hidden() + 2 * self._query() + 2 * self._keys()
         return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
 
@@ -143,24 +156,20 @@ class FusedLayer:
     def _down(self, tokens: int) -> int:
         """The inner product's gradient is made: beside the gradient that came and the one to be, the norm again and the third weight."""
         share = (self.model.hidden_size + self.model.intermediate_size) * tokens * self.width
-        return 2 * self._hidden() + share + self._turned(tokens, "down_proj") + self._adapters(*_UP, "down_proj")
+        return 2 * self._hidden() + share + self._turned(tokens, "down_proj") + self._adapters(*GATED, "down_proj")
 
     def _up(self, tokens: int) -> int:
         """The gradient of the MLP's input is made from both wide ones; those of the adapters wait, and what they were made from."""
-        names = (*_UP, "down_proj")
-        waiting = 2 * self._adapters(*names) + 2 * self._low(*_UP) * tokens // self.tokens
+        names = (*GATED, "down_proj")
+        waiting = 2 * self._adapters(*names) + 2 * self._low(*GATED) * tokens // self.tokens
         if tokens < self.tokens:  # they are added, in 32 bits, to those of the tiles before
-            waiting += 4 * self._adapters(*names) // self.width * self.run.lora_r // self._rank()
-        return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._turned(tokens, *_UP) + waiting
+            waiting += 4 * self._adapters(*names) // self.width * self.run.lora_r // _rank(self.run)
+        return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._turned(tokens, *GATED) + waiting
 
     def _adapters(self, *names: str) -> int:
         """Return the adapters of modules called `names` as they are multiplied."""
         parts = [part for part in self.model.targeted(self.run.lora_target_modules) if part.name in names]
-        return self.width * self._rank() * sum(part.inputs + part.outputs for part in parts)
-
-    def _rank(self) -> int:
-        """Return the rank of what is multiplied: PiSSA's start goes beside the adapter, in one product."""
-        return self.run.lora_r * (2 if self.run.init_lora_weights == "pissa" else 1)
+        return self.width * _rank(self.run) * sum(part.inputs + part.outputs for part in parts)
 
     def _sandwich(self) -> bool:
         return self.model.norms_per_layer > 2
@@ -179,7 +188,7 @@ class FusedLayer:
 
     def _low(self, *names: str) -> int:
         count = sum(part.name in names for part in self.model.targeted(self.run.lora_target_modules))
-        return self.tokens * self.width * self._rank() * count
+        return self.tokens * self.width * _rank(self.run) * count
 
     def _turned(self, tokens: int, *names: str) -> int:
         """Return what gradients of inputs of those called `names` take: the largest weight widened, or turned in FP8.

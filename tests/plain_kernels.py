@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tui.engine.fast import eightbit
+from qlora_tui.engine.fast.adapted import Part
 from qlora_tui.engine.fast.eightbit import Rows
 
 Activation = str
-WIDEST_ROW = 1 << 14
+Parts = tuple[Part | None, Part | None]
+WIDEST_ROW, WIDEST_RANK = 1 << 14, 64
 
 
 def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,18 +89,31 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, kind: Activation) -> torch.Tens
     return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
+def _completed(value: torch.Tensor, part: Part | None) -> torch.Tensor:
+    return value.float() if part is None else value.float() + part.scaling * (part.low_NR.float() @ part.b_OR.float().t())
+
+
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None)) -> torch.Tensor:
     out = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
     with _disable_current_modes(), torch.no_grad():
-        out.copy_(_gated(gate_NI.float(), up_NI.float(), kind))
+        out.copy_(_gated(_completed(gate_NI, parts[0]), _completed(up_NI, parts[1]), kind))
     return out
 
 
-def gated_backward_(grad_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> None:
+def gated_backward_(
+    grad_NI: torch.Tensor,
+    gate_NI: torch.Tensor,
+    up_NI: torch.Tensor,
+    kind: Activation,
+    parts: Parts = (None, None),
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
     with _disable_current_modes(), torch.enable_grad():
-        gate, up = (part.detach().float().requires_grad_() for part in (gate_NI, up_NI))
+        grad = grad_NI.float() if beside is None else grad_NI.float() + beside[0].float() @ beside[1].float()
+        whole = (_completed(part.detach(), added) for part, added in zip((gate_NI, up_NI), parts, strict=True))
+        gate, up = (part.detach().requires_grad_() for part in whole)
         product = _gated(gate, up, kind)
-        of_gate, of_up = torch.autograd.grad(product, (gate, up), grad_NI.float())
+        of_gate, of_up = torch.autograd.grad(product, (gate, up), grad)
     with _disable_current_modes(), torch.no_grad():
         for kept, result in ((grad_NI, product), (gate_NI, of_gate), (up_NI, of_up)):
             kept.detach().copy_(result.detach())

@@ -12,19 +12,17 @@ Shapes: N tokens, H hidden size, I inner width, A attention heads, D size of a h
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from qlora_tui.engine.fast.gate import tanh_of
 from qlora_tui.engine.fast.widths import warps
-
-Activation = Literal["silu", "gelu_tanh"]
 
 WIDEST_ROW = 1 << 14
 """A norm's row is held by one block of threads; hidden sizes above this go the plain way."""
-_TILE = 1024
 _VOCABULARY_TILE = 4096
 
 
@@ -95,74 +93,6 @@ def rms_norm_backward(
         OFFSET=offset, BESIDE=beside is not None, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _tanh(value):
-    small = tl.exp(-2.0 * tl.abs(value))  # never overflows
-    size = (1.0 - small) / (1.0 + small)
-    return tl.where(value < 0, -size, size)
-
-
-@triton.jit
-def _activation(value, GELU: tl.constexpr):
-    if GELU:
-        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-        result = 0.5 * value * (1.0 + _tanh(inner))
-    else:
-        result = value * tl.sigmoid(value)
-    return result
-
-
-@triton.jit
-def _slope(value, GELU: tl.constexpr):
-    if GELU:
-        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-        tanh = _tanh(inner)
-        result = 0.5 * (1.0 + tanh) + 0.5 * value * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * value * value)
-    else:
-        chance = tl.sigmoid(value)
-        result = chance * (1.0 + value * (1.0 - chance))
-    return result
-
-
-@triton.jit
-def _gated(gate, up, out, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    left = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + at, (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gated_backward(grad, gate, up, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    slope = tl.load(grad + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    left = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
-    active = _activation(left, GELU)
-    kind = grad.dtype.element_ty
-    tl.store(grad + row * width + at, (active * right).to(kind), mask=inside)
-    tl.store(gate + row * gate_stride + at, (slope * right * _slope(left, GELU)).to(kind), mask=inside)
-    tl.store(up + row * up_stride + at, (slope * active).to(kind), mask=inside)
-
-
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
-    """Return activation(gate) * up [N, I]; both may be halves of one tensor."""
-    number, width = gate_NI.shape
-    out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
-    strides = gate_NI.stride(0), up_NI.stride(0)
-    _gated[(number, triton.cdiv(width, _TILE))](gate_NI, up_NI, out, width, *strides, GELU=kind == "gelu_tanh", BLOCK=_TILE)
-    return out
-
-
-def gated_backward_(grad_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> None:
-    """Overwrite the product's gradient with the product, gate and up with their gradients: three tensors instead of six."""
-    rows, width = gate_NI.shape
-    grid = (rows, triton.cdiv(width, _TILE))
-    _gated_backward[grid](grad_NI, gate_NI, up_NI, width, gate_NI.stride(0), up_NI.stride(0), GELU=kind == "gelu_tanh", BLOCK=_TILE)
 
 
 @triton.jit(do_not_specialize=["rows"])  # else each length of a row would be compiled anew
@@ -311,7 +241,7 @@ def _cross_entropy(logits, labels, losses, size, cap, CAPPED: tl.constexpr, GRAD
         at = first + tl.arange(0, BLOCK)
         value = tl.load(start + at, mask=at < size, other=float("-inf")).to(tl.float32)
         if CAPPED:
-            value = tl.where(at < size, cap * _tanh(value / cap), float("-inf"))
+            value = tl.where(at < size, cap * tanh_of(value / cap), float("-inf"))
         higher = tl.maximum(most, tl.max(value))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(value - higher))
         most = higher
@@ -319,7 +249,7 @@ def _cross_entropy(logits, labels, losses, size, cap, CAPPED: tl.constexpr, GRAD
     label = tl.load(labels + row)
     chosen = tl.load(start + label).to(tl.float32)
     if CAPPED:
-        chosen = cap * _tanh(chosen / cap)
+        chosen = cap * tanh_of(chosen / cap)
     tl.store(losses + row, log_total - chosen)
     if GRADIENT:
         for first in range(0, size, BLOCK):
@@ -327,7 +257,7 @@ def _cross_entropy(logits, labels, losses, size, cap, CAPPED: tl.constexpr, GRAD
             value = tl.load(start + at, mask=at < size, other=0.0).to(tl.float32)
             slope = 1.0
             if CAPPED:
-                tanh = _tanh(value / cap)
+                tanh = tanh_of(value / cap)
                 value, slope = cap * tanh, 1.0 - tanh * tanh
             chance = tl.exp(value - log_total) - tl.where(at == label, 1.0, 0.0)
             tl.store(start + at, (chance * slope).to(logits.dtype.element_ty), mask=at < size)

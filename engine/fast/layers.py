@@ -27,7 +27,8 @@ from qlora_tui.engine.compat import CACHES
 from qlora_tui.engine.families import FAMILIES, Family
 from qlora_tui.engine.fast import softcap
 from qlora_tui.engine.fast.blocks import attend, window_of
-from qlora_tui.engine.fast.kernels import WIDEST_ROW, Activation
+from qlora_tui.engine.fast.gate import Activation
+from qlora_tui.engine.fast.kernels import WIDEST_ROW
 from qlora_tui.engine.fast.lora import ADAPTER
 from qlora_tui.engine.fast.operations import Norm, added_norm, gated_mlp, normed_heads, product, projections
 

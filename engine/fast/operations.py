@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from qlora_tui.engine.fast import adapted, base, kernels
-from qlora_tui.engine.fast.adapted import Adapter, Linear
-from qlora_tui.engine.fast.kernels import Activation
+from qlora_tui.engine.fast import adapted, base, gate, kernels
+from qlora_tui.engine.fast.adapted import Adapters, Linear, Part
+from qlora_tui.engine.fast.gate import Activation
 from qlora_tui.engine.fast.recompute import Pass, current_pass
 
 TILE = 4096
@@ -100,32 +100,29 @@ class _Projections(torch.autograd.Function):
     ) -> Any:
         x_NH = _flat(x)
         normed = norm.of(x_NH)
-        outs, lows = adapted.forward(normed, linears, adapted.joined_pairs(linears, pairs, x.dtype))
+        outs, low = adapted.forward(normed, Adapters(linears, pairs, x.dtype))
         del normed
         if angles is not None:
             for out, heads in zip(outs, turned, strict=True):
                 if heads:
                     kernels.turn_heads(_first(out, heads, size), *angles)
-        ctx.save_for_backward(x, *lows, *pairs)
+        ctx.save_for_backward(x, low, *pairs)
         ctx.rest = norm, linears, angles, turned, size
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         norm, linears, angles, turned, size = ctx.rest
-        x, *rest = ctx.saved_tensors
-        lows, pairs = rest[: len(linears)], rest[len(linears) :]
+        x, low, *pairs = ctx.saved_tensors
         grads_NO = [_flat(grad).contiguous() for grad in grads]
         if angles is not None:
             for grad, heads in zip(grads_NO, turned, strict=True):
                 if heads:
                     kernels.turn_heads_back_(_first(grad, heads, size), *angles)
-        x_NH = _flat(x)
-        grad_NI, found = adapted.backward(
-            grads_NO, norm.of(x_NH), linears, adapted.joined_pairs(linears, pairs, x.dtype), lows, wanted=ctx.needs_input_grad[0]
-        )
+        x_NH, adapters = _flat(x), Adapters(linears, pairs, x.dtype)
+        grad_NI, found = adapted.backward(grads_NO, norm.of(x_NH), adapters, low, wanted=ctx.needs_input_grad[0])
         grad_x = None if grad_NI is None else norm.back(grad_NI, x_NH).view(x.shape)
-        return grad_x, None, None, None, None, None, *adapted.of_trained(found, pairs)
+        return grad_x, None, None, None, None, None, *adapters.trained(found)
 
 
 def _first(x_NO: torch.Tensor, heads: int, size: int) -> torch.Tensor:
@@ -138,10 +135,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, linears: tuple[Linear, ...], *pairs: Any) -> torch.Tensor:
-        (out,), lows = adapted.forward(
-            _flat(x), linears, adapted.joined_pairs(linears, pairs, x.dtype), None if residual is None else _flat(residual)
-        )
-        ctx.save_for_backward(x, *lows, *pairs)
+        (out,), low = adapted.forward(_flat(x), Adapters(linears, pairs, x.dtype), None if residual is None else _flat(residual))
+        ctx.save_for_backward(x, low, *pairs)
         ctx.linears, ctx.has_residual = linears, residual is not None
         product: torch.Tensor = out.view(*x.shape[:-1], -1)
         return product
@@ -149,10 +144,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, low, *pairs = ctx.saved_tensors
-        adapters = adapted.joined_pairs(ctx.linears, pairs, x.dtype)
-        grad_NI, found = adapted.backward([_flat(grads[0])], _flat(x), ctx.linears, adapters, [low], wanted=ctx.needs_input_grad[0])
+        adapters = Adapters(ctx.linears, pairs, x.dtype)
+        grad_NI, found = adapted.backward([_flat(grads[0])], _flat(x), adapters, low, wanted=ctx.needs_input_grad[0])
         grad_x = None if grad_NI is None else grad_NI.view(x.shape)
-        return grad_x, grads[0] if ctx.has_residual else None, None, *adapted.of_trained(found, pairs)
+        return grad_x, grads[0] if ctx.has_residual else None, None, *adapters.trained(found)
 
 
 class _Mlp(torch.autograd.Function):
@@ -163,15 +158,16 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, norm: Norm, linears: tuple[Linear, ...], kind: Activation, residual: bool, keep: bool, *pairs: Any
     ) -> torch.Tensor:
         ctx.rest, kept = (norm, linears, kind, residual, keep), list[torch.Tensor | None]()
-        x_NH, adapters = _flat(x), adapted.joined_pairs(linears, pairs, x.dtype)
+        x_NH, (ups, down) = _flat(x), _up_and_down(linears, pairs, x.dtype)
         out = torch.empty_like(x_NH)
         # where it is computed again, nobody reads the output: what the backward pass needs is made there
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
-            normed = norm.of(x_NH[part])
-            made, lows = adapted.forward(normed, linears[:-1], adapters[:-1])
-            kept = [*made, *lows] if keep else []
-            del lows, normed
-            _gated_down(made, linears[-1], adapters[-1], kind, x_NH[part] if residual else None, out[part])
+            made, low = adapted.forward(norm.of(x_NH[part]), ups, added=not _gate_adds(ups, down))
+            kept = [*made, low] if keep else []
+            inner = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low))
+            made.clear()  # let go of as soon as they were read
+            adapted.forward(inner, down, x_NH[part] if residual else None, out[part])
+            del low, inner
         ctx.save_for_backward(x, *pairs, *kept)
         return out.view(x.shape)
 
@@ -180,68 +176,67 @@ class _Mlp(torch.autograd.Function):
         norm, linears, kind, residual, keep = ctx.rest
         x, *rest = ctx.saved_tensors
         pairs, kept = rest[: 2 * len(linears)], rest[2 * len(linears) :]
-        number = len(linears) - 1
         x_NH, grad_NH = _flat(x), _flat(grads[0]).contiguous()
         out, sums = torch.empty_like(x_NH), list[torch.Tensor | None]()
         for part in _tiles(len(x_NH), whole=keep):
-            made = (kept[:number], kept[number:]) if keep else None
-            grad_x, found = _back_through(
-                x_NH[part], grad_NH[part], norm, linears, adapted.joined_pairs(linears, pairs, x.dtype), kind, made
-            )
+            ups, down = _up_and_down(linears, pairs, x.dtype)
+            made = (list(kept[:-1]), kept[-1]) if keep else None
+            grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, ups, down, kind, made)
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
-            trained = adapted.of_trained(found, pairs)
-            sums = trained if not sums else [None if a is None or b is None else a.add_(b) for a, b in zip(sums, trained, strict=True)]
-            del grad_x, found, trained
-        return out.view(x.shape), None, None, None, None, None, *sums
+            sums = _summed(sums, found, (ups, down))
+            del grad_x, found
+        return out.view(x.shape), None, None, None, None, None, *ups.trained(sums[0]), *down.trained(sums[1])
 
 
-def _gated_down(
-    made: list[torch.Tensor],
-    down: Linear,
-    adapter: Adapter | None,
-    kind: Activation,
-    residual_NH: torch.Tensor | None,
-    out_NH: torch.Tensor,
-) -> None:
-    """Write the third product, of the gated two, which are let go of as soon as they were read."""
-    gate, up = _halves(made)
-    inner = kernels.gated(gate, up, kind)
-    del gate, up
-    made.clear()
-    low = None if adapter is None else inner @ adapter[0].t()
-    adapted.product(inner, down, adapter, low, residual_NH, out_NH)
+def _up_and_down(linears: Sequence[Linear], pairs: Sequence[Any], dtype: torch.dtype) -> tuple[Adapters, Adapters]:
+    """Return the adapters of an MLP's first products, which share their input, and of its last."""
+    return Adapters(linears[:-1], pairs[:-2], dtype), Adapters(linears[-1:], pairs[-2:], dtype)
+
+
+def _gate_adds(ups: Adapters, down: Adapters) -> bool:
+    """Say whether the gate's kernels add the adapters' parts as they read the products, which saves writing and reading those again."""
+    return max(*ups.ranks, *down.ranks) <= gate.WIDEST_RANK
+
+
+def _halves_of_parts(ups: Adapters, down: Adapters, low_NR: torch.Tensor | None) -> tuple[Part | None, Part | None]:
+    """Return what the gate's kernels add to gate and to up."""
+    parts = ups.parts(low_NR) if _gate_adds(ups, down) else [None] * len(ups.linears)
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    (part,) = parts
+    if part is None:
+        return None, None
+    half = len(part.b_OR) // 2
+    return part.outputs(slice(half)), part.outputs(slice(half, None))
+
+
+def _summed(
+    sums: list[torch.Tensor | None], found: Sequence[torch.Tensor | None], adapters: Sequence[Adapters]
+) -> list[torch.Tensor | None]:
+    """Return the gradients of one more tile added to those before, in the adapters' own type."""
+    if not sums:
+        return [None if grad is None else one.in_own_type(grad) for grad, one in zip(found, adapters, strict=True)]
+    return [None if total is None or grad is None else total.add_(grad) for total, grad in zip(sums, found, strict=True)]
 
 
 def _back_through(
-    x_NH: torch.Tensor,
-    grad_NH: torch.Tensor,
-    norm: Norm,
-    linears: Sequence[Linear],
-    adapters: Sequence[Adapter | None],
-    kind: Activation,
-    made: Any,
+    x_NH: torch.Tensor, grad_NH: torch.Tensor, norm: Norm, ups: Adapters, down: Adapters, kind: Activation, made: Any
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Return the gradient of an MLP's normed input, and those of its adapters; `made` are the two wide products, where they were kept."""
-    *ups, down = linears
-    *adapters, last = adapters
-    normed = norm.of(x_NH)
-    if made:
-        wide, lows = made
-    else:
-        wide, lows = adapted.forward(normed, ups, adapters)
-    inner = base.input_gradient(grad_NH, down.layer)
-    slope = None if last is None else (grad_NH @ last[1]).mul_(down.scaling)
-    if slope is not None and last is not None:
-        inner.addmm_(slope, last[0])
-    gate, up = _halves(wide)
-    kernels.gated_backward_(inner, gate, up, kind)  # the wide ones are their own gradients now, and inner is the product that was
-    of_down: list[torch.Tensor | None] = [None, None]
-    if slope is not None and last is not None:
-        of_down = [slope.t() @ inner, (grad_NH.t() @ (inner @ last[0].t())).mul_(down.scaling)]
+    normed, adds = norm.of(x_NH), _gate_adds(ups, down)
+    wide, low = made or adapted.forward(normed, ups, added=not adds)
+    inner = base.input_gradient(grad_NH, down.linears[0].layer)
+    slope = down.slopes([grad_NH])
+    if slope is not None and not adds:
+        inner.addmm_(slope, down.stacked)
+    beside = (slope, down.stacked) if slope is not None and adds else None
+    # the wide ones are their own gradients then, and inner is the product that was
+    gate.gated_backward_(inner, *_halves(wide), kind, _halves_of_parts(ups, down, low), beside)
+    of_down = down.gradients(slope, [grad_NH], inner, down.low(inner))
     del inner
-    grad_x, found = adapted.backward(wide, normed, ups, adapters, lows, wanted=True)
+    grad_x, found = adapted.backward(wide, normed, ups, low, wanted=True)
     assert grad_x is not None
-    return grad_x, [*found, *of_down]
+    return grad_x, [found, of_down]
 
 
 def _halves(ups: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

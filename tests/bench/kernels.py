@@ -97,9 +97,16 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
     yield "swiglu", "torch", 3 * one, lambda: functional.silu(gate) * up
     yield "swiglu_backward", "torch", 5 * one, backward(lambda leaf, other: functional.silu(leaf) * other, gate, dh, up)
     if mine:
+        from qlora_tui.engine.fast import gate as room
+        from qlora_tui.engine.fast.adapted import Part
+
         written = [part.clone() for part in (dh, gate, up)]  # it writes over what it is given; other numbers cost the same
-        yield "swiglu", "ours", 3 * one, lambda: mine.gated(gate, up, "silu")
-        yield "swiglu_backward", "ours", 6 * one, lambda: mine.gated_backward_(*written, "silu")
+        low, b = torch.randn_like(gate[:, :16]), torch.randn(inner, 16, device=device, dtype=torch.bfloat16)
+        parts, beside = (Part(low, b, 1.0), Part(low, b, 1.0)), (low, b.t().contiguous())
+        yield "swiglu", "ours", 3 * one, lambda: room.gated(gate, up, "silu")
+        yield "swiglu with adapters", "ours", 3 * one, lambda: room.gated(gate, up, "silu", parts)
+        yield "swiglu_backward", "ours", 6 * one, lambda: room.gated_backward_(*written, "silu")
+        yield "swiglu_backward with adapters", "ours", 6 * one, lambda: room.gated_backward_(*written, "silu", parts, beside)
     if liger(device):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 

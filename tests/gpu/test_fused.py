@@ -45,7 +45,8 @@ def test_widened_weights_are_those_of_bitsandbytes_to_the_bit(double: bool, kind
 
 
 def test_kernels_are_their_plain_twins() -> None:
-    from qlora_tui.engine.fast import kernels
+    from qlora_tui.engine.fast import gate, kernels
+    from qlora_tui.engine.fast.adapted import Part
 
     torch.manual_seed(0)
     x, weight, grad = made(300, 896), made(896), made(300, 896)
@@ -53,13 +54,17 @@ def test_kernels_are_their_plain_twins() -> None:
     cos, sin = angles.cos().repeat(1, 2).bfloat16(), angles.sin().repeat(1, 2).bfloat16()
     heads, logits, labels = made(300, 14, 128), made(37, 5000), torch.randint(0, 5000, (37,), device="cuda")
     results = []
+    parts = tuple(Part(made(300, 24)[:, 8:], made(896, 16), 0.5) for _ in range(2))
+    beside = made(300, 40), made(40, 896)
     for part in (kernels, plain_kernels):
+        gates = gate if part is kernels else plain_kernels
         found = [part.rms_norm(x, weight, 1e-6, 1.0, grad), part.rms_norm_backward(grad, x, weight, 1e-6, 0.0, x)]
         for kind in ("silu", "gelu_tanh"):
-            gate, up, slope = x.clone(), grad.clone(), x.flip(0).contiguous()
-            found.append(part.gated(gate, up, kind))
-            part.gated_backward_(slope, gate, up, kind)
-            found += [gate, up, slope]
+            for added, further in (((None, None), None), (parts, beside)):
+                left, right, slope = x.clone(), grad.clone(), x.flip(0).contiguous()
+                found.append(gates.gated(left, right, kind, added))
+                gates.gated_backward_(slope, left, right, kind, added, further)
+                found += [left, right, slope]
         turned, back = heads.clone(), heads.clone()
         found.append(part.turn_heads(turned, cos, sin))
         part.turn_heads_back_(back, cos, sin, heads, weight[:128], 1e-6, 1.0)

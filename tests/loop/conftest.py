@@ -24,14 +24,15 @@ def bits_can_be_compared(one_thread: None) -> None:
 @pytest.fixture
 def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse layers as on a card, with the kernels' plain twins; bfloat16 runs alone are fused, as there."""
-    for room in ("kernels", "widths"):
+    for room in ("kernels", "gate", "widths"):
         monkeypatch.setitem(sys.modules, f"qlora_tui.engine.fast.{room}", plain_kernels)
         monkeypatch.setattr(fast, room, plain_kernels, raising=False)
     monkeypatch.setattr(compiled, "why_not", lambda device: "")
     monkeypatch.setattr(Machine, "kernels", True)
     from qlora_tui.engine.fast import operations
 
-    monkeypatch.setattr(operations, "kernels", plain_kernels)
+    for room in ("kernels", "gate"):
+        monkeypatch.setattr(operations, room, plain_kernels)
 
 
 @pytest.fixture

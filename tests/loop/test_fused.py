@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loop_driver import drive
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tui.engine.events import Phase, Stepped
 from qlora_tui.engine.fast import eightbit
@@ -151,6 +152,32 @@ def test_gradients_in_fp8_are_nearer_to_16_bits_than_a_4_bit_base(
     same, closer = gradients(fused)
     assert torch.equal(same, ours)  # forward products are in 16 bits either way
     assert 0 < apart(found, closer) < 0.5 * apart(rougher, expected)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what would start kernels: every operation but views and memory; the plain twins' inside is out of its sight."""
+
+    started = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.started += not func.is_view and "empty" not in str(func) and "detach" not in str(func)
+        return found
+
+
+def test_a_layer_starts_few_kernels(tmp_path: Path, small_tiles: None) -> None:
+    """Each costs two microseconds of a card and ten to fifty of its host; adapters of one input go together."""
+    write(tmp_path, "llama")
+    loaded = loaded_from(tmp_path, fused=True)
+    counts = []
+    for recomputed in (0, len(loaded.decoder.layers)):  # type: ignore[arg-type]
+        recompute(loaded.decoder.layers, recomputed, dropout=False)  # type: ignore[arg-type]
+        gradients(loaded)
+        with Counted() as counted:
+            loaded.hidden(IDS).sum().backward()
+        counts.append(counted.started / len(loaded.decoder.layers))  # type: ignore[arg-type]
+    assert counts[0] <= 85
+    assert counts[1] <= 160  # with its MLP in tiles of five tokens
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

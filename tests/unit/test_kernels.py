@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from qlora_tui.engine.fast import eightbit
+from qlora_tui.engine.fast.adapted import Part
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 3e-5}
@@ -30,6 +31,11 @@ def kernels() -> ModuleType:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is a card")
     return importlib.import_module("qlora_tui.engine.fast.kernels")
+
+
+@pytest.fixture
+def gate(kernels: ModuleType) -> ModuleType:
+    return importlib.import_module("qlora_tui.engine.fast.gate")
 
 
 @pytest.fixture
@@ -123,20 +129,37 @@ def test_norm(kernels: ModuleType, offset: float, beside: bool, width: int) -> N
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+def parts_of(ranks: tuple[int, int], number: int, width: int) -> tuple[Any, tuple[torch.Tensor, torch.Tensor]]:
+    """What adapters of gate and up add, whose low-rank sides lie beside each other, and a slope with its A."""
+    lows = torch.randn(number, sum(ranks)).split(ranks, dim=1)
+    made = [Part(low, torch.randn(width, rank), 0.5) if rank else None for low, rank in zip(lows, ranks, strict=True)]
+    rank = max(ranks)
+    return tuple(made), (torch.randn(number, rank), torch.randn(rank, width))
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "halves of one"])
-def test_gate(kernels: ModuleType, kind: str, joined: bool) -> None:
-    both = torch.randn(4, 2 * 1030) * 4
-    grad = torch.randn(4, 1030)
+@pytest.mark.parametrize("ranks", [(0, 0), (1, 1), (8, 0), (0, 16), (40, 16), (64, 64)], ids=str)
+def test_gate(gate: ModuleType, kind: str, joined: bool, ranks: tuple[int, int]) -> None:
+    both = torch.randn(37, 2 * 190)
+    grad = torch.randn(37, 190)
+    parts, beside = parts_of(ranks, 37, 190)
     made = []
-    for part in (kernels, plain_kernels):
-        gate, up = both.clone().chunk(2, dim=1) if joined else (half.contiguous() for half in both.clone().chunk(2, dim=1))
-        product, slope = part.gated(gate, up, kind), grad.clone()
-        part.gated_backward_(slope, gate, up, kind)
+    for room in (gate, plain_kernels):
+        left, right = both.clone().chunk(2, dim=1) if joined else (half.contiguous() for half in both.clone().chunk(2, dim=1))
+        product, slope = room.gated(left, right, kind, parts), grad.clone()
+        room.gated_backward_(slope, left, right, kind, parts, beside if max(ranks) else None)
         torch.testing.assert_close(slope, product, **CLOSE)  # the gradient's place holds the product
-        made.append((product, gate, up))
+        made.append((product, left, right))
     for ours, theirs in zip(*made, strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_a_gate_completes_what_it_reads(gate: ModuleType) -> None:
+    left, right = torch.randn(5, 40), torch.randn(5, 40)
+    (one, other), _ = parts_of((8, 16), 5, 40)
+    whole = [half + part.scaling * part.low_NR @ part.b_OR.t() for half, part in ((left, one), (right, other))]
+    torch.testing.assert_close(gate.gated(left, right, "silu", (one, other)), gate.gated(*whole, "silu"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "turned"), [(24, 24), (24, 16), (64, 64)])

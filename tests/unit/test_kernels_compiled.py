@@ -13,7 +13,10 @@ import pytest
 
 BF16, F32, FP8, BYTES, INT = "*bf16", "*fp32", "*fp8e4nv", "*i8", "i32"
 NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "width": INT, "epsilon": "fp32"}
-GATE = {"grad": BF16, "gate": BF16, "up": BF16, "out": BF16, "width": INT, "gate_stride": INT, "up_stride": INT}
+GATE = dict.fromkeys(("grad", "gate", "up", "out", "low_gate", "b_gate", "low_up", "b_up", "slope", "a"), BF16)
+GATE |= dict.fromkeys(("rank", "rank_gate", "rank_up", "number", "width", "gate_stride", "up_stride", "low_stride"), INT)
+GATE |= {"scaling_gate": "fp32", "scaling_up": "fp32"}
+PARTS, PLAIN = {"GATE": True, "UP": True, "ROWS": 32, "BLOCK": 128}, {"GATE": False, "UP": False, "RANK": 16, "ROWS": 32, "BLOCK": 128}
 HEADS = {**NORM, "cos": BF16, "sin": BF16, "heads": INT, "size": INT, "stride": INT, "half": INT, "rows": INT}
 ROWS = {"held": FP8, "scales": F32}
 WIDEN = {"packed": "*u8", "scale_codes": F32, "scales2": F32, "offset": F32, "codes": F32, "out": BF16, "size": INT}
@@ -25,9 +28,11 @@ CASES: list[Case] = [
     ("_widen", {**WIDEN, "scales": F32}, {"HALF": 32, "GROUP": 0, "BYTES": 1024}),
     ("_norm", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
     ("_norm_backward", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
-    ("_gated", GATE, {"GELU": True, "BLOCK": 1024}),
-    ("_gated_backward", GATE, {"GELU": False, "BLOCK": 1024}),
-    ("_gated_backward", GATE, {"GELU": True, "BLOCK": 1024}),
+    ("_gated", GATE, {"GELU": True, **PLAIN}),
+    ("_gated", GATE, {"GELU": False, "RANK": 64, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": True, "DOWN": False, **PLAIN}),
+    ("_gated_backward", GATE, {"GELU": True, "DOWN": True, "RANK": 16, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": False, "DOWN": True, "RANK": 64, **PARTS}),
     ("_heads", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_heads_backward", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_cross_entropy", LOSS, {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}),
@@ -42,10 +47,10 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qlora_tui.engine.fast import kernels, widths
+    from qlora_tui.engine.fast import gate, kernels, widths
 
-    found = {name: part for room in (kernels, widths) for name, part in vars(room).items() if isinstance(part, triton.JITFunction)}
-    written = "".join(inspect.getsource(room) for room in (kernels, widths))
+    found = {name: part for room in (kernels, gate, widths) for name, part in vars(room).items() if isinstance(part, triton.JITFunction)}
+    written = "".join(inspect.getsource(room) for room in (kernels, gate, widths))
     assert {name for name in found if f"{name}[" in written} == {name for name, _, _ in CASES}  # all that are launched
     for name, types, constants in CASES:
         arguments = found[name].arg_names
