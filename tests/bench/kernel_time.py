@@ -46,7 +46,7 @@ def grouped(kernels: Iterable[tuple[str, float, float]], wall: float) -> dict[st
         names[name] = names.get(name, 0.0) + (end - start) / 1e3
     ran = busy((start, end) for _, start, end in known) / 1e3
     unknown = sorted((name for name in names if kind_of(name) == "other"), key=lambda name: -names[name])
-    top = sorted(names, key=lambda name: -names[name])[:12]
+    top = sorted(names, key=lambda name: -names[name])[:24]
     return {
         "wall": wall,
         "kinds": kinds | {"idle (launch)": wall - ran},

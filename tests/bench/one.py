@@ -143,7 +143,7 @@ def run_of(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> Any
     """Return the settings of ours; nothing is held out or saved on the way, so that a step is a step."""
     from qlora_tui.engine.spec import from_values
 
-    layers = {"full": "true", "none": "false", "auto": "auto"}[case.setting]
+    layers = {"full": "true", "offloaded": "true", "none": "false", "auto": "auto"}[case.setting]
     free = case.setting == "auto" and case.rows > 1  # the planner chooses rows at once too; `accumulation` is then the rows of a step
     steps = case.warm + case.steps
     return from_values(
@@ -163,6 +163,7 @@ def run_of(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> Any
             "per_device_train_batch_size": 0 if free else case.at_once,
             "gradient_accumulation_steps": case.rows if free else -(-case.rows // case.at_once),
             "gradient_checkpointing": layers,
+            "offload_checkpoints": "on" if case.setting == "offloaded" else "auto",
             "memory_limit_gib": 0.0 if cpu else case.limit,
             "max_steps": steps,
             "num_train_epochs": 1.0,

@@ -204,7 +204,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print a file of results as Markdown, and measure nothing")
     parser.add_argument("--only", default="", help="backends, with commas; empty: all")
-    parser.add_argument("--settings", default="", help="full, none, auto (the planner's choice), with commas; empty: all")
+    parser.add_argument("--settings", default="", help="full, offloaded, none, auto (the planner's choice), with commas; empty: all")
     parser.add_argument("--limit", type=float, default=0.0, help="GiB that a process may use; 0: all")
     parser.add_argument("--seconds", type=float, default=500.0, help="no case begins after so many")
     parser.add_argument("--each", type=float, default=330.0, help="seconds that a process may take")

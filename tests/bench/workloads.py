@@ -17,7 +17,8 @@ MEDIAN, SIGMA, SHORTEST = 350, 0.8, 16
 IDS = 256
 """Token ids are below this: all are known to the byte-level tokenizer, and an id costs what any other costs."""
 GIB = 2**30
-OURS = ("full", "none", "auto")
+OURS = ("full", "offloaded", "none", "auto")
+"""What ours recomputes; `offloaded`: everything, from inputs in pinned RAM, as the fastest peer does."""
 PEERS = {"plain": "full", "plain-lean": "full", "liger": "full", "liger-nogc": "none", "unsloth": "full", "unsloth-nogc": "none"}
 """Each peer and what of its activations it recomputes."""
 NEEDS = {"plain": "peft", "plain-lean": "peft", "liger": "liger_kernel", "unsloth": "unsloth"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.bench import base_gate
 from tests.bench.kernel_time import busy, grouped, kind_of
 from tests.bench.step import Bench, options_of, read, table
-from tests.bench.workloads import GIB, WORKLOADS, Case, bins, cases, flops, lengths, longest, next_try, rows
+from tests.bench.workloads import GIB, OURS, WORKLOADS, Case, bins, cases, flops, lengths, longest, next_try, rows
 
 RAGGED = dataclasses.replace(WORKLOADS["b"][0], steps=1000, warm=0)
 LLAMA8 = {
@@ -79,7 +79,7 @@ def test_the_work_of_a_step_is_that_of_the_shape() -> None:
 
 def test_a_workload_is_ours_in_each_setting_and_every_peer_at_its_best() -> None:
     found = cases("b", only=(), settings=(), limit=24.0, method="lora-8bit", profile=False, tiny=False)
-    assert [case.setting for case in found if case.backend == "ours"] == ["full", "full", "none", "none", "auto", "auto"]
+    assert [case.setting for case in found if case.backend == "ours"] == [name for name in OURS for _ in range(2)]
     assert {case.packing for case in found if case.backend == "unsloth"} == {"padded", "packed"}
     assert {(case.backend == "ours", case.method) for case in found} == {(True, "lora-8bit"), (False, "qlora")}
     assert {case.limit for case in found} == {24.0}
