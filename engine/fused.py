@@ -23,9 +23,6 @@ TILE = 4096
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
 
-WIDEST_RANK = 64
-"""The highest rank that the gate's kernels add as they read; the same figure as in `fast.gate`."""
-
 WIDEST_HEAD = 256
 """The widest head that torch's flash kernel takes; it also wants a multiple of 8."""
 
@@ -38,11 +35,6 @@ def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
     plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa"
     covered = has_kernels(model.family, model.wrapper) and model.hidden_size <= WIDEST_ROW
     return run.fused_layers != "off" and kernels and plain and covered
-
-
-def gate_adds(run: RunConfig) -> bool:
-    """Say whether the gate's kernels add what adapters add to its products, so that it is not written and read by itself."""
-    return _rank(run) <= WIDEST_RANK
 
 
 def _rank(run: RunConfig) -> int:

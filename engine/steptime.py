@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import GATED, fp8_gradients, fused_layers, gate_adds
+from qlora_tui.engine.fused import fp8_gradients, fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -185,13 +185,11 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False
     backward, and its 4-bit base is widened in three steps (in one where its constants are plain).
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
-    if fused:  # counted from `fast.layers`: adapters of one input are cast, and their gradients, at once
+    if fused:  # counted from `fast.layers`
         products = (2 if four_bit(model, run) or eight_bit(model, run) else 1) * len(parts)
         turned = 5 * len(parts) if fp8 else products  # a gradient is quantized, a weight turned, and sums are added up
-        inputs, inside = len({_SHARED.get(part.name, part.name) for part in targeted}), gate_adds(run)
-        added = sum(not (inside and part.name in GATED) for part in targeted)
-        there = 12 + model.norms_per_layer + products + 3 * inputs + added + 2 * model.qk_norm
-        back = 20 + 2 * model.norms_per_layer + turned + 4 * len(targeted) + 5 * inputs + 2 * model.qk_norm
+        there = 15 + model.norms_per_layer + products + 3 * len(targeted) + 2 * model.qk_norm
+        back = 25 + model.norms_per_layer + turned + 10 * len(targeted) + 2 * model.qk_norm
         return round(there if model.norms_per_layer > 2 else 0.75 * there), there + back
     widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
     forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
@@ -257,14 +255,12 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) ->
     """Return the same of fused layers: each kernel reads and writes once, and low-rank products read what they share once."""
     targeted = model.targeted(run.lora_target_modules)
     hidden, inner, turned = model.hidden_size, model.intermediate_size, 2 * (model.query_size + model.key_value_size)
-    outputs, inside = sum(part.outputs for part in targeted), gate_adds(run)
-    added = outputs - sum(part.outputs for part in targeted if inside and part.name in GATED)
-    summed = 2 * inner * (inside and any(part.name == "down_proj" for part in targeted))  # the gate's kernel does that as well
+    outputs = sum(part.outputs for part in targeted)
     inputs = sum({_SHARED.get(part.name, part.name): part.inputs for part in targeted}.values())
     sandwich = model.norms_per_layer > 2
     turned *= 2 if model.qk_norm else 1
-    forward = 8 * hidden + 6 * hidden * sandwich + 2 * added + inputs + turned + 3 * inner
-    backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * inputs - summed + turned + 6 * inner
+    forward = 8 * hidden + 6 * hidden * sandwich + 2 * outputs + inputs + turned + 3 * inner
+    backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * inputs + turned + 6 * inner
     return width * forward, width * backward
 
 

@@ -51,7 +51,8 @@ def test_outputs_and_gradients_are_as_close_to_32_bits_as_whole_scores(size: int
         return (out, *torch.autograd.grad(out, copies, slope.to(dtype)))
 
     for mine, rough, exact in zip(found, whole(torch.bfloat16), whole(torch.float32), strict=True):
-        assert (mine - exact).norm() < 1.25 * (rough - exact).norm() + 1e-3 * exact.norm()
+        nothing = 1e-5 * math.sqrt(exact.numel())  # a token that sees itself alone has no gradient of its score: what is left is rounding
+        assert (mine - exact).norm() < 1.25 * (rough - exact).norm() + 1e-3 * exact.norm() + nothing
 
 
 def test_a_change_in_one_row_leaves_the_others_bitwise_alone(size: int) -> None:

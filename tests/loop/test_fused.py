@@ -176,8 +176,8 @@ def test_a_layer_starts_few_kernels(tmp_path: Path, small_tiles: None) -> None:
         with Counted() as counted:
             loaded.hidden(IDS).sum().backward()
         counts.append(counted.started / len(loaded.decoder.layers))  # type: ignore[arg-type]
-    assert counts[0] <= 85
-    assert counts[1] <= 160  # with its MLP in tiles of five tokens
+    assert counts[0] <= 90
+    assert counts[1] <= 170  # with its MLP in tiles of five tokens
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -308,11 +308,9 @@ def test_what_is_said_of_kernels_without_torch_is_what_they_are(small_tiles: Non
 
     assert set(layers.FORMS) == {name for name, family in FAMILIES.items() if family.kernels}
     assert fused.WIDEST_ROW == plain_kernels.WIDEST_ROW
-    assert fused.WIDEST_RANK == plain_kernels.WIDEST_RANK
 
 
 def test_tiles_are_as_long_as_the_budget_says() -> None:
     source = Path(fused.__file__).parent / "fast"
     assert f"TILE = {fused.TILE}\n" in (source / "operations.py").read_text()
-    assert f"WIDEST_RANK = {fused.WIDEST_RANK}\n" in (source / "gate.py").read_text()
     assert f"WIDEST_ROW = 1 << {fused.WIDEST_ROW.bit_length() - 1}\n" in (source / "kernels.py").read_text()
