@@ -191,7 +191,7 @@ class RunConfig:
         choices=("auto", "off"),
     )
     packing: str = _key(
-        "off",
+        "auto",
         "memory",
         "Lay rows of a batch end to end instead of padding them: on, off, or auto: with fused layers, where padding would cost over 2 %.",
         choices=("auto", "on", "off"),

@@ -21,7 +21,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 WIDEST_RANK = 64
 """Adapters of a higher rank are added by a product of their own: a program has no room for more."""
-_ROWS, _BLOCK = 32, 128  # of the tile that a program takes
+_ROWS, _BLOCK = 32, 64  # of the tile that a program takes: with more, registers leave room for two programs on a processor of an H100
 
 
 @triton.jit

@@ -6,13 +6,31 @@ from collections.abc import Iterable
 from typing import Any
 
 KINDS = (
-    ("dequantization", ("dequant", "kgetcode", "nf4")),
+    ("dequantization", ("dequant", "kgetcode", "nf4", "_widen", "_scaled", "_turn")),
+    ("gradients to 8 bits", ("_quantize",)),
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated", "sdp")),
-    ("optimizer", ("optimizer", "adam", "l2norm", "multi_tensor", "_foreach", "koptimizer")),
+    ("optimizer", ("optimizer", "adam", "l2norm", "koptimizer")),
     ("matmul", ("gemm", "nvjet", "cutlass", "xmma", "matmul", "cublas", "addmm", "::mm", "::bmm", "splitk", "linear")),
     (
         "elementwise and norm",
-        ("elementwise", "vectorized", "reduce", "norm", "softmax", "silu", "swiglu", "rotate", "rope", "cat", "triton"),
+        (
+            "elementwise",
+            "vectorized",
+            "reduce",
+            "norm",
+            "softmax",
+            "silu",
+            "swiglu",
+            "rotate",
+            "rope",
+            "cat",
+            "copy",
+            "memcpy",
+            "_gated",
+            "_heads",
+            "_cross_entropy",
+            "triton",
+        ),
     ),
 )
 """Kinds by a piece of the kernel's name, in lower case, the first that fits; what fits none is `other`."""

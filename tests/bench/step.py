@@ -165,7 +165,8 @@ def table(lines: list[Line]) -> str:
 def row_of(line: Line) -> str:
     """Return one result as a row of the table."""
     limit = f"{line['limit']:g} GiB" if line["limit"] else ""
-    backend = f"{line['backend']} {line['packing']}".strip()
+    held = "" if line.get("method", "qlora") == "qlora" else line["method"]
+    backend = " ".join(filter(None, (line["backend"], line["packing"], held)))
     cells = [line["workload"], backend, line["setting"], limit, f"{line['length']:,}"]
     if "out_of_memory" in line:
         return "| " + " | ".join([*cells, "out of memory", *[""] * 6]) + " |"
