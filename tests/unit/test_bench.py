@@ -189,12 +189,14 @@ def test_kernels_find_their_kind_and_the_rest_is_idle() -> None:
     assert kind_of("void at::native::vectorized_elementwise_kernel") == "elementwise and norm"
     assert kind_of("void kOptimizerStatic8bit2StateBlockwise") == "optimizer"
     assert kind_of("void kPreconditionOptimizer") == "optimizer"
-    found = grouped([("nvjet_x", 0.0, 4000.0), ("flash_bwd", 5000.0, 6000.0), ("memcpy32_post", 5500.0, 6500.0)], wall=10.0)
+    assert kind_of("_widen") == kind_of("_turn") == "dequantization"
+    assert kind_of("_gated_backward") == kind_of("memcpy128") == "elementwise and norm"
+    found = grouped([("nvjet_x", 0.0, 4000.0), ("flash_bwd", 5000.0, 6000.0), ("spin32_post", 5500.0, 6500.0)], wall=10.0)
     assert found["kinds"]["matmul"] == 4.0
     assert found["kinds"]["attention"] == 1.0
     assert found["kinds"]["other"] == 1.0
     assert found["kinds"]["idle (launch)"] == pytest.approx(10.0 - 5.5)
-    assert list(found["unknown"]) == ["memcpy32_post"]
+    assert list(found["unknown"]) == ["spin32_post"]
 
 
 def gate_lines(**found: list[float]) -> list[dict[str, Any]]:
