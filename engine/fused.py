@@ -105,7 +105,7 @@ class FusedLayer:
 
     def mlp(self, tokens: int = 0) -> int:
         """Return what the MLP's two wide products of `tokens`, else of all, take with their low-rank parts: a kept layer keeps them."""
-        return (2 * self._inner() + self._low(*GATED)) * (tokens or self.tokens) // self.tokens
+        return (2 * self._inner() + self._low(*GATED, "down_proj")) * (tokens or self.tokens) // self.tokens
 
     def before_gradients(self) -> int:
         """Return what the first layer keeps less: where attention's products have no adapter, nothing before them needs a gradient."""

@@ -166,7 +166,8 @@ class _Mlp(torch.autograd.Function):
             kept = [*made, low] if keep else []
             inner = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low))
             made.clear()  # let go of as soon as they were read
-            adapted.forward(inner, down, x_NH[part] if residual else None, out[part])
+            _, low = adapted.forward(inner, down, x_NH[part] if residual else None, out[part])
+            kept += [low] if keep else []
             del low, inner
         ctx.save_for_backward(x, *pairs, *kept)
         return out.view(x.shape)
@@ -180,7 +181,7 @@ class _Mlp(torch.autograd.Function):
         out, sums = torch.empty_like(x_NH), list[torch.Tensor | None]()
         for part in _tiles(len(x_NH), whole=keep):
             ups, down = _up_and_down(linears, pairs, x.dtype)
-            made = (list(kept[:-1]), kept[-1]) if keep else None
+            made = (list(kept[:-2]), *kept[-2:]) if keep else None
             grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, ups, down, kind, made)
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
             sums = _summed(sums, found, (ups, down))
@@ -222,9 +223,12 @@ def _summed(
 def _back_through(
     x_NH: torch.Tensor, grad_NH: torch.Tensor, norm: Norm, ups: Adapters, down: Adapters, kind: Activation, made: Any
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Return the gradient of an MLP's normed input, and those of its adapters; `made` are the two wide products, where they were kept."""
+    """Return the gradient of an MLP's normed input, and those of its adapters.
+
+    `made` are the two wide products, and what adapters made of its input and of the gated product, where they were kept.
+    """
     normed, adds = norm.of(x_NH), _gate_adds(ups, down)
-    wide, low = made or adapted.forward(normed, ups, added=not adds)
+    wide, low, low_down = made or (*adapted.forward(normed, ups, added=not adds), None)
     inner = base.input_gradient(grad_NH, down.linears[0].layer)
     slope = down.slopes([grad_NH])
     if slope is not None and not adds:
@@ -232,7 +236,7 @@ def _back_through(
     beside = (slope, down.stacked) if slope is not None and adds else None
     # the wide ones are their own gradients then, and inner is the product that was
     gate.gated_backward_(inner, *_halves(wide), kind, _halves_of_parts(ups, down, low), beside)
-    of_down = down.gradients(slope, [grad_NH], inner, down.low(inner))
+    of_down = down.gradients(slope, [grad_NH], inner, low_down if made else down.low(inner))
     del inner
     grad_x, found = adapted.backward(wide, normed, ups, low, wanted=True)
     assert grad_x is not None
