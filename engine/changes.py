@@ -61,6 +61,7 @@ class Asked:
         self.recomputed = checkpointed_layers(model, run)
         self.length = min(run.max_length, longest or run.max_length)
         self.timed = machine if seconds_per_token(model, run, machine) is not None else find_card(_STAND_IN)
+        self._kept = bisect_right(lengths, run.max_length)
         self.seconds = self._seconds(model, run)
 
     @property
@@ -91,11 +92,11 @@ class Asked:
         return self.need(values) <= self.now.machine.free_bytes
 
     def factor(self, values: Mapping[str, Value], model: ModelSpec | None = None) -> float:
-        """Return how much longer training takes after a change: all rows that are kept, or a token where lengths are not known."""
+        """Return how much longer training takes after a change: all rows that are kept, or a token where none is, or none is known."""
         return self._seconds(model or self.model, _with(self.run, values)) / self.seconds
 
     def _seconds(self, model: ModelSpec, run: RunConfig) -> float:
-        kept = bisect_right(self.lengths, run.max_length)
+        kept = bisect_right(self.lengths, run.max_length) if self._kept else 0
         if not kept:
             return seconds_per_token(model, run, self.timed) or 1.0
         tokens = self.tokens[kept - 1]

@@ -120,7 +120,12 @@ class Lengths:
 
 
 def guess(rows: Sequence[Row], most: int = MOST_ROWS) -> Lengths:
-    """Return lengths of at most `most` rows, guessed from the number of characters."""
+    """Return lengths of at most `most` rows, guessed from the number of characters; counted where all were tokenized elsewhere."""
+    ids = [row.chat.ids for row in _spread(rows, most) if row.chat.ids is not None]
+    if ids and len(ids) == min(len(rows), most):
+        counted = sorted((len(tokens), trained.index(1) if 1 in trained else -1) for tokens, trained in ids)
+        every, first = (tuple(part) for part in zip(*counted, strict=True))
+        return Lengths(every, measured=True, whole=len(rows) <= most, first=first, trained=sum(sum(trained) for _, trained in ids))
     found = [(row, _guessed(row)) for row in _spread(rows, most)]
     chats = [length for row, length in found if _answers(row) > 1]
     turns = _turns(_spread(rows, most), None)
@@ -222,8 +227,10 @@ def _spread(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def _guessed(row: Row) -> int:
+    if row.chat.ids is not None:
+        return len(row.chat.ids[0])
     characters = sum(len(turn.content) for turn in row.chat.turns)
-    return int(characters / _CHARACTERS_A_TOKEN) + _ROW_OVERHEAD * len(row.chat.turns)
+    return max(1, int(characters / _CHARACTERS_A_TOKEN) + _ROW_OVERHEAD * len(row.chat.turns))
 
 
 def split_rows(run: RunConfig, rows: int, measured: int | None = None) -> tuple[int, int]:

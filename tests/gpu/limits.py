@@ -122,6 +122,7 @@ def told(ran: Ran) -> dict[str, Any]:
         "choices": dict(plan.choices),
         "why": plan.why,
         "peaks": {event.name: event.peak_bytes for event in ran.of(Phase) if event.state == "end" and event.peak_bytes},
+        "took": {event.name: round(event.seconds, 1) for event in ran.of(Phase) if event.state == "end" and event.seconds},
         "findings": [finding.message for finding in ran.of(Finding)],
         "leaner": [finding.message for finding in ran.of(Finding) if finding.detector == "memory"],
     }

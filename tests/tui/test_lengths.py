@@ -41,6 +41,15 @@ def test_without_a_tokenizer_the_guess_stays(run, tmp_path):
     assert "tokenizer" in empty.lengths.notes[0]
 
 
+def test_rows_that_are_token_ids_are_counted_without_a_tokenizer(run, write_jsonl):
+    rows = [{"input_ids": [1] * n, "labels": [-100] * 2 + [1] * (n - 2)} for n in (3, 9, 5)]
+    named = replace(run, model_name_or_path="nobody/nothing", data=(str(write_jsonl(rows, "ids.jsonl")),), data_format="tokenized")
+    lengths = Desk().look_at_data(named).lengths
+    assert (lengths.tokens, lengths.first, lengths.trained) == ((3, 5, 9), (2, 2, 2), 11)
+    assert lengths.measured
+    assert lengths.whole
+
+
 def test_rows_that_are_cut_or_split_are_counted_and_those_that_are_dropped_are_not(run):
     lengths = Lengths((10, 20, 30, 4000), measured=True, whole=True, refused=((5, "why"),))
     kept, cut = (used_rows(replace(run, max_length=100, too_long=way), lengths, 100) for way in ("drop", "cut"))

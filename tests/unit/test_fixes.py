@@ -294,6 +294,11 @@ def test_where_long_rows_are_cut_a_longer_limit_keeps_more_of_them_whole():
     assert longer.quality == "keeps 20 % more of your rows whole"
 
 
+def test_where_every_row_is_too_long_a_longer_limit_is_compared_by_the_token():
+    longer = of(tips(LLAMA, dataclasses.replace(USUAL, max_length=256), H100, lengths=(300,) * 100), "max_length")
+    assert longer.time_factor < 2
+
+
 @pytest.fixture
 def measured_fp8(monkeypatch):
     monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"FP8"}))
