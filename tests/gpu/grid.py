@@ -1,12 +1,13 @@
 """Measured against predicted on a grid of configurations: peaks by phase and seconds a step.
 
-usage: grid.py run OUT.jsonl [--cpu] [--only TEXT,TEXT] [--seconds N]   a JSON line a configuration, appended
-       grid.py table OUT.jsonl                                          the lines as a Markdown table, with median and worst error
+usage: grid.py run OUT.jsonl [--cpu] [--only TEXT,TEXT] [--part I/N] [--seconds N]   a JSON line a configuration, appended
+       grid.py table OUT.jsonl                   the lines as a Markdown table, with median and worst error
 
 Each configuration runs in a process of its own, as people's runs do: what earlier ones leave on a card (libraries' workspaces, cached
 blocks) would be measured as its own. The processes are forked from one that has imported torch and transformers, which takes most of
 a start, and has not asked CUDA. A configuration that would begin after N seconds is named and left out, and runs when the
-command is given again. `--only` takes those whose name has one of the texts. `--cpu` runs the same code on tiny shapes: it proves
+command is given again. `--only` takes those whose name has one of the texts, `--part 1/4` the first
+of every four: so four cards of one host, each named by `CUDA_VISIBLE_DEVICES`, share the work. `--cpu` runs the same code on tiny shapes: it proves
 the script and measures nothing of interest. Predictions are the formulas' own: what earlier configurations taught is forgotten, but
 for the speed of the card's pieces.
 """
@@ -189,13 +190,15 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--part", default="1/1")
     parser.add_argument("--seconds", type=float, default=520.0)
     options = parser.parse_args()
     if options.what == "table":
         print(table(read(options.out)))
         return 0
     wanted = options.only.lower().split(",")
-    cases = [case for case in CASES if any(text in case.name.lower() for text in wanted)]
+    part, parts = map(int, options.part.split("/"))
+    cases = [case for case in CASES if any(text in case.name.lower() for text in wanted)][part - 1 :: parts]
     return min(1, run_all(options.out, cases, cpu=options.cpu, seconds=options.seconds))
 
 
