@@ -179,8 +179,8 @@ class _Mlp(torch.autograd.Function):
         pairs, kept = rest[: 2 * len(linears)], rest[2 * len(linears) :]
         x_NH, grad_NH = _flat(x), _flat(grads[0]).contiguous()
         out, sums = torch.empty_like(x_NH), list[torch.Tensor | None]()
+        ups, down = _up_and_down(linears, pairs, x.dtype)
         for part in _tiles(len(x_NH), whole=keep):
-            ups, down = _up_and_down(linears, pairs, x.dtype)
             made = (list(kept[:-2]), *kept[-2:]) if keep else None
             grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, ups, down, kind, made)
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
