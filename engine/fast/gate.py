@@ -68,7 +68,7 @@ def _completed(value, low, low_stride, b, scaling, rows, at, number, width, rank
     return value + scaling * tl.dot(low_NR, b_RI, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
 def _gated(
     gate, up, out, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up,
     number, width, gate_stride, up_stride, low_stride,
@@ -86,7 +86,7 @@ def _gated(
     tl.store(out + rows[:, None] * width + at[None, :], (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
 def _gated_backward(
     grad, gate, up, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up, slope, a, rank,
     number, width, gate_stride, up_stride, low_stride,
@@ -105,10 +105,8 @@ def _gated_backward(
         right = _completed(right, low_up, low_stride, b_up, scaling_up, rows, at, number, width, rank_up, RANK)
     if DOWN:
         along = tl.arange(0, RANK)
-        slope_NR = tl.load(
-            slope + rows[:, None] * rank + along[None, :], mask=(rows[:, None] < number) & (along[None, :] < rank), other=0.0
-        )
-        a_RI = tl.load(a + along[:, None] * width + at[None, :], mask=(along[:, None] < rank) & (at[None, :] < width), other=0.0)
+        slope_NR = _tile(slope, rows[:, None] * rank + along[None, :], rows[:, None] < number, along[None, :] < rank)
+        a_RI = _tile(a, along[:, None] * width + at[None, :], along[:, None] < rank, at[None, :] < width)
         of_product += tl.dot(slope_NR, a_RI, input_precision="ieee")
     active = _activation(left, GELU)
     kind = grad.dtype.element_ty
