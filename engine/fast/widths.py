@@ -14,7 +14,8 @@ import triton.language as tl
 from qlora_tui.engine.fast.eightbit import FP8, Rows
 
 _BYTES = 1024  # 4-bit pairs a program widens; so many outputs twice are one coalesced write
-_WIDE_TILE = 1 << 13  # numbers of a row that a block of threads takes at once
+_WIDEST = 1 << 14  # numbers of a row that registers of a block of threads hold
+_WIDE_TILE = 1 << 13  # those that it takes at once of a wider one
 _PART = 2048  # bytes of a row that a program widens
 _SQUARE = 128  # a side of the tile that is turned at once: a line of the cache
 
@@ -66,29 +67,45 @@ def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None
 
 
 @triton.jit
-def _quantize(x, times, held, scales, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    most = tl.zeros((), tl.float32)
-    for first in range(0, width, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-        value *= tl.load(times + at, mask=at < width, other=0.0)
-        most = tl.maximum(most, tl.max(tl.abs(value)))
-    scale = tl.maximum(most, 1e-12) * (1.0 / 448.0)  # that of `eightbit.quantize`, to the bit
+def _times(x, times, row, at, width):
+    inside = at < width
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    return value * tl.load(times + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _scale_of(largest):
+    """Return the scale of a row whose largest number is `largest`: that of `eightbit.quantize`, to the bit."""
+    return tl.maximum(largest, 1e-12) * (1.0 / 448.0)
+
+
+@triton.jit
+def _quantize(x, times, held, scales, width, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    row, kind = tl.program_id(0).to(tl.int64), held.dtype.element_ty
+    if WHOLE:  # the row is in registers, and read once
+        at = tl.arange(0, BLOCK)
+        value = _times(x, times, row, at, width)
+        scale = _scale_of(tl.max(tl.abs(value)))
+        tl.store(held + row * width + at, tl.div_rn(value, scale).to(kind), mask=at < width)
+    else:
+        most = tl.zeros((), tl.float32)
+        for first in range(0, width, BLOCK):
+            most = tl.maximum(most, tl.max(tl.abs(_times(x, times, row, first + tl.arange(0, BLOCK), width))))
+        scale = _scale_of(most)
+        for first in range(0, width, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            tl.store(held + row * width + at, tl.div_rn(_times(x, times, row, at, width), scale).to(kind), mask=at < width)
     tl.store(scales + row, scale)
-    for first in range(0, width, BLOCK):  # a row is in the cache still, and of any width has no place in registers
-        at = first + tl.arange(0, BLOCK)
-        value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-        value *= tl.load(times + at, mask=at < width, other=0.0)
-        tl.store(held + row * width + at, tl.div_rn(value, scale).to(held.dtype.element_ty), mask=at < width)
 
 
 def quantize(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
     """Return rows in FP8, each number times that of its column first: the bits of `eightbit.quantize`."""
     x_NI, rows = x_NI.contiguous(), Rows.empty(x_NI)
     number, width = x_NI.shape
-    block = min(triton.next_power_of_2(width), _WIDE_TILE)
-    _quantize[(number,)](x_NI, times_I, *rows, width, BLOCK=block, num_warps=warps(block))
+    block = triton.next_power_of_2(width)
+    whole = block <= _WIDEST
+    block = block if whole else _WIDE_TILE
+    _quantize[(number,)](x_NI, times_I, *rows, width, WHOLE=whole, BLOCK=block, num_warps=warps(block))
     return rows
 
 

@@ -36,7 +36,8 @@ CASES: list[Case] = [
     ("_heads", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_heads_backward", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_cross_entropy", LOSS, {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}),
-    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"BLOCK": 8192}),
+    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"WHOLE": True, "BLOCK": 16384}),
+    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"WHOLE": False, "BLOCK": 8192}),
     ("_turn", {"weight": BYTES, "out": FP8, "rows": INT, "columns": INT}, {"SIDE": 128}),
     ("_scaled", {"held": BYTES, "scales": F32, "out": BF16, "width": INT}, {"BLOCK": 2048}),
 ]
