@@ -81,7 +81,8 @@ def _scale_of(largest):
 
 @triton.jit
 def _quantize(x, times, held, scales, width, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    row, kind = tl.program_id(0).to(tl.int64), held.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    kind = held.dtype.element_ty
     if WHOLE:  # the row is in registers, and read once
         at = tl.arange(0, BLOCK)
         value = _times(x, times, row, at, width)
