@@ -60,12 +60,15 @@ def _tile(numbers, places, first, second):
 
 
 @triton.jit
-def _completed(value, low, low_stride, b, scaling, rows, at, number, width, rank, RANK: tl.constexpr):
-    """Return a tile of a product with what its adapter adds: scaling * low B^T, of `rank` numbers each."""
-    along = tl.arange(0, RANK)
-    low_NR = _tile(low, rows[:, None] * low_stride + along[None, :], rows[:, None] < number, along[None, :] < rank)
-    b_RI = _tile(b, at[None, :] * rank + along[:, None], at[None, :] < width, along[:, None] < rank)
-    return value + scaling * tl.dot(low_NR, b_RI, input_precision="ieee")
+def _read(product, stride, low, low_stride, b, scaling, rank, rows, at, number, width, ADDED: tl.constexpr, RANK: tl.constexpr):
+    """Return a tile of a product in float32, with what its adapter adds where it is `ADDED`: scaling * low B^T, of `rank` numbers each."""
+    value = _tile(product, rows[:, None] * stride + at[None, :], rows[:, None] < number, at[None, :] < width).to(tl.float32)
+    if ADDED:
+        along = tl.arange(0, RANK)
+        low_NR = _tile(low, rows[:, None] * low_stride + along[None, :], rows[:, None] < number, along[None, :] < rank)
+        b_RI = _tile(b, at[None, :] * rank + along[:, None], at[None, :] < width, along[:, None] < rank)
+        value += scaling * tl.dot(low_NR, b_RI, input_precision="ieee")
+    return value
 
 
 @triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
@@ -77,12 +80,8 @@ def _gated(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows[:, None] < number) & (at[None, :] < width)
-    left = tl.load(gate + rows[:, None] * gate_stride + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(up + rows[:, None] * up_stride + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    if GATE:
-        left = _completed(left, low_gate, low_stride, b_gate, scaling_gate, rows, at, number, width, rank_gate, RANK)
-    if UP:
-        right = _completed(right, low_up, low_stride, b_up, scaling_up, rows, at, number, width, rank_up, RANK)
+    left = _read(gate, gate_stride, low_gate, low_stride, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
+    right = _read(up, up_stride, low_up, low_stride, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
     tl.store(out + rows[:, None] * width + at[None, :], (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
 
 
@@ -97,12 +96,8 @@ def _gated_backward(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows[:, None] < number) & (at[None, :] < width)
     of_product = tl.load(grad + rows[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    left = tl.load(gate + rows[:, None] * gate_stride + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(up + rows[:, None] * up_stride + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    if GATE:
-        left = _completed(left, low_gate, low_stride, b_gate, scaling_gate, rows, at, number, width, rank_gate, RANK)
-    if UP:
-        right = _completed(right, low_up, low_stride, b_up, scaling_up, rows, at, number, width, rank_up, RANK)
+    left = _read(gate, gate_stride, low_gate, low_stride, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
+    right = _read(up, up_stride, low_up, low_stride, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
     if DOWN:
         along = tl.arange(0, RANK)
         slope_NR = _tile(slope, rows[:, None] * rank + along[None, :], rows[:, None] < number, along[None, :] < rank)
