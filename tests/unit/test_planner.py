@@ -244,6 +244,11 @@ def test_known_rows_leave_more_room_and_a_short_mean_takes_more_rows_at_once():
     assert choose(run, longest=9999) == blind
 
 
+def test_what_was_measured_so_far_is_an_8_bit_base_with_gradients_in_16_bits():
+    assert choose(with_(method="auto"), RTX_3060).run.method == "lora-8bit"  # before Ada
+    assert choose(with_(method="auto"), sized(16)).run.method == "qlora"
+
+
 def test_the_16_bit_base_is_taken_where_it_fits_and_only_there(monkeypatch):
     monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset())
     planner._choose.cache_clear()
