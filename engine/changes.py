@@ -130,7 +130,7 @@ def _same_result(asked: Asked) -> Iterator[Change]:
             number = _fewest(asked.recomputed + 1, number, lambda layers: asked.enough(_layers(asked, layers)))
         words = "every layer" if number == asked.layers else f"{number} of {asked.layers} layers"
         yield Change(_layers(asked, number), f"recompute {words} instead of keeping activations")
-    if cuda and asked.recomputed == asked.layers and not offloads(run) and run.cuda_graphs != "on":
+    if cuda and asked.recomputed == asked.layers and not offloads(run):
         away = asked.after({"offload_checkpoints": "on"})
         if away.fits_host:
             yield Change({"offload_checkpoints": "on"}, f"keep inputs of layers in RAM ({gib(away.host_bytes)}, pinned)")

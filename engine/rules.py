@@ -136,9 +136,6 @@ def _combinations(run: RunConfig) -> list[Problem]:
     if run.cuda_graphs == "on" and run.lora_dropout:
         told = f"a recorded batch draws no random numbers, and lora_dropout is {run.lora_dropout:g}"
         found.append(Problem("cuda_graphs", told, "say cuda_graphs=auto, or lora_dropout=0"))
-    if run.offload_checkpoints == "on" and run.cuda_graphs == "on":
-        told = "a recorded batch copies nothing to RAM"
-        found.append(Problem("offload_checkpoints", told, "say cuda_graphs=auto, or offload_checkpoints=auto"))
     if run.offload_checkpoints == "on" and run.gradient_checkpointing == "false":
         told = "inputs of recomputed layers wait in RAM, and no layer is recomputed"
         found.append(Problem("offload_checkpoints", told, "say gradient_checkpointing=true, or offload_checkpoints=auto"))

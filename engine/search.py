@@ -79,7 +79,7 @@ class Search:
         if self.asked.run.offload_checkpoints == "auto":
             changes["offload_checkpoints"] = "on" if choice.away else "off"
         if self.asked.run.cuda_graphs == "auto":
-            changes["cuda_graphs"] = "on" if not self._away(choice) and self.replayed(choice) else "off"
+            changes["cuda_graphs"] = "on" if self.replayed(choice) else "off"
         if self.asked.run.packing == "auto":
             changes["packing"] = "off" if self.why_padded(choice) else "on"
         if self.layers_open:
@@ -147,7 +147,7 @@ class Search:
     def leanest_away(self) -> Choice | None:
         """Return the leanest choice with inputs of layers in RAM; None where that is not open, saves nothing, or RAM is short."""
         run, most = self.asked.run, self.ends()[0]
-        if run.offload_checkpoints != "auto" or run.cuda_graphs == "on" or self.asked.machine.kind != "cuda" or most < 2:
+        if run.offload_checkpoints != "auto" or self.asked.machine.kind != "cuda" or most < 2:
             return None
         away = Choice(self.rows[0], most, self.chunks[-1], True)
         return away if self.need(away) < self.need(self.leanest()) and self.budget(away).fits_host else None
@@ -172,15 +172,12 @@ class Search:
         """Return the most and the fewest layers that may be recomputed, or the one number that was fixed."""
         return (self.layers, 0) if self.layers_open else (checkpointed_layers(self.asked.model, self.asked.run),)
 
-    def _away(self, choice: Choice) -> bool:
-        return choice.away or self.asked.run.offload_checkpoints == "on"
-
     def _pieces(self, choice: Choice) -> MicroBatch:
         pieces = self._batches.get((choice.rows, choice.chunk, choice.away))
         if pieces is None:
             run = dataclasses.replace(self.base, loss_chunk_size=choice.chunk)
-            if self._away(choice):
-                run = dataclasses.replace(run, offload_checkpoints="on", cuda_graphs="off")
+            if choice.away:
+                run = dataclasses.replace(run, offload_checkpoints="on")
             pieces = micro_batch(self.asked.model, run, self.asked.machine, self.speed, choice.rows, self.asked.mean)
             self._batches[choice.rows, choice.chunk, choice.away] = pieces
         return pieces

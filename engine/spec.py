@@ -297,8 +297,8 @@ def checkpointed_of(run: RunConfig, layers: int) -> int:
 
 
 def offloads(run: RunConfig) -> bool:
-    """Say whether inputs of recomputed layers wait in RAM; not before it is said or chosen, and never in a recorded batch."""
-    return run.offload_checkpoints == "on" and run.cuda_graphs != "on"
+    """Say whether inputs of recomputed layers wait in RAM; not before it is said or chosen."""
+    return run.offload_checkpoints == "on"
 
 
 def rows_at_once(run: RunConfig) -> int:

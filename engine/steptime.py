@@ -47,7 +47,8 @@ _UPDATE_LAUNCHES = 12  # of norm, clipping and AdamW over what lies in one buffe
 _CHUNK_LAUNCHES = 17  # of one chunk of the loss
 _MORE_LAUNCHES = 1.05  # of what is counted with few tokens: large products come in parts
 _OVERLAP = 6  # how sharply the slower of device and host decides: 1 would add them up, without end the slower alone counts
-_GRAPHS_PAY = 0.5  # of the device's seconds that the host needs, from where a recorded step is worth its rounded lengths
+_GRAPHS_PAY = 0.25  # of the device's seconds that the host needs, from where a recorded step is worth its rounded lengths:
+# one that was reckoned to need under half took longer than the card (8 B, all recomputed, an H100, 2026-11-27)
 _BUS_BYTES = 12e9  # a second between card and pinned RAM, each way: PCIe 3.0 with 16 lanes; 4.0 and 5.0 reach two and four times that
 _SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}  # read one input
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written

@@ -2,10 +2,13 @@
 
 A checkpointed layer keeps its input alone, which for a row of 65,536 tokens and a hidden size of 4,096 is still half a
 GiB for each layer. Copies run on streams of their own beside the computation, and streams race silently, so each order
-that matters is an event: a copy out waits for what made its source and for the last copy that read its buffer; a copy
-back waits for the copy out and for whoever had its target's memory before; what reads waits for the copy back. A block
-of the device is let go only after the stream that computes was told to wait for the copy: the allocator hands it to that
-stream again, and so after the copy. On a processor the same class makes plain copies, so that its logic has tests.
+that matters is an event: a copy out waits for what made its source; a copy back waits for the copy out and for whoever had
+its target's memory before; what reads waits for the copy back. A block of the device is let go only after the stream that
+computes was told to wait for the copy: the allocator hands it to that stream again, and so after the copy. A buffer of the
+host is given back after that too, so whoever writes into it next, later in that stream, needs no event of the copies before.
+So no event outlives a batch, and a batch can be recorded as a CUDA graph, copies and all: what it waits for is in it.
+
+On a processor the same class makes plain copies, so that its logic has tests.
 """
 
 from __future__ import annotations
@@ -32,11 +35,9 @@ class Lane(Protocol):
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Buffer:
-    """A buffer of the host, and the last copies into it and out of it."""
+    """A buffer of the host."""
 
     bytes: torch.Tensor
-    written: Any = None
-    read: Any = None
 
     def as_tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Return its first bytes as a tensor."""
@@ -63,13 +64,15 @@ class Streams(Protocol):
 class Offload:
     """Keeps the inputs of a model's checkpointed layers in buffers of the host, which are used again at every batch.
 
-    There are as many buffers as inputs were away at once, each as large as the largest that it held: rows of many lengths
-    need no more than the longest do.
+    There are as many buffers as inputs were away at once, each as large as the largest that it held, and of `least` bytes: rows
+    of many lengths need no more than the longest do. A recorded batch copies to the places that it was recorded with, so before
+    batches are recorded `least` must be the bytes of the largest, and one batch must have gone through.
     """
 
     def __init__(self, streams: Streams) -> None:
         """Take no memory yet."""
         self.streams = streams
+        self.least = 0
         self._free: list[Buffer] = []
         self._last: weakref.ref[_Kept] | None = None
         self._lent = 0
@@ -119,12 +122,12 @@ class Offload:
         else:
             if self._free:
                 self._free.remove(max(self._free, key=lambda one: one.bytes.nbytes))
-            buffer = self.streams.buffer(size)
+            buffer = self.streams.buffer(max(size, self.least))
         self._lent += 1
         return buffer
 
     def give(self, buffer: Buffer) -> None:
-        """Take a buffer back; whoever writes into it next waits for its copies."""
+        """Take a buffer back, after its copies in the stream that computes."""
         self._lent -= 1
         self._free.append(buffer)
 
@@ -138,6 +141,8 @@ class _Kept:
         self._here: torch.Tensor | None = source
         self._arriving: torch.Tensor | None = None
         self._buffer: Buffer | None = None
+        self._gone: Any = None  # when the copy out is done
+        self._came: Any = None  # when the copy back is
         self._compute = self._streams.current()
         self._below = None if below is None else weakref.ref(below)
 
@@ -147,15 +152,13 @@ class _Kept:
         buffer, out = self._offload.take(self._here.nbytes), self._streams.out
         self._buffer = buffer
         out.wait_event(self._compute.record_event())
-        if buffer.read is not None:
-            out.wait_event(buffer.read)
         self._streams.copy(out, buffer.as_tensor(self._shape, self._dtype), self._here)
-        buffer.written = out.record_event()
+        self._gone = out.record_event()
 
     def leave(self) -> None:
         """Let go of the input on the device once its copy is done; one that was not sent stays."""
         if self._buffer is not None and self._here is not None:
-            self._compute.wait_event(self._buffer.written)
+            self._compute.wait_event(self._gone)
             self._here = None
 
     def fetch(self) -> None:
@@ -164,18 +167,17 @@ class _Kept:
             return
         back = self._streams.back
         target = torch.empty(self._shape, dtype=self._dtype, device=self._streams.device)
-        back.wait_event(self._buffer.written)
+        back.wait_event(self._gone)
         back.wait_event(self._compute.record_event())  # the target's memory may still be in use by what was computed before
         self._streams.copy(back, target, self._buffer.as_tensor(self._shape, self._dtype))
-        self._buffer.read = back.record_event()
+        self._came = back.record_event()
         self._arriving = target
 
     def there(self) -> torch.Tensor:
         """Return the input for whoever computes with it next, and begin to fetch the one below."""
         self.fetch()
         if self._arriving is not None:
-            assert self._buffer is not None
-            self._compute.wait_event(self._buffer.read)
+            self._compute.wait_event(self._came)
         tensor, self._arriving = self._arriving if self._here is None else self._here, None
         assert tensor is not None
         below = None if self._below is None else self._below()
@@ -189,7 +191,7 @@ class _Kept:
             return
         self.leave()
         if self._arriving is not None:
-            self._compute.wait_event(self._buffer.read)
+            self._compute.wait_event(self._came)
             self._arriving = None
         self._offload.give(self._buffer)
 
@@ -227,7 +229,10 @@ class CudaStreams:
 
         Raises:
             torch.OutOfMemoryError: the system does not pin so much.
+            RuntimeError: a batch is being recorded; one that had a smaller buffer would go on copying to where it was.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a recorded batch finds no buffer of {size:,} bytes in RAM")
         size = -(-size // _PAGE_BYTES) * _PAGE_BYTES
         whole = torch.empty(size + _PAGE_BYTES, dtype=torch.uint8)
         pages = whole[-whole.data_ptr() % _PAGE_BYTES :][:size]  # two buffers never share a page: none can be pinned twice

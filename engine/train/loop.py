@@ -151,8 +151,11 @@ class Loop:
         supervised = sum(supervised_tokens(row) for row in rows)
         lr = learning_rate(self.run, step, self.total) * self.rates.factor
         set_rate(self.optimizer, lr)
-        loss, data_seconds = self._backward(rows, supervised)
-        norm = gradient_norm(self.fence.trained)
+        summed, data_seconds = self._backward(rows, supervised)
+        length = gradient_norm(self.fence.trained)
+        if step < self.total:
+            data_seconds += self.gradient.prepare(self.order.of(step + 1), step + 1)
+        loss, norm = float(summed), float(length)  # waits for the device, once all that needs no answer is done
         finite = math.isfinite(loss) and math.isfinite(norm)
         clipped = False
         if finite:
@@ -165,8 +168,8 @@ class Loop:
             step, self.total, step / self.order.per_epoch, loss, norm, clipped, not finite, lr, **took.told(rows, self.loaded.device)
         )
 
-    def _backward(self, rows: list[TokenRow], supervised: int) -> tuple[float, float]:
-        """Add up the gradient of the step; returns its loss in nats a token and the seconds spent on batches."""
+    def _backward(self, rows: list[TokenRow], supervised: int) -> tuple[torch.Tensor, float]:
+        """Add up the gradient of the step; returns its loss in nats a token, on the device, and the seconds spent on batches."""
         return self.gradient.of_step(rows, supervised, self.step + 1)
 
     def _afterwards(self, stepped: Stepped) -> Iterator[Event]:

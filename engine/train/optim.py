@@ -85,10 +85,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["scale"]
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
-    """Return the length of all gradients together, before clipping; this waits for the device once a step."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Return the length of all gradients together, before clipping; nothing here waits for the device."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def clip(flat: Flat[Kind], norm: float, longest: float) -> bool:

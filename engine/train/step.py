@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from qlora_tui.engine.events import Finding
 from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.graphs import Graphs
 from qlora_tui.engine.fast.loss import token_losses
+from qlora_tui.engine.fast.offload import Offload
 from qlora_tui.engine.fast.recompute import offloading
 from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import RandomState, empty_cache, in_use, out_of_memory, said
@@ -96,9 +97,10 @@ class Gradient:
     _order: Order | None = None
     _found: list[Finding] = field(default_factory=list)
     _warm: bool = False
+    _first: tuple[int, int, Batch] | None = None  # the first batch of the step to come, of so many rows
 
-    def of_step(self, rows: Sequence[TokenRow], supervised: int, step: int) -> tuple[float, float]:
-        """Add up the gradient of a step; returns its loss in nats a token and the seconds spent on batches.
+    def of_step(self, rows: Sequence[TokenRow], supervised: int, step: int) -> tuple[torch.Tensor, float]:
+        """Add up the gradient of a step; returns its loss in nats a token, on the device, and the seconds spent on batches.
 
         When memory runs out the same rows go through again in halves, on the random numbers of the first attempt.
 
@@ -107,13 +109,23 @@ class Gradient:
         """
         start = RandomState.now()
         while True:
-            done, words = self._attempt(rows, supervised)
+            done, words = self._attempt(rows, supervised, self._prepared(step))
             if done is not None:
                 return done
             self.release()
             start.restore()
             self._found.append(self.halving.halve(step, words))
             self.record(self._order if self.graphs is not None else None)
+
+    def prepare(self, rows: Sequence[TokenRow], step: int) -> float:
+        """Make the first batch of `step` while the device works on the one before; returns the seconds spent.
+
+        Later ones of a step are made so anyway; before the first the device would wait.
+        """
+        began, size = time.monotonic(), self.halving.rows
+        with suppress(torch.OutOfMemoryError):  # it is made when its step comes, where that is survived
+            self._first = step, size, self.loaded.batch(micro_batches(rows, size)[0])
+        return time.monotonic() - began
 
     @property
     def recordings(self) -> int:
@@ -130,6 +142,9 @@ class Gradient:
         lengths = order.totals(self.halving.rows) if packs else order.row_lengths
         longest = max(order.row_lengths) if packs else 0
         self.graphs = Graphs(self.loaded.model, self.flat, self.losses, lengths, longest=longest)
+        if self._offload is not None:
+            width = self.loaded.head.weight.shape[1] * self.loaded.dtype.itemsize
+            self._offload.least = max(lengths) * (1 if packs else self.halving.rows) * width
 
     def clear(self) -> None:
         """End a step: take the gradients back, and their memory too unless recorded batches write to that very place."""
@@ -143,11 +158,16 @@ class Gradient:
         if self.graphs is not None:
             self.graphs.release()
         self.flat.release()  # after the graphs: a recorded batch writes to where the gradients were
+        self._first, self._warm = None, False
+        if self._offload is not None:
+            self._offload.release()
+
+    @property
+    def _offload(self) -> Offload | None:
+        """Return what holds inputs of layers in RAM, if anything does."""
         layers = self.loaded.decoder.layers
         assert isinstance(layers, torch.nn.ModuleList)
-        offload = offloading(layers)
-        if offload is not None:
-            offload.release()
+        return offloading(layers)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -160,20 +180,28 @@ class Gradient:
         found, self._found = self._found, []
         return found + self.thrash.see(step)
 
-    def add(self, rows: Sequence[TokenRow], supervised: int) -> tuple[float, float]:
+    def add(self, rows: Sequence[TokenRow], supervised: int, first: Batch | None = None) -> tuple[torch.Tensor, float]:
         """Add the gradient of `rows` to what is there, `halving.rows` at a time; an out-of-memory error is the caller's.
 
         Returns:
-            The summed loss over `supervised`, and the seconds spent on making batches.
+            The summed loss over `supervised`, on the device, and the seconds spent on making batches, but for the `first`.
         """
         total = torch.zeros((), device=self.loaded.device)
         data_seconds = 0.0
         for part in micro_batches(rows, self.halving.rows):
             began = time.monotonic()
-            batch = self.loaded.batch(part)
+            batch, first = first or self.loaded.batch(part), None
             data_seconds += time.monotonic() - began
             total += self._backward(batch, supervised)
-        return float(total), data_seconds
+        return total, data_seconds
+
+    def _prepared(self, step: int) -> Batch | None:
+        """Return the first batch of `step` if it was made for as many rows at once as there are now, and let go of it."""
+        prepared, self._first = self._first, None
+        if prepared is None:
+            return None
+        known, size, batch = prepared
+        return batch if (known, size) == (step, self.halving.rows) else None
 
     def _backward(self, batch: Batch, supervised: int) -> torch.Tensor:
         """Add the gradient of one batch and return its loss over `supervised`.
@@ -214,10 +242,10 @@ class Gradient:
         told = f"batches cannot be recorded as CUDA graphs here, so each kernel is started by itself: {why_not}"
         self._found.append(Finding("graphs", "info", 0, told, (), {}))
 
-    def _attempt(self, rows: Sequence[TokenRow], supervised: int) -> tuple[tuple[float, float] | None, str]:
+    def _attempt(self, rows: Sequence[TokenRow], supervised: int, first: Batch | None) -> tuple[tuple[torch.Tensor, float] | None, str]:
         """Return what `add` returns, or None and the error's words; the error itself, with its frames, ends here."""
         try:
-            return self.add(rows, supervised), ""
+            return self.add(rows, supervised, first), ""
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

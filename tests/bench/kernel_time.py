@@ -1,7 +1,11 @@
-"""Where a step's time goes: kernels of some steps by kind, and the time in which the device had nothing to do."""
+"""Where a step's time goes: kernels of some steps by kind, and the time in which the device had nothing to do.
+
+Between two kernels of a recorded batch a card is idle for a microsecond or so; where it is idle for longer, it waits for its host.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,40 +40,49 @@ KINDS = (
 """Kinds by a piece of the kernel's name, in lower case, the first that fits; what fits none is `other`."""
 
 
+LONG_GAP = 50.0
+"""Microseconds: a gap between two kernels that is longer is the host's, which had not asked for the next one yet."""
+
+
 def kind_of(name: str) -> str:
     """Return the kind of a kernel."""
     low = name.lower()
     return next((kind for kind, pieces in KINDS if any(piece in low for piece in pieces)), "other")
 
 
-def busy(spans: Iterable[tuple[float, float]]) -> float:
-    """Return the length of the union of `spans`: kernels of two streams at once count once."""
-    total, reached = 0.0, float("-inf")
+def busy(spans: Iterable[tuple[float, float]]) -> tuple[float, list[float]]:
+    """Return the length of the union of `spans`, kernels of two streams at once counted once, and the gaps inside it."""
+    total, gaps, reached = 0.0, list[float](), float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
+        gaps += [start - reached] if float("-inf") < reached < start else []
         reached = max(reached, end)
-    return total
+    return total, gaps
 
 
 def grouped(kernels: Iterable[tuple[str, float, float]], wall: float) -> dict[str, Any]:
     """Return milliseconds by kind for kernels of (name, start, end) in microseconds and `wall` in milliseconds.
 
-    `idle (launch)` is wall less the time in which anything ran; the largest kernels of `other` are named, so that they find a kind.
+    Of wall less the time in which anything ran, short gaps are `between kernels`, the rest is `waiting for the host`; the largest
+    kernels of `other` are named, so that they find a kind.
     """
     known = list(kernels)
     kinds: dict[str, float] = dict.fromkeys([kind for kind, _ in KINDS] + ["other"], 0.0)
-    names: dict[str, float] = {}
+    names, often = dict[str, float](), Counter(name for name, _, _ in known)
     for name, start, end in known:
         kinds[kind_of(name)] += (end - start) / 1e3
         names[name] = names.get(name, 0.0) + (end - start) / 1e3
-    ran = busy((start, end) for _, start, end in known) / 1e3
+    ran, gaps = busy((start, end) for _, start, end in known)
+    short = sum(gap for gap in gaps if gap <= LONG_GAP) / 1e3
+    idle = {"between kernels": short, "waiting for the host": wall - ran / 1e3 - short}
     unknown = sorted((name for name in names if kind_of(name) == "other"), key=lambda name: -names[name])
-    top = sorted(names, key=lambda name: -names[name])[:24]
+    top = sorted(names, key=lambda name: -names[name])[:40]
     return {
         "wall": wall,
-        "kinds": kinds | {"idle (launch)": wall - ran},
+        "kinds": kinds | idle,
         "kernels": len(known),
-        "largest": {name[:90]: round(names[name], 3) for name in top},
+        "longest_gaps": [round(gap / 1e3, 3) for gap in sorted(gaps, reverse=True)[:12]],
+        "largest": {f"{often[name]} of {name[:90]}": round(names[name], 3) for name in top},
         "unknown": {name[:90]: round(names[name], 3) for name in unknown[:6]},
     }
 

@@ -217,10 +217,10 @@ def pretended(cpu: bool, most_tokens: int) -> Iterator[None]:
     """On a CPU, pretend a card on which more tokens at once than that run out of memory; a processor refuses nothing by itself."""
     real: Callable[..., Any] = Gradient.add
 
-    def add(self: Gradient, rows: Any, supervised: int) -> Any:
+    def add(self: Gradient, rows: Any, supervised: int, first: Any = None) -> Any:
         if self.halving.rows * max(len(row.input_ids) for row in rows) > most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(self, rows, supervised)
+        return real(self, rows, supervised, first)
 
     if cpu:
         Gradient.add = add  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_model, write_tokenizer
+from loop_driver import Asked, drive
 
+from qlora_tui.engine.events import Finding, Phase, Stepped, Wish
 from qlora_tui.engine.fast.offload import CudaStreams, Lane, Offload, streams_of
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.load import Loaded, load
@@ -134,18 +137,34 @@ def test_the_card_holds_less(loaded: Loaded) -> None:
     assert before - peak() > (LAYERS - 4) * 2 * 8192 * 512 * 2
 
 
-def test_a_run_trains_with_its_inputs_away(tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]]) -> None:
-    from loop_driver import drive
+@dataclass
+class Paused(Asked):
+    """Asks for a pause after eight steps, and to go on at the next look."""
 
-    from qlora_tui.engine.events import Stepped
+    left: list[str] = field(default_factory=lambda: ["pause", "resume"])
 
-    write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
+    def take(self) -> list[Wish]:
+        return [Wish(self.left[0], 0.0, 1, self.left.pop(0), {})] if self.steps >= 8 and self.left else super().take()
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_run_trains_with_its_inputs_away(
+    tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], graphs: str, packing: str
+) -> None:
+    """With recorded batches the copies are part of the recording, for rows of many lengths, through a pause and evaluations."""
+    size = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write_model(tmp_path / "model", **size, num_hidden_layers=LAYERS)
     write_tokenizer(tmp_path / "model")
     values = {"model_name_or_path": str(tmp_path / "model"), "data": (str(write_jsonl(chat_rows)),), "max_length": 256, "max_steps": 20}
-    values |= {"gradient_checkpointing": "true", "cuda_graphs": "off", "learning_rate": 1e-3, "num_train_epochs": 20.0}
+    values |= {"gradient_checkpointing": "true", "learning_rate": 1e-3, "num_train_epochs": 20.0, "eval_steps": 5}
+    values |= {"cuda_graphs": graphs, "packing": packing, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     curves = []
     for way in ("off", "on"):
-        ran = drive(from_values({**values, "offload_checkpoints": way}), tmp_path / way, machine=look())
+        asked = Paused() if way == "on" else None
+        ran = drive(from_values({**values, "offload_checkpoints": way}), tmp_path / way, asked, machine=look())
         assert ran.error is None
+        assert len([end for end in ran.of(Phase) if end.name == "pause" and end.state == "end"]) == (way == "on")
+        assert not [found for found in ran.of(Finding) if found.detector == "graphs"]
         curves.append(torch.tensor([step.loss for step in ran.of(Stepped)]))
     assert (curves[0] - curves[1]).abs().max() < 0.02

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from qlora_tui.engine.errors import CheckpointError, ConfigErrors, Diverged, ModelError
 from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Planned, Prepared, Resumed, Saved, Stepped
+from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train import loop
+from qlora_tui.engine.train.fence import Fence
 
 Make = Callable[..., RunConfig]
 
@@ -149,9 +151,9 @@ def test_a_non_finite_step_is_never_applied_and_three_end_the_run(run_of: Make, 
     real = loop.gradient_norm
     seen: list[int] = []
 
-    def poisoned(parameters: list[torch.nn.Parameter]) -> float:
+    def poisoned(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         seen.append(1)
-        return math.nan if len(seen) > 3 else real(parameters)
+        return torch.tensor(math.nan) if len(seen) > 3 else real(parameters)
 
     monkeypatch.setattr(loop, "gradient_norm", poisoned)
     ran = drive(run_of(max_steps=10, save_steps=3), tmp_path / "run")
@@ -163,10 +165,34 @@ def test_a_non_finite_step_is_never_applied_and_three_end_the_run(run_of: Make, 
     assert same_bits(good, diagnostic)
 
 
+def test_the_first_batch_of_a_step_is_made_before_anybody_waits_for_the_one_before(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, batch, norm, check = list[str](), Loaded.batch, loop.gradient_norm, Fence.before_step
+
+    def telling(word: str, real: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (said.append(word), real(*given))[1]
+
+    monkeypatch.setattr(Loaded, "batch", telling("batch", batch))
+    monkeypatch.setattr(loop, "gradient_norm", telling("norm", norm))
+    monkeypatch.setattr(Fence, "before_step", telling("update", check))
+    ran = drive(run_of(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_steps=100), tmp_path / "run")
+    assert ran.error is None
+    assert said[said.index("norm") - 2 :][:12] == [
+        "batch",
+        "batch",
+        "norm",
+        "batch",
+        "update",
+        *["batch", "norm", "batch", "update"],
+        *["batch", "norm", "update"],
+    ]
+
+
 def test_a_poisoned_gradient_does_not_reach_the_weights(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.Loop._backward
 
-    def poisoned(self: loop.Loop, rows: list[object], supervised: int) -> tuple[float, float]:
+    def poisoned(self: loop.Loop, rows: list[object], supervised: int) -> tuple[torch.Tensor, float]:
         found = real(self, rows, supervised)  # type: ignore[arg-type]
         if self.step == 2:
             self.fence.trained[0].grad[0, 0] = math.nan  # type: ignore[index]

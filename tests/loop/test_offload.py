@@ -261,9 +261,7 @@ def test_late_copies_change_nothing_and_each_waits_for_what_it_needs() -> None:
     assert len(streams.copies) == 2 * 4 * 4  # four batches, four of five layers, out and back
     assert all("compute" in waits for _, waits in streams.copies)  # for what made the source, or had the target's memory before
     assert all("out" in waits for way, waits in streams.copies if way == "back")
-    assert [waits for way, waits in streams.copies if way == "out" and "back" not in waits] == [
-        {"compute"}
-    ] * 8  # new buffers: nobody read them
+    assert all(waits == {"compute"} for way, waits in streams.copies if way == "out")  # the buffer was given back in that stream
 
 
 def test_a_layer_below_is_fetched_before_the_one_above_is_computed_again() -> None:

@@ -119,7 +119,7 @@ class Strike:
         """Between backward and update."""
         real = loop.Loop._backward
 
-        def raced(it: loop.Loop, rows: list[Any], supervised: int) -> tuple[float, float]:
+        def raced(it: loop.Loop, rows: list[Any], supervised: int) -> tuple[torch.Tensor, float]:
             found = real(it, rows, supervised)
             if it.step == ON_STEP - 1:
                 self.strike()

@@ -253,11 +253,11 @@ def fail_while(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[step.Gradie
     attempts: list[int] = []
     real = step.Gradient.add
 
-    def add(self: step.Gradient, rows: Any, supervised: int) -> Any:
+    def add(self: step.Gradient, rows: Any, supervised: int, first: Any = None) -> Any:
         attempts.append(self.halving.rows)
         if too_large(self):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(self, rows, supervised)
+        return real(self, rows, supervised, first)
 
     monkeypatch.setattr(step.Gradient, "add", add)
     return attempts

@@ -46,9 +46,9 @@ def test_a_spike_just_after_a_save_keeps_it_from_counting_as_healthy(run_of: Mak
     real = loop.gradient_norm
     seen: list[int] = []
 
-    def poisoned(parameters: list[torch.nn.Parameter]) -> float:
+    def poisoned(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         seen.append(1)
-        return math.nan if len(seen) == 5 else real(parameters)
+        return torch.tensor(math.nan) if len(seen) == 5 else real(parameters)
 
     monkeypatch.setattr(loop, "gradient_norm", poisoned)
     ran = drive(run_of(max_steps=9, save_steps=2, eval_steps=100), tmp_path / "run")
@@ -67,7 +67,7 @@ def test_a_resume_goes_on_waiting_for_clean_steps(run_of: Make, tmp_path: Path, 
 
 
 def test_a_diagnostic_checkpoint_is_kept_apart(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "gradient_norm", lambda _: math.nan)
+    monkeypatch.setattr(loop, "gradient_norm", lambda _: torch.tensor(math.nan))
     ran = drive(run_of(max_steps=9, save_steps=2), tmp_path / "run")
     assert [(event.step, event.kind) for event in ran.of(Saved)] == [(2, "checkpoint"), (3, "diagnostic")]
     assert shelf.newest(ran.folder)[0] == shelf.path_of(ran.folder, 2)

@@ -179,7 +179,11 @@ def test_an_error_is_told_and_tried_again(tmp_path: Path) -> None:
 def test_time_in_which_anything_ran_is_counted_once(pairs: list[tuple[int, int]]) -> None:
     spans = [(float(start), float(start + size)) for start, size in pairs]
     ticks = {tick for start, end in spans for tick in range(int(start), int(end))}
-    assert busy(spans) == len(ticks)
+    ran, gaps = busy(spans)
+    assert ran == len(ticks)
+    if spans:
+        reach = max(end for _, end in spans) - min(start for start, _ in spans)
+        assert ran + sum(gaps) == reach
 
 
 def test_kernels_find_their_kind_and_the_rest_is_idle() -> None:
@@ -195,7 +199,10 @@ def test_kernels_find_their_kind_and_the_rest_is_idle() -> None:
     assert found["kinds"]["matmul"] == 4.0
     assert found["kinds"]["attention"] == 1.0
     assert found["kinds"]["other"] == 1.0
-    assert found["kinds"]["idle (launch)"] == pytest.approx(10.0 - 5.5)
+    assert found["kinds"]["waiting for the host"] == pytest.approx(10.0 - 5.5)
+    close = grouped([("nvjet_x", 0.0, 1000.0), ("flash_bwd", 1002.0, 2000.0)], wall=3.0)
+    assert close["kinds"]["between kernels"] == pytest.approx(0.002)
+    assert close["kinds"]["waiting for the host"] == pytest.approx(1.0)
     assert list(found["unknown"]) == ["spin32_post"]
 
 

@@ -318,7 +318,7 @@ def test_a_step_of_few_parts_says_how_its_update_was_spread():
 def test_steps_of_another_kind_do_not_count():
     plain = forecast.seconds_per_token(LLAMA, TWO_ROWS, H100)
     others = [{"method": "lora"}, {"method": "lora-8bit"}, {"dtype": "float32"}, {"use_dora": True}, {"fused_layers": "off"}]
-    others += [{"attn_implementation": "eager"}, {"packing": "on"}, {"offload_checkpoints": "on", "cuda_graphs": "off"}]
+    others += [{"attn_implementation": "eager"}, {"packing": "on"}, {"offload_checkpoints": "on"}]
     for other in (with_(**change) for change in others):
         measured.remember_steps(H100.name, planner.step_key(LLAMA, other), 2048, 2, 1.0)
     measured.remember_steps(H100.name, planner.step_key(QWEN_14B, TWO_ROWS), 2048, 2, 1.0)

@@ -405,13 +405,15 @@ def test_inputs_wait_in_ram_only_where_ram_has_room(free, chosen):
     assert plan.budget.fits == (chosen == "on")
 
 
-def test_recorded_batches_and_a_processor_never_copy():
-    assert choose(with_(LONG, cuda_graphs="on"), sized(12)).run.offload_checkpoints == "off"
-    assert choose(with_(offload_checkpoints="on"), H100).run.cuda_graphs == "off"
+def test_recorded_batches_copy_too_and_a_processor_never_does():
+    assert choose(with_(LONG, cuda_graphs="on"), sized(12)).run.offload_checkpoints == "on"
+    short = with_(offload_checkpoints="on", gradient_checkpointing="true", per_device_train_batch_size=1, max_length=512)
+    assert choose(short, H100).run.cuda_graphs == "on"
     assert choose(LONG, CPU).run.offload_checkpoints == "off"
-    both = problems(with_(offload_checkpoints="on", cuda_graphs="on"))
-    none = problems(with_(offload_checkpoints="on", gradient_checkpointing="false"))
-    assert all("offload_checkpoints" in {problem.where for problem in found} for found in (both, none))
+    both, none = (
+        problems(with_(offload_checkpoints="on", **more)) for more in ({"cuda_graphs": "on"}, {"gradient_checkpointing": "false"})
+    )
+    assert ["offload_checkpoints" in {problem.where for problem in found} for found in (both, none)] == [False, True]
 
 
 # Rows end to end

@@ -125,7 +125,7 @@ def half_precision() -> Iterator[None]:
     """Send gradients through float16 under a loss scale that doubles every 20 steps and never comes down again."""
     real = Gradient.of_step
 
-    def of_step(self: Gradient, rows: Any, supervised: int, step: int) -> tuple[float, float]:
+    def of_step(self: Gradient, rows: Any, supervised: int, step: int) -> Any:
         done = real(self, rows, supervised, step)
         scale = 2.0 ** (8 + step // 20)
         for parameter in self.parameters:
