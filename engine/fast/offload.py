@@ -14,13 +14,12 @@ On a processor the same class makes plain copies, so that its logic has tests.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-
-_PAGE_BYTES = 4096
 
 
 class Lane(Protocol):
@@ -233,9 +232,9 @@ class CudaStreams:
         """
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"a recorded batch finds no buffer of {size:,} bytes in RAM")
-        size = -(-size // _PAGE_BYTES) * _PAGE_BYTES
-        whole = torch.empty(size + _PAGE_BYTES, dtype=torch.uint8)
-        pages = whole[-whole.data_ptr() % _PAGE_BYTES :][:size]  # two buffers never share a page: none can be pinned twice
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        # pages of its own: none can be pinned twice, and torch takes a tensor for pinned by where its storage begins
+        pages = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         code = runtime.cudaHostRegister(pages.data_ptr(), size, 0)
         if code != runtime.cudaError.success:

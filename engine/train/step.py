@@ -143,7 +143,7 @@ class Gradient:
         longest = max(order.row_lengths) if packs else 0
         self.graphs = Graphs(self.loaded.model, self.flat, self.losses, lengths, longest=longest)
         if self._offload is not None:
-            width = self.loaded.head.weight.shape[1] * self.loaded.dtype.itemsize
+            width = self.loaded.head.weight_VH.shape[1] * self.loaded.dtype.itemsize
             self._offload.least = max(lengths) * (1 if packs else self.halving.rows) * width
 
     def clear(self) -> None:
