@@ -1,7 +1,8 @@
 """A training step of ours and of the peers side by side on one card: same shapes, same rows, each in a process of its own.
 
 usage: python -m tests.bench.step --workload a|b|c|d|length|long --out FILE.jsonl [--only ours,unsloth] [--settings full,none,auto]
-           [--limit GIB] [--seconds N] [--each N] [--model DIR] [--method lora-8bit] [--sixteen] [--peers DIR] [--profile] [--cpu]
+           [--limit GIB] [--lengths N ...] [--seconds N] [--each N] [--model DIR] [--method lora-8bit] [--sixteen] [--peers DIR]
+           [--profile] [--cpu]
        python -m tests.bench.step --table FILE.jsonl
 
 Lines are appended as they come; a case that FILE holds is not run again, one that would begin after N seconds is named and left
@@ -116,6 +117,13 @@ class Bench:
             raise SystemExit(f"the checkpoint could not be written within {self.options.each:g} s")
         return part.rename(folder)
 
+    def try_each(self, case: Case) -> None:
+        """Try the lengths that were asked for, shortest first, until one does not train."""
+        for length in sorted(self.options.lengths):
+            line = self.one(dataclasses.replace(case, length=length))
+            if line is None or "error" in line or "out_of_memory" in line:
+                return
+
     def search(self, case: Case) -> None:
         """Find the longest row that trains; what was tried before is in `out`."""
         grain, most = (16, 128) if case.tiny else (GRAIN, MOST)
@@ -210,6 +218,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=500.0, help="no case begins after so many")
     parser.add_argument("--each", type=float, default=330.0, help="seconds that a process may take")
     parser.add_argument("--start", type=int, default=8192, help="the first length that `long` tries")
+    parser.add_argument("--lengths", type=int, nargs="+", default=(), help="`long` tries these, and searches for none")
     parser.add_argument("--near", type=float, default=0.02, help="`long` finds the longest row to within this share")
     parser.add_argument("--model", default="", help="folder of the checkpoints; empty: a temporary one")
     parser.add_argument("--method", default="qlora", choices=("qlora", "lora-8bit", "lora"), help="what ours holds its base in")
@@ -243,7 +252,7 @@ def main(words: list[str]) -> int:
         bench = Bench(options, Path(folder), asker(options))
         for case in wanted:
             if case.workload == "long":
-                bench.search(case)
+                (bench.try_each if options.lengths else bench.search)(case)
             else:
                 bench.one(case)
     print(table(read(options.out)))

@@ -155,6 +155,12 @@ def test_a_search_goes_on_where_it_was_cut(tmp_path: Path, capsys: pytest.Captur
     assert "- longest row, ours full, 12 GiB: 21," in table(read(tmp_path / "out.jsonl"))
 
 
+def test_lengths_that_are_asked_for_are_tried_up_to_one_that_does_not_train(tmp_path: Path) -> None:
+    told = Told(tmp_path, "--workload", "long", "--lengths", "40960", "8192", "65536", fits=16_384)
+    told.bench().try_each(WORKLOADS["long"][0])
+    assert [case.length for case in told.asked] == [8192, 40_960]
+
+
 def test_the_table_says_hardware_command_speed_and_memory(tmp_path: Path) -> None:
     told = Told(tmp_path, fits=2048)
     bench = told.bench()
