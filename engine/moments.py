@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_tui.engine.activations import Batch, Layer, Peak, final_norm, forward_peak, mask_bytes, norm_backward, stack
-from qlora_tui.engine.fused import fp8_gradients
+from qlora_tui.engine.fused import fp8_gradients, fused_layers
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import (
@@ -50,6 +50,7 @@ _FUSED_IDLE, _FUSED_IDLE_SHARE = 64 * _MIB, 0.008
 # cores, 2026-11-26, within 17 %. The C library keeps freed blocks, and products over the vocabulary pack their operands.
 _CPU_LIBRARIES = int(0.6 * _GIB)
 _CPU_SLACK, _CPU_LOSS_SLACK = 0.3, 2.3
+_COMPILED = 430 * _MIB  # of the context: what torch's compiler brings for attention with capped scores, H200, 2026-11-27
 _GRAPHS = 90 * _MIB  # of the context, at the first CUDA graph; one more MiB or so for each, same card
 _CUBLAS = 2  # the thread of the forward pass and that of the backward pass keep a workspace each, on each stream
 
@@ -230,7 +231,8 @@ class Moments:
         ids = self.tokens * 24 + self.batch.length * model.head_dim * 2 * self.width
         each = (32 if (self.machine.compute_capability or (8, 0)) >= (9, 0) else 8) * _MIB
         workspace = _CUBLAS * each * (1 + self.graphs) if self.cuda else 0
-        context = _CUDA_CONTEXT + _GRAPHS * self.graphs
+        compiled = not model.sdpa and fused_layers(model, run, self.batch.kernels)
+        context = _CUDA_CONTEXT + _GRAPHS * self.graphs + _COMPILED * compiled
         held = (context, "CUDA's context and libraries, measured") if self.cuda else (_CPU_LIBRARIES, "Python, torch and libraries")
         return (
             Item("weights", *self._weights()),

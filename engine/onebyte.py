@@ -15,7 +15,7 @@ from qlora_tui.engine.spec import RunConfig
 Gradients = Literal["16 bits", "FP8"]
 """What gradients are multiplied in on it; forward products are in 16 bits everywhere."""
 
-GOOD_ENOUGH: frozenset[Gradients] = frozenset(("16 bits",))
+GOOD_ENOUGH: frozenset[Gradients] = frozenset(("16 bits", "FP8"))
 """What passed: no worse than 16 bits beyond the noise of three seeds after 200 steps, and better than NF4 (tests/bench/results)."""
 
 _NATS, _NF4_NATS = 0.00, 0.25

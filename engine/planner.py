@@ -135,24 +135,25 @@ def _best(asked: Asked) -> tuple[Search, Choice]:
     for method in _methods(asked.model, asked.run, asked.machine):
         if best is not None and method == "qlora":
             break
-        found = _of_base(asked, method, tried)
-        if found is not None and (best is None or found[0].rank(found[1]) < best[0].rank(best[1])):
-            best = found
+        best = _of_base(asked, method, tried, math.inf if best is None else best[0].rank(best[1]) - 1) or best
     if best is not None:
         return best
     last = [(one, away) for one in tried if (away := one.leanest_away()) is not None]
     return next((one for one in last if one[0].roomy(one[1])), last[-1] if last else (tried[-1], tried[-1].leanest()))
 
 
-def _of_base(asked: Asked, method: str, tried: list[Search]) -> tuple[Search, Choice] | None:
-    """Return the best choice of one base, with paging only where it saves time; the searches made are added to `tried`."""
+def _of_base(asked: Asked, method: str, tried: list[Search], limit: float) -> tuple[Search, Choice] | None:
+    """Return the best choice of one base whose rank is at most `limit`; the searches made are added to `tried`.
+
+    The optimizer pages only where that saves time.
+    """
     found: tuple[Search, Choice] | None = None
     for optim in _optimizers(asked.run, asked.machine):
         search = Search(asked, method, optim)
         tried.append(search)
         if found is not None and search.need(found[1]) >= found[0].need(found[1]):
             continue
-        choice = search.find(math.inf if found is None else found[0].rank(found[1]) - 1)
+        choice = search.find(limit if found is None else found[0].rank(found[1]) - 1)
         found = (search, choice) if choice is not None else found
     return found
 

@@ -185,6 +185,8 @@ class Search:
     def _most_rows(self) -> int:
         """Return the most rows at once that fit at all; 0 if not even the fewest do."""
         low, high, leanest = 0, len(self.rows), self.leanest()
+        if not self.roomy(leanest):
+            return 0
         while low < high:
             middle = (low + high) // 2
             low, high = (middle + 1, high) if self.roomy(leanest._replace(rows=self.rows[middle])) else (low, middle)

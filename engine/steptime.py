@@ -36,10 +36,13 @@ _ATTENTION_SHARE = 0.6  # of large products' rate that fused attention reaches
 _KERNEL_SECONDS = 3e-6  # of a card between one kernel and the next
 _LOGIT_PASSES = 17.5  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
 _DEQUANT_SHARE = 0.8  # of the bandwidth that widening of 4-bit weights reaches: 35 GB in 12.6 ms on an H100, 2026-11-27
-# The next three were fitted to 35 settings of fused layers, 0.5 to 14 B on an H100 (2026-11-27): within 8.3 %, median 2.4 %.
-_FUSED_MOVE_SHARE = 0.75  # of a large copy's rate that fused kernels and low-rank products reach together
-_FUSED_LOGIT_PASSES = 7.8  # the loss is read off the logits, and its gradient takes their place
-_AGAIN_SHARE = 0.75  # of a fused layer's traffic when it is made again, tile by tile
+# The next five were fitted to 36 settings of fused layers, 0.5 to 14 B, recorded on an H200 (2026-11-27): within 5.8 %, median 1.1 %;
+# to one half of them, the other half is met within 11.1 %, median 2.1 %.
+_FUSED_PRODUCT_SHARE = 1.03  # of the seconds that products would take at the measured rate
+_FUSED_KERNEL_SECONDS = 2.35e-6  # of a card between one kernel and the next
+_FUSED_MOVE_SHARE = 0.76  # of a large copy's rate that fused kernels and low-rank products reach together
+_FUSED_LOGIT_PASSES = 7.4  # the loss is read off the logits, and its gradient takes their place
+_AGAIN_SHARE = 0.9  # of a fused layer's traffic when it is made again, tile by tile
 _LAUNCH_SECONDS = 25e-6  # of a host that nobody measured: 10e-6 is a fast desktop, 35e-6 a virtual machine
 _FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
 _CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
@@ -125,11 +128,11 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
-    share, fp8 = _PRODUCT_SHARE if cuda else 1.0, fp8_gradients(model, run, machine)
+    fused, fp8 = fused_layers(model, run, kernels), fp8_gradients(model, run, machine)
+    share = (_FUSED_PRODUCT_SHARE if fused else _PRODUCT_SHARE) if cuda else 1.0
     frozen, low = 2.0 * weights * batch / flops * share, 2.0 * _low_rank(model, run) * batch / flops
     products = max(frozen, weights * width / speed.bandwidth_bytes) + low
     gradients = max(frozen * _FP8_SHARE, weights / speed.bandwidth_bytes) + low if fp8 else products
-    fused = fused_layers(model, run, kernels)
     there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
     full = back_full = _full_weights(model, run, width, speed, kernels=kernels)
@@ -155,7 +158,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     # beside a layer's pass forward, and both in the backward
     stalled = max(0.0, copied - forward) + max(0.0, copied - once_more - backward)
     started, again_started = (layers * both + chunks * _CHUNK_LAUNCHES) * _MORE_LAUNCHES, again * _MORE_LAUNCHES
-    between = _KERNEL_SECONDS if cuda else 0.0
+    between = (_FUSED_KERNEL_SECONDS if fused else _KERNEL_SECONDS) if cuda else 0.0
     return MicroBatch(
         device_seconds=layers * (forward + backward) + loss + started * between,
         host_seconds=started * speed.launch_seconds,
@@ -186,12 +189,8 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False
     backward, and its 4-bit base is widened in three steps (in one where its constants are plain).
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
-    if fused:  # counted from `fast.layers`
-        products = (2 if four_bit(model, run) or eight_bit(model, run) else 1) * len(parts)
-        turned = 5 * len(parts) if fp8 else products  # a gradient is quantized, a weight turned, and sums are added up
-        there = 15 + model.norms_per_layer + products + 3 * len(targeted) + 2 * model.qk_norm
-        back = 25 + model.norms_per_layer + turned + 10 * len(targeted) + 2 * model.qk_norm
-        return round(there if model.norms_per_layer > 2 else 0.75 * there), there + back
+    if fused:
+        return _fused_launches(model, run, fp8=fp8)
     widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
     forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
     backward = 45 + 15 * model.norms_per_layer + 30 * model.qk_norm + len(parts) + 11 * len(targeted) + widened
@@ -202,6 +201,24 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False
     if run.attn_implementation == "eager" or not model.sdpa:
         forward, backward = forward + 8, backward + 8
     return round(forward), round(forward + backward)
+
+
+def _fused_launches(model: ModelSpec, run: RunConfig, *, fp8: bool) -> tuple[int, int]:
+    """Return the same of a fused layer, counted from `fast.layers` and `fast.adapted`.
+
+    An 8 B model's step has 4,710 kernels on an H100, and 1,333 more with every layer made again; 5,054 with FP8 (2026-11-27).
+    Of each group of modules that share an input, adapters are put together and cast once, and multiplied once; of each module
+    its part is added forward and multiplied twice backward, where a card often splits the sum and clears room for it first.
+    """
+    parts, targeted, sandwich = model.linears(), model.targeted(run.lora_target_modules), model.norms_per_layer > 2
+    groups = len({_SHARED.get(part.name, part.name) for part in targeted})
+    added = sum(_SHARED.get(part.name) != "mlp" for part in targeted)  # the gate's kernel adds the parts of gate and up
+    products = (2 if four_bit(model, run) or eight_bit(model, run) else 1) * len(parts)
+    narrow = 4 * len(parts) if fp8 else products  # a gradient is quantized, a weight turned, and some sums are added up
+    heads = 2 * model.qk_norm
+    there = 4 + model.norms_per_layer + products + 3 * groups + added + heads
+    back = 11 + 2 * model.norms_per_layer + narrow + 5 * groups + 7 * len(targeted) + heads
+    return there if sandwich else there + 5, there + back
 
 
 def optimizer_seconds(model: ModelSpec, run: RunConfig, speed: Speed) -> float:
@@ -253,15 +270,20 @@ def _moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> tuple
 
 
 def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> tuple[float, float]:
-    """Return the same of fused layers: each kernel reads and writes once, and low-rank products read what they share once."""
+    """Return the same of fused layers: each kernel reads and writes once, and low-rank products read what they share once.
+
+    What adapters add to gate and up, and to the gradient of their product, is added by the gate's kernels on the way.
+    """
     targeted = model.targeted(run.lora_target_modules)
     hidden, inner, turned = model.hidden_size, model.intermediate_size, 2 * (model.query_size + model.key_value_size)
     outputs = sum(part.outputs for part in targeted)
-    inputs = sum({_SHARED.get(part.name, part.name): part.inputs for part in targeted}.values())
+    added = sum(part.outputs for part in targeted if _SHARED.get(part.name) != "mlp")
+    inputs = {_SHARED.get(part.name, part.name): part.inputs for part in targeted}
+    wide = inputs.pop("down_proj", 0)
     sandwich = model.norms_per_layer > 2
     turned *= 2 if model.qk_norm else 1
-    forward = 8 * hidden + 6 * hidden * sandwich + 2 * outputs + inputs + turned + 3 * inner
-    backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * inputs + turned + 6 * inner
+    forward = 8 * hidden + 6 * hidden * sandwich + 2 * added + sum(inputs.values()) + wide + turned + 3 * inner
+    backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * sum(inputs.values()) + wide + turned + 6 * inner
     return width * forward, width * backward
 
 

@@ -1,14 +1,14 @@
 """Measured against predicted on a grid of configurations: peaks by phase and seconds a step.
 
 usage: grid.py run OUT.jsonl [--cpu] [--only TEXT,TEXT] [--part I/N] [--seconds N]   a JSON line a configuration, appended
-       grid.py table OUT.jsonl                   the lines as a Markdown table, with median and worst error
+       grid.py table OUT.jsonl [--anew]          the lines as a Markdown table, with median and worst error
 
 Each configuration runs in a process of its own, as people's runs do: what earlier ones leave on a card (libraries' workspaces, cached
 blocks) would be measured as its own. The processes are forked from one that has imported torch and transformers, which takes most of
 a start, and has not asked CUDA. A configuration that would begin after N seconds is named and left out, and runs when the
 command is given again. `--only` takes those whose name has one of the texts, `--part 1/4` the first of every four: so four cards of
 one host, each named by `CUDA_VISIBLE_DEVICES`, share the work. `--cpu` runs the same code on tiny shapes: it proves the script and
-measures nothing of interest. Predictions are the formulas' own: what earlier configurations taught is forgotten, but for the speed of
+measures nothing of interest. `--anew` predicts with the formulas of now what was measured then. Predictions are the formulas' own: what earlier configurations taught is forgotten, but for the speed of
 the card's pieces.
 """
 
@@ -93,6 +93,28 @@ def figures(ran: Any, run: Any, spec: Any, machine: Any) -> dict[str, Any]:
         "speed": dataclasses.asdict(speed) if (speed := measured.speed(machine.name)) else None,
         "tokens_per_step": late[0].tokens,
     }
+
+
+def predicted_anew(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line with what would be predicted now, on the card and with the pieces of it that were measured then."""
+    from qlora_tui.engine import budget, forecast, measured, models
+    from qlora_tui.engine.machine import find_card
+    from qlora_tui.engine.measured import Speed
+
+    if "error" in line:
+        return line
+    case = next(case for case in CASES if case.name == line["case"])
+    run, spec, card = (
+        dataclasses.replace(case.run(Path("model"), tiny=False), **line["choices"]),
+        models.find(case.shape),
+        find_card(line["device"]),
+    )
+    assert spec is not None
+    measured.remember_speed(card.name, "", Speed(**line["speed"]))
+    estimate = budget.estimate(spec, run, card, longest=case.length)
+    seconds = forecast.seconds_per_token(spec, run, card, row_tokens=case.length)
+    predicted = {phase.name: phase.bytes for phase in estimate.phases}
+    return line | {"predicted": predicted, "seconds_predicted": seconds and seconds * line["tokens_per_step"]}
 
 
 def run_all(out: Path, cases: Iterable[Case], *, cpu: bool, seconds: float) -> int:
@@ -192,9 +214,13 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--seconds", type=float, default=520.0)
+    parser.add_argument("--anew", action="store_true")
     options = parser.parse_args()
     if options.what == "table":
-        print(table(read(options.out)))
+        with tempfile.TemporaryDirectory() as home:
+            os.environ["QLORA_TUI_HOME"] = home  # what this machine measured is left alone
+            lines = read(options.out)
+            print(table([predicted_anew(line) for line in lines] if options.anew else lines))
         return 0
     wanted = options.only.lower().split(",")
     part, parts = map(int, options.part.split("/"))

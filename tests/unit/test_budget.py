@@ -41,7 +41,11 @@ def test_the_loaded_base_is_what_was_measured():
 
 MEASURED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu/2026-11-27-h100.jsonl").read_text().splitlines()]
 RECORDED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu/2026-11-27-h100-recorded.jsonl").read_text().splitlines()]
-FUSED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu/2026-11-27-h100-fused.jsonl").read_text().splitlines()]
+FUSED = [
+    (json.loads(line), card)
+    for name, card in (("h100", "H100 80GB"), ("h200", "H200"))
+    for line in (Path(__file__).parents[1] / f"gpu/2026-11-27-{name}-fused.jsonl").read_text().splitlines()
+]
 CASES = {case.name: case for case in cases.CASES}
 
 
@@ -74,23 +78,23 @@ def test_peaks_measured_with_recorded_batches_are_met(line, without_kernels):
     assert -0.035 < max(phases.values()) / measured - 1 < 0.04
 
 
-def predicted_fused(line):
-    """The same of a line whose layers were fused where the family's can be, with what was chosen for it."""
+def predicted_fused(line, card):
+    """The same of a line whose layers were fused where the family's can be, with what was chosen for it, on its card."""
     case = CASES[line["case"]]
     run = dataclasses.replace(case.run(Path("model"), tiny=False), **line["choices"])
-    return budget.estimate(models.find(case.shape), run, H100, longest=case.length)
+    return budget.estimate(models.find(case.shape), run, machine.find_card(card), longest=case.length)
 
 
-@pytest.mark.parametrize("line", FUSED, ids=lambda line: line["case"])
-def test_peaks_measured_with_fused_layers_are_met(line):
-    # the same versions, a process each: tests/bench/results/2026-11-27-h100-grid-fused.md
+@pytest.mark.parametrize(("line", "card"), FUSED, ids=lambda part: part if isinstance(part, str) else part["case"])
+def test_peaks_measured_with_fused_layers_are_met(line, card):
+    # the same versions, a process each: tests/bench/results/2026-11-27-h100-grid-fused.md and -h200-grid.md
     measured = max(size for phase, size in line["measured"].items() if CASES[line["case"]].saved or phase != "load")
-    assert -0.03 < predicted_fused(line).total_bytes / measured - 1 < 0.08
+    assert -0.03 < predicted_fused(line, card).total_bytes / measured - 1 < 0.08
 
 
 def test_the_median_error_of_those_is_under_three_percent():
-    train = [next(phase.bytes for phase in predicted_fused(line).phases if phase.name == "train") for line in FUSED]
-    errors = [size / line["measured"]["train"] - 1 for size, line in zip(train, FUSED, strict=True)]
+    train = [next(phase.bytes for phase in predicted_fused(line, card).phases if phase.name == "train") for line, card in FUSED]
+    errors = [size / line["measured"]["train"] - 1 for size, (line, _) in zip(train, FUSED, strict=True)]
     assert len(errors) >= 30
     assert statistics.median(map(abs, errors)) < 0.03
 
