@@ -5,20 +5,38 @@ Each makes the tensors that its kernel makes and no others that a trace sees; nu
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_tui.engine.fast import eightbit
+from qlora_tui.engine import fast
+from qlora_tui.engine.fast import compiled, eightbit
 from qlora_tui.engine.fast.adapted import Part
 from qlora_tui.engine.fast.eightbit import Rows
+from qlora_tui.engine.machine import Machine
 
 Activation = str
 Parts = tuple[Part | None, Part | None]
 WIDEST_ROW, WIDEST_RANK = 1 << 14, 64
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    """Put these functions where the kernels are, and say that kernels run here."""
+    here = sys.modules[__name__]
+    for room in ("kernels", "gate", "widths"):
+        patch.setitem(sys.modules, f"qlora_tui.engine.fast.{room}", here)
+        patch.setattr(fast, room, here, raising=False)
+    patch.setattr(compiled, "why_not", lambda device: "")
+    patch.setattr(Machine, "kernels", True)
+    from qlora_tui.engine.fast import operations
+
+    for room in ("kernels", "gate"):
+        patch.setattr(operations, room, here)
 
 
 def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,8 +8,8 @@ blocks) would be measured as its own. The processes are forked from one that has
 a start, and has not asked CUDA. A configuration that would begin after N seconds is named and left out, and runs when the
 command is given again. `--only` takes those whose name has one of the texts, `--part 1/4` the first of every four: so four cards of
 one host, each named by `CUDA_VISIBLE_DEVICES`, share the work. `--cpu` runs the same code on tiny shapes: it proves the script and
-measures nothing of interest. `--anew` predicts with the formulas of now what was measured then. Predictions are the formulas' own: what earlier configurations taught is forgotten, but for the speed of
-the card's pieces.
+measures nothing of interest. `--anew` predicts with the formulas of now what was measured then. Predictions are the formulas' own:
+what earlier configurations taught is forgotten, but for the speed of the card's pieces.
 """
 
 from __future__ import annotations

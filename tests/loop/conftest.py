@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import plain_kernels
 import pytest
 
-from qlora_tui.engine import fast
-from qlora_tui.engine.fast import compiled
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, from_values
 
@@ -24,15 +21,7 @@ def bits_can_be_compared(one_thread: None) -> None:
 @pytest.fixture
 def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse layers as on a card, with the kernels' plain twins; bfloat16 runs alone are fused, as there."""
-    for room in ("kernels", "gate", "widths"):
-        monkeypatch.setitem(sys.modules, f"qlora_tui.engine.fast.{room}", plain_kernels)
-        monkeypatch.setattr(fast, room, plain_kernels, raising=False)
-    monkeypatch.setattr(compiled, "why_not", lambda device: "")
-    monkeypatch.setattr(Machine, "kernels", True)
-    from qlora_tui.engine.fast import operations
-
-    for room in ("kernels", "gate"):
-        monkeypatch.setattr(operations, room, plain_kernels)
+    plain_kernels.stand_in(monkeypatch)
 
 
 @pytest.fixture

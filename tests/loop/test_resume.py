@@ -56,13 +56,14 @@ VARIANTS = {
     "qlora, 8-bit optimizer": {"method": "qlora", "optim": "adamw_8bit"},
     "8-bit base": {"method": "lora-8bit"},
     "fused layers": {"method": "qlora", "dtype": "bfloat16", "gradient_checkpointing": "1"},
+    "fused layers, 8-bit base, rows end to end": {"method": "lora-8bit", "dtype": "bfloat16", "packing": "on"},
 }
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_a_resume_at_every_step_is_the_uninterrupted_run(run_of: Make, tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     """36 rows, 2 x 2 a step: step 9 ends the first epoch; all later checkpoints are compared, to the last bit."""
-    if kind == "fused layers":
+    if kind.startswith("fused layers"):
         request.getfixturevalue("fused_on_cpu")
     run = run_of(max_steps=STEPS, save_steps=1, save_total_limit=STEPS, eval_steps=4, **VARIANTS[kind])
     whole = drive(run, tmp_path / "whole")

@@ -36,6 +36,13 @@ FIRST = {"pause", "resume", "sample"}
 REAL_HOME = os.environ.get("QLORA_TUI_HOME")
 """Read while tests are collected, before each of them gets a home of its own."""
 PROGRAM = "import sys\nfrom qlora_tui.tui.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+FUSED = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import plain_kernels, pytest
+plain_kernels.stand_in(pytest.MonkeyPatch())
+{PROGRAM}"""
+"""The same with fused layers on a processor."""
 # Without s, d and enter: q asks how to leave, and asking again is the answer that leaves nothing. l and L come in pairs, below.
 KEYS = [bytes([code]) for code in range(32, 127) if chr(code) not in "sdlL"]
 KEYS += [b"\x1b[A", b"\x1b[B", b"\x1b[C", b"\x1b[D", b"\x1b[5~", b"\x1b[6~", b"\x1b[H", b"\t", b"\x1b[Z", b"\x7f", b"\x1bOP", b"\x1bOQ"]
@@ -96,16 +103,18 @@ def chaos(terminal: Terminal, folder: Path, over: Callable[[], bool], dice: rand
         terminal.read_some(pace)
 
 
-def quiet(options: list[str], runs: Path, environment: dict[str, str]) -> Path:
+def quiet(options: list[str], runs: Path, environment: dict[str, str], program: str = PROGRAM) -> Path:
     """Run without a screen and undisturbed, and return the run's folder."""
-    command = [sys.executable, "-m", "qlora_tui.tui", *options, "--no-ui", "--runs-dir", str(runs)]
+    command = [sys.executable, "-c", program, *options, "--no-ui", "--runs-dir", str(runs)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
     return list_runs(runs)[0].path
 
 
-def disturbed(options: list[str], runs: Path, environment: dict[str, str], seed: int, patience: float, pace: float) -> Path:
+def disturbed(
+    options: list[str], runs: Path, environment: dict[str, str], seed: int, patience: float, pace: float, program: str = PROGRAM
+) -> Path:
     """Run the program on a terminal, treat it badly to its end, and return the run's folder."""
-    terminal = Terminal(PROGRAM, *options, "--runs-dir", str(runs), size=(100, 30), **environment)
+    terminal = Terminal(program, *options, "--runs-dir", str(runs), size=(100, 30), **environment)
     try:
         deadline = time.monotonic() + patience
         while not list(runs.glob("*/events.jsonl")):
@@ -161,17 +170,29 @@ def compare(plain: Path, screen: Path, steps: int) -> None:
     assert (word.outcome, word.exit_code) == ("done", 0)
 
 
+USUAL, NARROW = {"lora_dropout": 0.1}, {"method": "lora-8bit", "packing": "on", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(("program", "more"), [(PROGRAM, USUAL), (FUSED, NARROW)], ids=["usual", "fused, 8-bit base, end to end"])
 @pytest.mark.parametrize(("steps", "seed"), [(12, 1), *(pytest.param(200, seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_a_tiny_model_under_chaos(
-    tiny_model: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], tmp_path: Path, home: Path, steps: int, seed: int
+    tiny_model: Path,
+    write_jsonl: Callable[..., Path],
+    chat_rows: list[dict[str, Any]],
+    tmp_path: Path,
+    home: Path,
+    steps: int,
+    seed: int,
+    program: str,
+    more: dict[str, Any],
 ) -> None:
-    settings = {"max_length": 256, "max_steps": steps, "lora_dropout": 0.1, "eval_steps": 20, "save_steps": 50, "learning_rate": 1e-3}
+    settings = {"max_length": 256, "max_steps": steps, "eval_steps": 20, "save_steps": 50, "learning_rate": 1e-3, **more}
     settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "watch_stop": ""}
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     options = ["--model", str(tiny_model), "--data", str(write_jsonl(chat_rows)), *flags]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".pkg")}
-    screen = disturbed(options, tmp_path / "screen", environment, seed, 900, 0.05)
-    compare(quiet([*options, *changes(screen)], tmp_path / "plain", environment), screen, steps)
+    screen = disturbed(options, tmp_path / "screen", environment, seed, 900, 0.05, program)
+    compare(quiet([*options, *changes(screen)], tmp_path / "plain", environment, program), screen, steps)
 
 
 @pytest.mark.slow
