@@ -134,10 +134,12 @@ class FusedLayer:
         mlp, kind, output = self.layer.mlp, self.form.activation, (self.layer.self_attn.o_proj,)
         ups = (mlp.gate_up_proj,) if self.family.fused else (mlp.gate_proj, mlp.up_proj)
         down = (mlp.down_proj,)
+        attended, around = self._attended(hidden_states, **kwargs)
+        hidden = product(attended, None if self.sandwich else around, output)
+        del attended  # not held while the MLP works
         if not self.sandwich:
-            hidden = product(self._attended(hidden_states, **kwargs), hidden_states, output)
             return gated_mlp(hidden, self.after, ups, down, kind, residual=True)
-        hidden = added_norm(product(self._attended(hidden_states, **kwargs), None, output), hidden_states, self.after)
+        hidden = added_norm(hidden, around, self.after)
         return added_norm(gated_mlp(hidden, self.inner, ups, down, kind, residual=False), hidden, self.outer)
 
     def _attended(
@@ -148,15 +150,18 @@ class FusedLayer:
         attention_mask: torch.Tensor | None = None,
         blocks: Blocks | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Return attention's output [B, T, A * D]; without a mask, or with one of no numbers, the layer knows what a token sees."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return attention's output [B, T, A * D], and what goes around it.
+
+        Without a mask, or with one of no numbers, the layer knows what a token sees.
+        """
         module, form, fused = self.layer.self_attn, self.form, self.family.fused
         linears = (module.qkv_proj,) if fused else (module.q_proj, module.k_proj, module.v_proj)
         angles = None if form.some_unturned and not module.use_rope else tuple(part.flatten(0, -2) for part in position_embeddings)
         queries, keys = self.heads
         turned: tuple[int, ...] = (queries + keys,) if fused else (queries, keys, 0)
         within = angles if self.head_norms is None else None
-        parts = projections(hidden, self.before, linears, within, turned, self.size)
+        *parts, around = projections(hidden, self.before, linears, within, turned, self.size)
         if fused:
             parts = parts[0].split([count * self.size for count in (queries, keys, keys)], dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.size)) for part in parts)
@@ -165,14 +170,13 @@ class FusedLayer:
         if attention_mask is not None and not attention_mask.numel():
             attention_mask = None
         if self.cap is not None:
-            return softcap.attend(query, key, value, blocks, self.window, module.scaling, self.cap, attention_mask).flatten(2)
+            return softcap.attend(query, key, value, blocks, self.window, module.scaling, self.cap, attention_mask).flatten(2), around
         if attention_mask is None and (blocks is not None or (self.window is not None and self.window < hidden.shape[1])):
-            return attend(query, key, value, blocks, self.window, module.scaling).flatten(2)
+            return attend(query, key, value, blocks, self.window, module.scaling).flatten(2), around
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         scores_of = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
         out, _ = scores_of(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling)
-        flat: torch.Tensor = out.flatten(2)
-        return flat
+        return out.flatten(2), around
 
 
 def _norm(module: Any, form: Form) -> Norm:

@@ -46,7 +46,10 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 def projections(
     x: torch.Tensor, norm: Norm, modules: Sequence[Any], angles: Angles | None, turned: tuple[int, ...], size: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return the products of the norm of `x`, and of each the first `turned` heads turned by their place's angle."""
+    """Return the products of the norm of `x`, of each the first `turned` heads turned by their place's angle, and `x` itself.
+
+    Whoever adds `x` to something later takes it from here: so its gradient comes back to this operation, which adds it on the way.
+    """
     linears, pairs = adapted.frozen_and_trained(modules)
     outs: tuple[torch.Tensor, ...] = _Projections.apply(x, norm, linears, angles, turned, size, *pairs)  # type: ignore[no-untyped-call]
     return outs
@@ -108,20 +111,21 @@ class _Projections(torch.autograd.Function):
                     kernels.turn_heads(_first(out, heads, size), *angles)
         ctx.save_for_backward(x, low, *pairs)
         ctx.rest = norm, linears, angles, turned, size
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        return *(out.view(*x.shape[:-1], -1) for out in outs), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         norm, linears, angles, turned, size = ctx.rest
         x, low, *pairs = ctx.saved_tensors
-        grads_NO = [_flat(grad).contiguous() for grad in grads]
+        *of_products, around = grads
+        grads_NO = [_flat(grad).contiguous() for grad in of_products]
         if angles is not None:
             for grad, heads in zip(grads_NO, turned, strict=True):
                 if heads:
                     kernels.turn_heads_back_(_first(grad, heads, size), *angles)
         x_NH, adapters = _flat(x), Adapters(linears, pairs, x.dtype)
         grad_NI, found = adapted.backward(grads_NO, norm.of(x_NH), adapters, low, wanted=ctx.needs_input_grad[0])
-        grad_x = None if grad_NI is None else norm.back(grad_NI, x_NH).view(x.shape)
+        grad_x = None if grad_NI is None else norm.back(grad_NI, x_NH, _flat(around).contiguous()).view(x.shape)
         return grad_x, None, None, None, None, None, *adapters.trained(found)
 
 
