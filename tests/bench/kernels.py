@@ -114,6 +114,38 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
         yield "swiglu_backward", "liger", 5 * one, backward(LigerSiLUMulFunction.apply, gate, dh, up)
 
 
+def products(tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
+    """A frozen product and what its adapter of rank 16 adds to it, by torch; `deeper` and `wider` are the adapter's numbers inside the product.
+
+    Bytes tell the small ones' share; the large ones are held up by their operations.
+    """
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    more, rank = 64, 16
+    x, weight, grad, residual = made(tokens, wide + more), made(inner, wide + more), made(tokens, inner), made(tokens, inner)
+    narrow, frozen, low, a, b = (
+        x[:, :wide].contiguous(),
+        weight[:, :wide].contiguous(),
+        made(tokens, rank),
+        made(rank, wide),
+        made(inner, rank),
+    )
+    large, left, right = 2 * (narrow.numel() + frozen.numel() + grad.numel()), 2 * narrow.numel(), 2 * grad.numel()
+    yield "product", "torch", large, lambda: narrow @ frozen.t()
+    yield "product and a residual", "torch", large + right, lambda: torch.addmm(residual, narrow, frozen.t())
+    yield "product, 64 deeper", "torch", large, lambda: x @ weight.t()
+    yield "gradient of its input", "torch", large, lambda: grad @ frozen
+    yield "gradient of its input, 64 wider", "torch", large, lambda: grad @ weight
+    yield "adapter: x A", "torch", left, lambda: narrow @ a.t()
+    yield "adapter: added", "torch", 2 * right, lambda: residual.addmm_(low, b.t(), beta=0.5)
+    yield "adapter: slope", "torch", right, lambda: grad @ b
+    yield "adapter: gradient of A", "torch", left, lambda: low.t() @ narrow
+    yield "adapter: gradient of B", "torch", right, lambda: grad.t() @ low
+    yield "adapter: gradient of x", "torch", 2 * left, lambda: narrow.addmm_(low, a, beta=0.5)
+
+
 def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
     """Gradients in FP8, read once and written at half the width; a weight's bytes turned, and widened to 16 bits."""
     from qlora_tui.engine.fast import eightbit
@@ -210,6 +242,7 @@ def main() -> int:
         *dequantizations(mine, wide, inner, device),
         *norms(mine, tokens, wide, device),
         *gates(mine, tokens, inner, device),
+        *products(tokens, wide, inner, device),
         *narrowings(mine, tokens, wide, inner, device),
         *losses(mine, 32 if cpu else 512, 320 if cpu else 128_256, device),
         *rotations(mine, tokens, heads, shared, device),
