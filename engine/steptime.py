@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import fp8_gradients, fused_layers
+from qlora_tui.engine.fused import GATED, TILE, fp8_gradients, fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -29,20 +29,20 @@ from qlora_tui.engine.spec import RunConfig, offloads, rows_per_step
 _MATMUL_SHARE = 0.75  # of the data sheet's products that large ones reach: 765-780 of 989 TFLOP/s on an H100, 2026-11-25
 _MEMORY_SHARE = 0.88  # of the bandwidth that a large copy reaches
 # The next five were fitted together to 32 settings of 0.5 to 14 B on an H100, replayed as CUDA graphs so that no host was in
-# the way (2026-11-27): within 6 %, median 2.4 %.
+# the way, attention's to rows of up to 65,536 tokens on an H200 (2026-11-27): within 10 %.
 _PRODUCT_SHARE = 0.92  # of the seconds that products would take at the measured rate
 _MOVE_SHARE = 0.54  # of a large copy's rate that a layer's many element-wise kernels reach
-_ATTENTION_SHARE = 0.6  # of large products' rate that fused attention reaches
+_ATTENTION_SHARE = 0.69  # of large products' rate that fused attention reaches
 _KERNEL_SECONDS = 3e-6  # of a card between one kernel and the next
 _LOGIT_PASSES = 17.5  # times an element's width that one logit is moved: product, float32, softmax, gradient, product
 _DEQUANT_SHARE = 0.8  # of the bandwidth that widening of 4-bit weights reaches: 35 GB in 12.6 ms on an H100, 2026-11-27
-# The next five were fitted to 36 settings of fused layers, 0.5 to 14 B, recorded on an H200 (2026-11-27): within 5.8 %, median 1.1 %;
-# to one half of them, the other half is met within 11.1 %, median 2.1 %.
-_FUSED_PRODUCT_SHARE = 1.03  # of the seconds that products would take at the measured rate
-_FUSED_KERNEL_SECONDS = 2.35e-6  # of a card between one kernel and the next
-_FUSED_MOVE_SHARE = 0.76  # of a large copy's rate that fused kernels and low-rank products reach together
-_FUSED_LOGIT_PASSES = 7.4  # the loss is read off the logits, and its gradient takes their place
-_AGAIN_SHARE = 0.9  # of a fused layer's traffic when it is made again, tile by tile
+# The next five were fitted to 36 settings of fused layers, 0.5 to 14 B, recorded on an H200, and to 22 of an 8 B model there and on an
+# H100, up to 65,536 tokens (2026-11-27): within 6.2 %, median 1.9 %. Without one half of the 36, that half is met within 12 %, median 3 %.
+_FUSED_PRODUCT_SHARE = 1.1  # of the seconds that products would take at the measured rate
+_FUSED_KERNEL_SECONDS = 2.5e-6  # of a card between one kernel and the next
+_FUSED_MOVE_SHARE = 0.84  # of a large copy's rate that fused kernels and low-rank products reach together
+_FUSED_LOGIT_PASSES = 5.3  # the loss is read off the logits, and its gradient takes their place
+_AGAIN_SHARE = 1.08  # of a fused layer's traffic when it is made again, tile by tile
 _LAUNCH_SECONDS = 25e-6  # of a host that nobody measured: 10e-6 is a fast desktop, 35e-6 a virtual machine
 _FLOAT32_SHARE = 0.125  # of 16-bit products that 32-bit ones reach on a card that has tensor cores for 16 bits
 _CORE_FLOPS = 34e9  # of one CPU core, 4-bit and float32: SmolLM2-135M at about 100 tokens/s on two cores
@@ -146,6 +146,9 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     if fused and model.norms_per_layer == 2:  # the third product of the MLP is not made again, nor widened, nor what it reads
         third = next(part.weights for part in model.linears() if part.name == "down_proj") / weights
         once_more = (products + full) * (1 - third) + attention + batch * there / rate * _AGAIN_SHARE
+        # of a tile's MLP three weights are widened forward and five backward
+        mlp = sum(part.weights for part in model.linears() if part.name == "down_proj" or part.name in GATED) / weights
+        once_more += (math.ceil(batch / TILE) - 1) * full * mlp * 8 / 3
     layers = model.num_hidden_layers
     chunk = run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // model.vocab_size)
     chunks = math.ceil(batch / chunk)

@@ -115,9 +115,9 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
 
 
 def products(tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
-    """A frozen product and what its adapter of rank 16 adds to it, by torch; `deeper` and `wider` are the adapter's numbers inside the product.
+    """A frozen product and what its adapter of rank 16 adds to it, by torch; the large ones are held up by operations, not by bytes.
 
-    Bytes tell the small ones' share; the large ones are held up by their operations.
+    `deeper` and `wider` have the adapter's numbers inside the product: beside the weight's, and so beside the input's or its gradient's.
     """
 
     def made(*shape: int) -> torch.Tensor:
