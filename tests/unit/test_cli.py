@@ -232,6 +232,18 @@ def test_a_budget_with_data_has_times(rows: str, tiny_model: Path, capsys: Captu
     assert "looked at" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("good", [0, 3])
+def test_a_budget_says_which_rows_are_in_no_figure(good: int, tiny_model: Path, tmp_path: Path, capsys: Capture) -> None:
+    path, bad = tmp_path / "rows.jsonl", {"input_ids": [1, 2, 3], "labels": [-100, 1, 3]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*[{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}] * good, bad, bad]))
+    assert main(["budget", "--model", str(tiny_model), "--data", str(path), "--set", "data_format=tokenized", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["time"]["step_seconds"] is None) == (not good)
+    (said,) = [remark for remark in found["remarks"] if "broken" in remark]
+    assert f"2 of {good + 2} rows are broken" in said
+    assert f"line {good + 1}: labels[1]: 1 is neither -100 nor its token id 2" in said
+
+
 def test_data_are_described(rows: str, byte_tokenizer: Path, capsys: Capture) -> None:
     assert main(["data", rows, "--model", str(byte_tokenizer), "--examples", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -99,8 +99,10 @@ def needs(
     reading: Reading = NOBODY,
 ) -> Needs:
     """Plan `run` on `device`, and estimate memory and, where data are named, time; `measured` rows come with `rows` to be measured on."""
+    broken: tuple[str, ...] = ()
     if rows is None and run.data:
-        rows = data.load(run, lenient=True, progress=reading.progress).rows
+        found_rows = data.load(run, lenient=True, progress=reading.progress)
+        rows, broken = found_rows.rows, _broken(found_rows)
         held_apart = data.load_eval(run, lenient=True, progress=reading.progress)
         measured = len(held_apart.rows) if held_apart else None
     lengths = lengths_of(run, rows) if rows else Lengths()
@@ -110,12 +112,22 @@ def needs(
     found = tuple(fixes(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     room = tuple(tips(spec, plan.run, device, longest=longest, lengths=lengths.tokens))
     if not rows:
-        return Needs(spec, plan, found, room)
+        return Needs(spec, plan, found, room, remarks=broken)
     work, basis = _work(plan.run, (len(rows), measured), lengths)
     time = before_work(spec, plan.run, device, work)
     told = remarks(spec, plan.run, device, time, longest=longest, longest_chat=lengths.longest_chat, asked=run, work=work)
     less, bill = tuple(shorter(spec, plan.run, device, time, work)), money.before_run(spec, run, device, time, work)
-    return Needs(spec, plan, found, room, time, basis, (*told, *filter(None, [triage_remark(run)])), less, bill)
+    return Needs(spec, plan, found, room, time, basis, (*broken, *told, *filter(None, [triage_remark(run)])), less, bill)
+
+
+def _broken(found: data.Dataset) -> tuple[str, ...]:
+    """Return what is said of rows that are in no figure, since a run would not train on them."""
+    if not found.refused:
+        return ()
+    first, number = found.refused[0], len(found.refused)
+    where = f"{first.source or 'the data'}{f', line {first.line}' if first.line else f', row {first.row}'}"
+    rows = f"{count(number)} of {count(number + len(found.rows))} rows are broken and not counted here"
+    return (f"{rows}; the first: {where}: {first.field}: {first.reason}; qlora-tui data lists them all",)
 
 
 def lengths_of(run: RunConfig, rows: Sequence[Row]) -> Lengths:
