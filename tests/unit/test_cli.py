@@ -236,7 +236,23 @@ def test_a_budget_with_data_has_times(rows: str, tiny_model: Path, capsys: Captu
 def test_a_budget_says_which_rows_are_in_no_figure(good: int, tiny_model: Path, tmp_path: Path, capsys: Capture) -> None:
     path, bad = tmp_path / "rows.jsonl", {"input_ids": [1, 2, 3], "labels": [-100, 1, 3]}
     path.write_text("".join(json.dumps(row) + "\n" for row in [*[{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}] * good, bad, bad]))
-    assert main(["budget", "--model", str(tiny_model), "--data", str(path), "--set", "data_format=tokenized", "--json"]) == 0
+    assert (
+        main(
+            [
+                "budget",
+                "--model",
+                str(tiny_model),
+                "--data",
+                str(path),
+                "--set",
+                "data_format=tokenized",
+                "--set",
+                "max_length=512",
+                "--json",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["time"]["step_seconds"] is None) == (not good)
     (said,) = [remark for remark in found["remarks"] if "broken" in remark]
