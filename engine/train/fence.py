@@ -71,7 +71,7 @@ class Fence:
         self._switches = switches()
         self._optimizer: torch.optim.Optimizer | None = None
         self._flat: Flat[Kind] | None = None
-        self._looked = False
+        self._judged = self._looked = False  # this step's gradient, and what its update rests on
         self._drawn: list[torch.Tensor] = []  # where torch's generators stood after the last step
         self._draws: bool | None = None  # whether a step draws random numbers at all; the first one shows it
         self._refused: list[str] = []
@@ -119,7 +119,7 @@ class Fence:
         before = torch_generators()
         if any(parameter.grad is not None for parameter in self._updated.values()):
             raise FenceError("before a step: gradients were left that do not belong to it")
-        self._phase, self._rest, self._looked = _STEP, _IDLE, False
+        self._phase, self._rest, self._judged, self._looked = _STEP, _IDLE, False, False
         try:
             yield
         finally:
@@ -127,8 +127,20 @@ class Fence:
             self._undo_draws_within(before)
             self._drawn = torch_generators()
 
+    def after_backward(self) -> None:
+        """Check what the gradient of this step rests on, once all of it was handed over to the device and before anybody waits.
+
+        That takes a millisecond or two of the host's time, which the device needs anyway.
+
+        Raises:
+            FenceError: the first thing that does not hold, by name.
+        """
+        self.check("the check of a gradient", (_STEP,))
+        self._hold(next(self._gradient_faults(), ""))
+        self._judged = True
+
     def before_step(self, supervised: int, loss: float, norm: float, rate: float) -> None:
-        """Check what must hold before an optimizer step.
+        """Check what an update rests on, just before it.
 
         Args:
             supervised: tokens that the step learns from.
@@ -140,6 +152,8 @@ class Fence:
             FenceError: the first thing that does not hold, by name.
         """
         self.check("the check before a step", (_STEP,))
+        if not self._judged:
+            raise FenceError("an optimizer step was prepared without the check of its gradient")
         self._hold(next(self._faults(supervised, loss, norm, rate), ""))
         self._looked = True
 
@@ -229,6 +243,18 @@ class Fence:
         if any(map(_merged, self._layers)):
             yield "an adapter is merged into its base"
 
+    def _gradient_faults(self) -> Iterator[str]:
+        """Yield what a second thread may have changed of the model while this step's gradient was made."""
+        yield from self._mode_faults(self._modules)
+        if not all(map(_asks, self._trained.values())):
+            yield "a trained tensor no longer asks for gradients"
+        if any(map(_asks, self._frozen)):
+            yield "a frozen tensor asks for gradients"
+        if any(len(adapters) != number for adapters, number in self._adapters):
+            yield "adapters were added or taken away"
+        if switches() != self._switches:
+            yield "a switch of torch that holds for the whole process was changed"
+
     def _set_faults(self) -> Iterator[str]:
         missing = [name for name, parameter in self._updated.items() if parameter.grad is None]
         if missing:
@@ -236,16 +262,9 @@ class Fence:
         if strays := self._flat.strays() if self._flat else []:
             names = [name for name, parameter in self._updated.items() if any(parameter is stray for stray in strays)]
             yield f"{len(names)} trained tensors or their gradients lie where no step reaches them ({', '.join(names[:2])})"
-        if not all(map(_asks, self._trained.values())):
-            yield "a trained tensor no longer asks for gradients"
-        if any(map(_asks, self._frozen)):
-            yield "a frozen tensor asks for gradients"
-        if any(len(adapters) != number for adapters, number in self._adapters):
-            yield "adapters were added or taken away"
 
     def _faults(self, supervised: int, loss: float, norm: float, rate: float) -> Iterator[str]:
         yield from self._set_faults()
-        yield from self._mode_faults(self._modules)
         if supervised <= 0:
             yield "no token is supervised"
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -253,8 +272,6 @@ class Fence:
         for group in self._optimizer.param_groups if self._optimizer else ():
             if group["lr"] != rate * group["scale"]:
                 yield f"the learning rate is {group['lr']:g} and the schedule says {rate * group['scale']:g}"
-        if switches() != self._switches:
-            yield "a switch of torch that holds for the whole process was changed"
         if self._device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
             yield "work runs on another CUDA stream than the default one"
 

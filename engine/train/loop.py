@@ -153,6 +153,7 @@ class Loop:
         set_rate(self.optimizer, lr)
         summed, data_seconds = self._backward(rows, supervised)
         length = gradient_norm(self.fence.trained)
+        self.fence.after_backward()
         if step < self.total:
             data_seconds += self.gradient.prepare(self.order.of(step + 1), step + 1)
         loss, norm = float(summed), float(length)  # waits for the device, once all that needs no answer is done

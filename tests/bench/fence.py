@@ -26,7 +26,7 @@ from qlora_tui.engine import preset  # noqa: E402
 from qlora_tui.engine.builtin import small_files  # noqa: E402
 from qlora_tui.engine.train.fence import Fence  # noqa: E402
 
-SPENT: dict[str, list[float]] = {"step": [], "before_step": [], "_after_forward": [], "inside": [], "excursion": []}
+SPENT: dict[str, list[float]] = {"step": [], "after_backward": [], "before_step": [], "_after_forward": [], "inside": [], "excursion": []}
 
 
 def timed(name: str) -> None:
@@ -70,7 +70,7 @@ def measure(name: str, folder: Path, steps: int) -> str:
         ran = drive(preset.resolve(preset="demo", flags=flags), Path(where))
     if ran.error is not None:
         raise ran.error
-    a_step = sum(sum(SPENT[part]) for part in ("step", "before_step", "_after_forward")) / steps
+    a_step = sum(sum(SPENT[part]) for part in ("step", "after_backward", "before_step", "_after_forward")) / steps
     inside, excursion = statistics.median(SPENT["inside"][1:]), statistics.median(SPENT["excursion"])
     return f"| {name} | {a_step * 1e3:.2f} ms | {inside * 1e3:.0f} ms | {a_step / inside:.3%} | {excursion * 1e3:.1f} ms |"
 
@@ -79,7 +79,7 @@ def main() -> None:
     """Print the table."""
     timed_around("step")
     timed_around("excursion")
-    for name in ("before_step", "_after_forward"):
+    for name in ("after_backward", "before_step", "_after_forward"):
         timed(name)
     with tempfile.TemporaryDirectory() as where:
         tiny, many = Path(where) / "tiny", Path(where) / "many"

@@ -130,6 +130,7 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
         "choices": dict(ran.of(Planned)[-1].choices),
         "findings": [finding.message for finding in ran.of(Finding) if finding.detector == "memory"],  # rows halved, a full cache
         "last_loss": late[-1].loss,
+        "data_share": sum(step.data_seconds for step in late) / sum(step.seconds for step in late),
         "device": max(now["device"] for now in held),
         "rows": [row for step in late for row in step.rows],
         "config": json.loads((model / "config.json").read_text()),

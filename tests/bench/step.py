@@ -142,10 +142,9 @@ def short(line: Line) -> str:
     """Return one line for whoever watches."""
     if "error" in line or "out_of_memory" in line:
         return f"{line['key']}: {line.get('error') or line['out_of_memory']}"
-    share = line["flops"] / line["ceiling"]
-    return (
-        f"{line['key']}: {line['tokens_per_second']:,.0f} tokens/s, {share:.0%} of the ceiling, {line['reserved'] / GIB:.2f} GiB reserved"
-    )
+    share, data = line["flops"] / line["ceiling"], f", {line['data_share']:.2%} of a step on batches" if "data_share" in line else ""
+    speed = f"{line['tokens_per_second']:,.0f} tokens/s, {share:.0%} of the ceiling"
+    return f"{line['key']}: {speed}, {line['reserved'] / GIB:.2f} GiB reserved{data}"
 
 
 def table(lines: list[Line]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from loop_driver import Ran, drive
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from qlora_tui.engine import checkpoint, evaluate
@@ -298,11 +299,29 @@ def test_gradients_of_something_else_are_not_added_to_a_step(run_of: Make, tmp_p
     assert "gradients were left" in str(ran.error)
 
 
-def test_an_update_without_its_check_is_refused(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fence, "before_step", lambda *_: None)
+@pytest.mark.parametrize("check", ["after_backward", "before_step"])
+def test_an_update_without_its_checks_is_refused(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    monkeypatch.setattr(Fence, check, lambda *_: None)
     ran = drive(run_of(**SETTINGS), tmp_path / "raced")
     assert "without the check" in str(ran.error)
     assert not ran.of(Stepped)
+
+
+def test_what_is_changed_after_the_gradient_is_made_leaves_its_update_alone_and_is_caught_in_the_next_step(
+    run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is looked at while the device works on the gradient; what is changed then can reach no gradient before the next."""
+    quiet, real = drive(run_of(**SETTINGS), tmp_path / "quiet"), step.Gradient.prepare
+
+    def struck(self: step.Gradient, rows: Any, number: int) -> float:
+        if number == ON_STEP + 1:
+            next(part for part in self.loaded.model.modules() if isinstance(part, LoraLayer))._disable_adapters = True
+        return real(self, rows, number)
+
+    monkeypatch.setattr(step.Gradient, "prepare", struck)
+    ran = drive(run_of(**SETTINGS), tmp_path / "raced")
+    assert "switched off" in str(ran.error)
+    assert [(one.loss, one.grad_norm) for one in ran.of(Stepped)] == [(one.loss, one.grad_norm) for one in quiet.of(Stepped)][:ON_STEP]
 
 
 @pytest.mark.parametrize("moment", ["forward", "backward"])
@@ -484,6 +503,7 @@ def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fence, "_close", lambda *_: None)
     monkeypatch.setattr(Fence, "_before_update", lambda *_: None)
     monkeypatch.setattr(Fence, "_faults", lambda *_: iter(()))
+    monkeypatch.setattr(Fence, "_gradient_faults", lambda *_: iter(()))
     monkeypatch.setattr(Fence, "_undo_draws", lambda *_: None)
 
 
