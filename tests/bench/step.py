@@ -110,12 +110,15 @@ class Bench:
         folder = self.models / f"{case.shape.split('/')[-1]}-{kind}{'-tiny' if case.tiny else ''}"
         if folder.exists() or (case.backend == "ours" and not case.sixteen):
             return folder
-        part = folder.with_suffix(".part")  # what is cut off is not taken for a checkpoint
-        shutil.rmtree(part, ignore_errors=True)
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # what is cut off is not taken for a checkpoint
         words = ["make", json.dumps(dataclasses.asdict(case)), str(part)]
         if self.ask(words, self.options.each) is None:
             raise SystemExit(f"the checkpoint could not be written within {self.options.each:g} s")
-        return part.rename(folder)
+        try:
+            return part.rename(folder)
+        except OSError:  # another bench was first
+            shutil.rmtree(part)
+            return folder
 
     def try_each(self, case: Case) -> None:
         """Try the lengths that were asked for, shortest first, until one does not train."""
