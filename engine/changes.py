@@ -20,7 +20,15 @@ from qlora_tui.engine.fused import has_scoreless
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, choose_optimizer, double_quantized, element_bytes, four_bit
+from qlora_tui.engine.sizes import (
+    LOGITS_PER_CHUNK,
+    checkpointed_layers,
+    choose_optimizer,
+    compute_type,
+    double_quantized,
+    element_bytes,
+    four_bit,
+)
 from qlora_tui.engine.spec import RunConfig, offloads, rows_at_once, rows_per_step
 from qlora_tui.engine.units import count, gib, percent
 from qlora_tui.engine.values import Value
@@ -194,8 +202,9 @@ def _narrower(asked: Asked) -> Iterator[Change]:
         yield Change(
             {"method": "qlora", "bnb_4bit_quant_type": "nf4"}, "the base in 4 bits (nf4)", 2, "a little worse, most in small models"
         )
-    if element_bytes(run, machine) == 4 and machine.bf16:
-        yield Change({"dtype": "bfloat16"}, "compute in 16 bits, as is usual", 1)
+    usual = compute_type(dataclasses.replace(run, dtype="auto"), machine)
+    if element_bytes(run, machine) == 4 and usual != "float32":
+        yield Change({"dtype": usual}, "compute in 16 bits, as is usual", 1)
 
 
 def roomier(asked: Asked) -> Iterator[Iterable[Change]]:

@@ -21,7 +21,7 @@ from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.pace import Triple
 from qlora_tui.engine.padding import bucket, padded_share, spread
-from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, element_bytes, weight_bytes
+from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, compute_type, weight_bytes
 from qlora_tui.engine.spec import RunConfig, offloads, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import micro_batch, micro_batches, optimizer_seconds, table_speed
 from qlora_tui.engine.timetable import EVALS, LAST_WORDS, SAVES, cadence, measurements, saves
@@ -279,7 +279,7 @@ def against_steps(
     every = measured.all_steps(machine.name)
     if not every:
         return 1.0, None
-    concrete = dataclasses.replace(run, dtype="bfloat16" if element_bytes(run, machine) == 2 else "float32")
+    concrete = dataclasses.replace(run, dtype=compute_type(run, machine))
     key = step_key(model, concrete)
     kind = key.rpartition(", ")[0]
     same, kin = every.get(key, []), {name: points for name, points in every.items() if name.rpartition(", ")[0] == kind}

@@ -34,6 +34,7 @@ from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.offload import Offload, streams_of
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.sizes import compute_type
 from qlora_tui.engine.spec import RunConfig, checkpointed_of, offloads
 
 _WITHOUT_MASK = "sdpa_without_mask"
@@ -83,10 +84,8 @@ class Loaded:
 
 
 def choose_dtype(run: RunConfig, machine: Machine) -> torch.dtype:
-    """Return the type of computation: bfloat16 where the device computes in it, else float32."""
-    if run.dtype == "auto":
-        return torch.bfloat16 if machine.kind == "cuda" and machine.bf16 else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[run.dtype]
+    """Return the type of computation as torch has it."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[compute_type(run, machine)]
 
 
 def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:

@@ -76,6 +76,11 @@ class Machine:
         return self.kind == "cuda" and self.bf16 and there
 
     @property
+    def half(self) -> bool:
+        """Whether tensor cores multiply float16 here: Volta and later."""
+        return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= (7, 0)
+
+    @property
     def fp8(self) -> bool:
         """Whether products in FP8 are computed here, as far as can be said without trying."""
         return self.kernels and self.compute_capability is not None and self.compute_capability >= (8, 9)

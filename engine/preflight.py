@@ -28,7 +28,7 @@ from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import is_folder, is_here, place
 from qlora_tui.engine.rules import bounds, problems
-from qlora_tui.engine.sizes import adapter_params, element_bytes
+from qlora_tui.engine.sizes import adapter_params, compute_type, element_bytes
 from qlora_tui.engine.spec import BUILTIN, RunConfig, values_of
 from qlora_tui.engine.text import one_line
 from qlora_tui.engine.units import gib
@@ -92,7 +92,7 @@ def check(
     if found is not None:
         faults.problems += [
             *model_problems(run, *found),
-            *attention_problems(run, found[1], device),
+            *family_problems(run, found[1], device),
             *_packing_problems(run, found[1], device),
         ]
         if not faults:
@@ -205,6 +205,9 @@ def device_problems(run: RunConfig, device: Machine) -> list[Problem]:
         found.append(Problem("optim", "paged_adamw_8bit pages GPU memory and there is no GPU here", "say auto, adamw_8bit or adamw_torch"))
     if device.kind == "cuda" and run.dtype == "bfloat16" and not device.bf16:
         found.append(Problem("dtype", f"{one_line(device.name)} cannot compute in bfloat16", "say auto or float32"))
+    if run.dtype == "float16" and (device.bf16 or not device.half):
+        why = "computes in bfloat16, which overflows nowhere" if device.bf16 else "is no card that multiplies float16 fast"
+        found.append(Problem("dtype", f"{one_line(device.name)} {why}", "say auto"))
     if run.max_temperature and machine.temperature() is None:
         found.append(Problem("max_temperature", "no sensor of a GPU answers here", "leave it out"))
     if run.until and _is_past(run.until):
@@ -244,12 +247,19 @@ def shape_problems(run: RunConfig, spec: ModelSpec) -> list[Problem]:
     return [*found, *_start_problems(run, spec), *stored_problems(run, spec), *_other_parts(run, spec)]
 
 
-def attention_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[Problem]:
-    """Return that attention of this family holds its scores on this device, where it is asked not to: SDPA has no cap for them."""
-    if run.attn_implementation == "eager" or has_scoreless(spec, run, device):
-        return []
-    text = f"sdpa does not exist for the family {spec.family} where its layers are not fused"
-    return [Problem("attn_implementation", text, "say eager")]
+def family_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[Problem]:
+    """Return what a family cannot do on this device: attend without holding scores, since SDPA has no cap for them, or stay in range.
+
+    Gemma's models were trained in bfloat16, and their activations go far beyond float16's 65,504.
+    """
+    found = []
+    if run.attn_implementation != "eager" and not has_scoreless(spec, run, device):
+        told = f"sdpa does not exist for the family {spec.family} where its layers are not fused"
+        found.append(Problem("attn_implementation", told, "say eager"))
+    if compute_type(run, device) == "float16" and spec.family.startswith("gemma"):
+        told = f"activations of {spec.family} overflow in float16, the only type of 16 bits that {one_line(device.name)} computes in"
+        found.append(Problem("dtype", told, "say float32"))
+    return found
 
 
 def _packing_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[Problem]:

@@ -16,7 +16,7 @@ from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction, Speed
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.padding import padded_share
-from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, element_bytes
+from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, compute_type, element_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import MicroBatch, micro_batch, optimizer_seconds, table_speed
 from qlora_tui.engine.units import percent
@@ -61,7 +61,7 @@ class Search:
 
     def __init__(self, asked: Asked, method: str, optim: str) -> None:
         run, model, machine = asked.run, asked.model, asked.machine
-        dtype = "bfloat16" if element_bytes(run, machine) == 2 else "float32"
+        dtype = compute_type(run, machine)
         self.asked = asked
         self.base = dataclasses.replace(run, method=method, optim=optim, dtype=dtype)
         self.layers = model.num_hidden_layers

@@ -52,11 +52,18 @@ def double_quantized(model: ModelSpec, run: RunConfig) -> bool:
     return model.double_quant if model.quantized else run.bnb_4bit_use_double_quant
 
 
+def compute_type(run: RunConfig, machine: Machine) -> str:
+    """Return the type of computation: bfloat16 where the device has it, float16 on cards that multiply that fast, else float32."""
+    if run.dtype != "auto":
+        return run.dtype
+    if machine.kind != "cuda":
+        return "float32"
+    return "bfloat16" if machine.bf16 else "float16" if machine.half else "float32"
+
+
 def element_bytes(run: RunConfig, machine: Machine) -> int:
-    """Return the bytes of one number in the type of computation: 2 for bfloat16, 4 for float32."""
-    if run.dtype == "auto":
-        return 2 if machine.kind == "cuda" and machine.bf16 else 4
-    return 2 if run.dtype == "bfloat16" else 4
+    """Return the bytes of one number in the type of computation."""
+    return 4 if compute_type(run, machine) == "float32" else 2
 
 
 def constant_bytes(model: ModelSpec, run: RunConfig) -> float:

@@ -80,8 +80,8 @@ class RunConfig:
     dtype: str = _key(
         "auto",
         "model",
-        "Type of computation. auto: bfloat16 where the device has it, else float32.",
-        choices=("auto", "bfloat16", "float32"),
+        "Type of computation. auto: bfloat16 where the device has it, float16 on older cards, else float32.",
+        choices=("auto", "bfloat16", "float16", "float32"),
     )
     attn_implementation: str = _key(
         "sdpa", "model", "Attention: sdpa uses the flash kernel where the model allows it.", choices=("sdpa", "eager")

@@ -243,7 +243,7 @@ def micro_batches(run: RunConfig, rows: int) -> int:
 
 def _product_flops(machine: Machine, speed: Speed, width: int) -> float:
     """Return what products reach: in 32 bits on a card with tensor cores for 16 far less than the 16-bit one that was measured."""
-    return speed.matmul_flops * (_FLOAT32_SHARE if machine.kind == "cuda" and width == 4 and machine.bf16 else 1.0)
+    return speed.matmul_flops * (_FLOAT32_SHARE if machine.kind == "cuda" and width == 4 and (machine.bf16 or machine.half) else 1.0)
 
 
 def _attention(model: ModelSpec, tokens: float) -> float:

@@ -123,6 +123,10 @@ class Flat(Generic[Kind]):
         """Multiply every gradient by `factor`, in one operation."""
         self._gradients.mul_(factor)
 
+    def finite(self) -> bool:
+        """Say whether every gradient is a finite number; this waits for the device."""
+        return bool(torch.isfinite(self._gradients).all())
+
     def strays(self) -> list[torch.nn.Parameter]:
         """Return the parameters whose values or gradients, which are lent now, lie elsewhere: no step of the optimizer reaches them."""
         size = self._parameters[0].element_size()

@@ -64,7 +64,7 @@ class _Recorded:
     shares_N: torch.Tensor
     loss: torch.Tensor
 
-    def fill(self, batch: Batch, supervised: int) -> None:
+    def fill(self, batch: Batch, supervised: float) -> None:
         """Copy a batch in; what is padded counts nothing."""
         fill(self.own, batch)
         self.shares_N.zero_()
@@ -101,7 +101,7 @@ class Graphs:
         blocks = 0 if batch.blocks is None else len(batch.blocks.bounds) - 1
         return Shape(rows, length, min(rows * length, -(-len(batch.labels_N) // part) * part), blocks)
 
-    def add(self, batch: Batch, supervised: int) -> torch.Tensor:
+    def add(self, batch: Batch, supervised: float) -> torch.Tensor:
         """Add the gradient of `batch` to the parameters' and return its summed loss over `supervised`.
 
         Raises:

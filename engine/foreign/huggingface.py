@@ -119,11 +119,11 @@ def brain_float(ledger: Ledger, path: str, value: Any) -> None:
 
 
 def half_float(ledger: Ledger, path: str, value: Any) -> None:
-    """Give fp16, which is not here: its small range needs a scale that is watched, and skips steps."""
+    """Give fp16, which is chosen where a device has nothing better."""
     if isinstance(value, Code):
         _as_the_device_has_it(ledger, path)
     elif is_set(value):
-        ledger.change(path, "dtype", "auto", "float16 is not here: bfloat16 where the device has it, else float32")
+        ledger.change(path, "dtype", "auto", "bfloat16 where the device has it, float16 on older cards")
     else:
         ledger.drop(path, "off: it does nothing")
 

@@ -49,6 +49,7 @@ from qlora_tui.engine.train.optim import build_optimizer, choose_optimizer, flat
 from qlora_tui.engine.train.parking import FOLDER
 from qlora_tui.engine.train.resume import origin, resume
 from qlora_tui.engine.train.samples import Samples
+from qlora_tui.engine.train.scale import LossScale
 from qlora_tui.engine.train.schedule import total_steps, warmup_steps
 from qlora_tui.engine.train.step import Gradient, Halving, Thrash, recorded
 from qlora_tui.engine.train.triage import Triage
@@ -321,7 +322,7 @@ def _loop(job: Job, choices: Choices, loaded: Loaded, fence: Fence, tokenized: T
     fence.attach(optimizer, flat)
     discard(job.folder / FOLDER)  # a pause that was killed
     loaded.model.train()
-    gradient = Gradient(loaded, flat, halving("training"), run.loss_chunk_size, Thrash(device))
+    gradient = Gradient(loaded, flat, halving("training"), run.loss_chunk_size, Thrash(device), LossScale.of(loaded.dtype))
     order = Order(tokenized.train, rows_per_step(run), run.seed)
     gradient.record(order if recorded(run, loaded) else None)
     samples = _samples(job, run, loaded, fence, tokenized, meter, folder)

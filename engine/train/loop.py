@@ -100,7 +100,8 @@ class Loop:
         """Return what a checkpoint has to remember beside the tensors."""
         halved = {"rows_at_once": self.gradient.halving.rows, "eval_rows": self.holdout.halving.rows}
         rates = {**self.rates.state(), "rolled_back": self.rolled_back}
-        return {"total": self.total, "watch": self.watch.state(), **halved, **rates, **self.origin}
+        scale = {"loss_scale": self.gradient.scale.state()}
+        return {"total": self.total, "watch": self.watch.state(), **halved, **rates, **scale, **self.origin}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers: the step, the detectors, and how far memory made batches smaller."""
@@ -108,6 +109,7 @@ class Loop:
         self.watch.restore(state["watch"])
         self.rates.restore(state)
         self.rolled_back = int(state.get("rolled_back", 0))
+        self.gradient.scale.restore(state.get("loss_scale", ()))
         self.keeper.restore(state)
         for halving, name in ((self.gradient.halving, "rows_at_once"), (self.holdout.halving, "eval_rows")):
             halving.rows = min(halving.rows, int(state.get(name, halving.rows)))

@@ -27,6 +27,7 @@ from qlora_tui.engine.load import Loaded
 from qlora_tui.engine.meter import RandomState, empty_cache, in_use, out_of_memory, said
 from qlora_tui.engine.spec import RunConfig
 from qlora_tui.engine.train.optim import Kind
+from qlora_tui.engine.train.scale import LossScale
 
 MOST_HALVINGS = 3
 """Beyond this the estimate was wrong by a factor of eight: the run ends rather than crawl."""
@@ -93,6 +94,7 @@ class Gradient:
     halving: Halving
     chunk: int
     thrash: Thrash
+    scale: LossScale
     graphs: Graphs | None = None  # records batches and replays them; None where each kernel is started by itself
     _order: Order | None = None
     _found: list[Finding] = field(default_factory=list)
@@ -102,16 +104,22 @@ class Gradient:
     def of_step(self, rows: Sequence[TokenRow], supervised: int, step: int) -> tuple[torch.Tensor, float]:
         """Add up the gradient of a step; returns its loss in nats a token, on the device, and the seconds spent on batches.
 
-        When memory runs out the same rows go through again in halves, on the random numbers of the first attempt.
+        When memory runs out the same rows go through again in halves, and when a gradient in float16 overflows under a smaller loss
+        scale; both on the random numbers of the first attempt.
 
         Raises:
             WontFit: halving did not help; gradients are gone and random numbers are those of the step's start.
         """
         start = RandomState.now()
         while True:
-            done, words = self._attempt(rows, supervised, self._prepared(step))
+            factor = self.scale.factor
+            done, words = self._attempt(rows, supervised / factor, self._prepared(step))
             if done is not None:
-                return done
+                if self.scale.settle(self.flat):
+                    return (done[0] / factor if self.scale.lifts else done[0]), done[1]
+                self.clear()
+                start.restore()
+                continue
             self.release()
             start.restore()
             self._found.append(self.halving.halve(step, words))
@@ -180,7 +188,7 @@ class Gradient:
         found, self._found = self._found, []
         return found + self.thrash.see(step)
 
-    def add(self, rows: Sequence[TokenRow], supervised: int, first: Batch | None = None) -> tuple[torch.Tensor, float]:
+    def add(self, rows: Sequence[TokenRow], supervised: float, first: Batch | None = None) -> tuple[torch.Tensor, float]:
         """Add the gradient of `rows` to what is there, `halving.rows` at a time; an out-of-memory error is the caller's.
 
         Returns:
@@ -203,7 +211,7 @@ class Gradient:
         known, size, batch = prepared
         return batch if (known, size) == (step, self.halving.rows) else None
 
-    def _backward(self, batch: Batch, supervised: int) -> torch.Tensor:
+    def _backward(self, batch: Batch, supervised: float) -> torch.Tensor:
         """Add the gradient of one batch and return its loss over `supervised`.
 
         The first batch of a run goes the plain way also where the others are replayed: libraries choose kernels and make
@@ -242,7 +250,7 @@ class Gradient:
         told = f"batches cannot be recorded as CUDA graphs here, so each kernel is started by itself: {why_not}"
         self._found.append(Finding("graphs", "info", 0, told, (), {}))
 
-    def _attempt(self, rows: Sequence[TokenRow], supervised: int, first: Batch | None) -> tuple[tuple[torch.Tensor, float] | None, str]:
+    def _attempt(self, rows: Sequence[TokenRow], supervised: float, first: Batch | None) -> tuple[tuple[torch.Tensor, float] | None, str]:
         """Return what `add` returns, or None and the error's words; the error itself, with its frames, ends here."""
         try:
             return self.add(rows, supervised, first), ""

@@ -224,7 +224,7 @@ def test_a_cpu_has_no_cuda_context_and_computes_in_float32():
     assert "CUDA" not in next(item.how for item in cpu.items if item.name == "context")
     assert sizes.element_bytes(RunConfig(), CPU) == 4
     assert sizes.element_bytes(RunConfig(dtype="bfloat16"), CPU) == 2
-    assert sizes.element_bytes(RunConfig(), machine.find_card("T4")) == 4
+    assert sizes.element_bytes(RunConfig(), machine.find_card("T4")) == 2  # float16
     assert cpu.bytes_of("optimizer") == 8 * sizes.adapter_params(DEMO, RunConfig())
 
 

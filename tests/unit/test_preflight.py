@@ -211,11 +211,11 @@ def test_attention_that_a_family_lacks_is_refused() -> None:
     card = Machine("small", "cuda", 8 * 2**30, bf16=True)
     older = replace(card, bf16=False)
     for device, changes in ((older, {}), (card, {"fused_layers": "off"}), (card, {"use_dora": True}), (card, {"dtype": "float32"})):
-        (problem,) = preflight.attention_problems(replace(run, **changes), gemma, device)  # type: ignore[arg-type]
+        (problem,) = preflight.family_problems(replace(run, **changes), gemma, device)  # type: ignore[arg-type]
         told = "attn_implementation: sdpa does not exist for the family gemma2 where its layers are not fused; say eager"
         assert str(problem) == told
-    assert preflight.attention_problems(replace(run, attn_implementation="eager"), gemma, older) == []
-    assert preflight.attention_problems(run, gemma, card) == []
+    assert preflight.family_problems(replace(run, attn_implementation="eager"), gemma, older) == []
+    assert preflight.family_problems(run, gemma, card) == []
     for device, offered in ((card, True), (older, False)):
         found = fixes.fixes(gemma, replace(run, attn_implementation="eager"), device)
         assert any(fix.values == {"attn_implementation": "sdpa"} for fix in found) is offered

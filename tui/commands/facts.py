@@ -34,7 +34,7 @@ def budget(options: argparse.Namespace) -> int:
     device = machine.find_card(options.card) if options.card else machine.look()
     spec = preflight.find_spec(run)
     preflight.bounded(
-        run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec), *preflight.attention_problems(run, spec, device)
+        run, *preflight.device_problems(run, device), *preflight.shape_problems(run, spec), *preflight.family_problems(run, spec, device)
     )
     streams = Streams()
     with on_a_line(streams.talk) as reading:
