@@ -6,7 +6,8 @@ FOLDER is a checkpoint with its tokenizer, such as the demo's model; nothing is 
 running Python, of which the same part is held out in every run. One JSON line a run is added to OUT.jsonl, and runs that are in it
 already are not done again; `--seconds` starts no run that would likely end later. Then the table and the verdict are printed.
 
-On `lora-8bit` gradients are multiplied in FP8 where the device can; on `lora-int8` in 16 bits on any device.
+On `lora-8bit` gradients are multiplied in FP8 where the device can; on `lora-int8` in 16 bits on any device, and on `lora-int8-gradients`
+in INT8, which the product does nowhere yet: cards from Turing to Ampere would be faster at it.
 
 The verdict: an 8-bit base is good enough if its loss is above the 16-bit base's by no more than what another seed changes there (the
 standard deviation over seeds), and below NF4's with every seed. `engine/onebyte.py` names what passed.
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +32,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / ".pkg"), str(ROOT / "tests"), str(ROOT / "tests/loop"), str(ROOT / "tests/gpu")]
 
-METHODS = ("lora", "lora-8bit", "lora-int8", "qlora")
+METHODS = ("lora", "lora-8bit", "lora-int8", "lora-int8-gradients", "qlora")
+GPU_ALONE = ("lora-int8", "lora-int8-gradients")
 STEPS, ROWS, HELD = 200, 8, 200
 SAME = ("device", "torch", "rows", "steps", "learning_rate")
 """What lines must have in common to be compared."""
@@ -53,9 +55,24 @@ def write_rows(folder: Path, steps: int, held: int) -> tuple[Path, Path, str]:
 
 def held_as(method: str) -> AbstractContextManager[Any]:
     """Return the context in which gradients are multiplied in what `method` names."""
-    from qlora_tui.engine.fast import eightbit
+    from qlora_tui.engine.fast import base, eightbit
 
-    return mock.patch.object(eightbit, "fp8_on", return_value=False) if method == "lora-int8" else nullcontext()
+    if method == "lora-int8":
+        return mock.patch.object(eightbit, "fp8_on", return_value=False)
+    if method != "lora-int8-gradients":
+        return nullcontext()
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(base, "_narrowed", lambda grad, times: eightbit.quantize(grad.float() * times, "int8")))
+    patches.enter_context(mock.patch.object(base, "_turned", lambda weight: weight.t().contiguous()))
+    patches.enter_context(mock.patch.object(eightbit, "input_gradient", int8_gradient))
+    return patches
+
+
+def int8_gradient(rows: Any, turned: Any, dtype: Any) -> Any:
+    """Return the gradient of a product's input as `eightbit.input_gradient` does, from rows and a weight in INT8."""
+    import torch
+
+    return (torch._int_mm(rows.held, turned.t()).float() * rows.scales[:, None]).to(dtype)
 
 
 def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namespace, folder: Path, machine: Any) -> dict[str, Any]:
@@ -68,7 +85,7 @@ def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namesp
     run = from_values(
         {
             "model_name_or_path": str(asked.model),
-            "method": "lora-8bit" if method == "lora-int8" else method,
+            "method": "lora-8bit" if method in GPU_ALONE else method,
             "data": (str(files[0]),),
             "eval_data": str(files[1]),
             "max_length": 512,
@@ -165,6 +182,8 @@ def label(method: str, asked: argparse.Namespace, machine: Any) -> str:
 
     if method in ("lora", "qlora"):
         return "NF4, double quantized" if method == "qlora" else "16 bits" if machine.bf16 else "32 bits"
+    if method == "lora-int8-gradients":
+        return "INT8, gradients in INT8"
     narrow = method == "lora-8bit" and fp8_gradients(from_folder(asked.model), from_values({"method": method}), machine)
     return "INT8, gradients in FP8" if narrow else "INT8"
 
@@ -182,7 +201,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held", type=int, default=HELD)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     asked = parser.parse_args(given)
-    asked.methods = asked.methods or [method for method in METHODS if asked.gpu or method != "lora-int8"]
+    asked.methods = asked.methods or [method for method in METHODS if asked.gpu or method not in GPU_ALONE]
     return asked
 
 
