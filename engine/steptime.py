@@ -143,12 +143,9 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     forward = products + attention + batch * there / rate + full
     backward = gradients + low + 2.5 * attention + batch * back / rate + back_full
     once_more = forward
-    if fused and model.norms_per_layer == 2:  # the third product of the MLP is not made again, nor widened, nor what it reads
-        third = next(part.weights for part in model.linears() if part.name == "down_proj") / weights
-        once_more = (products + full) * (1 - third) + attention + batch * there / rate * _AGAIN_SHARE
-        # of a tile's MLP three weights are widened forward and five backward
-        mlp = sum(part.weights for part in model.linears() if part.name == "down_proj" or part.name in GATED) / weights
-        once_more += (math.ceil(batch / TILE) - 1) * full * mlp * 8 / 3
+    if fused and model.norms_per_layer == 2:
+        third, tiled = _again_shares(model, batch)
+        once_more = (products + full) * (1 - third) + tiled * full + attention + batch * there / rate * _AGAIN_SHARE
     layers = model.num_hidden_layers
     chunk = run.loss_chunk_size or max(1, LOGITS_PER_CHUNK // model.vocab_size)
     chunks = math.ceil(batch / chunk)
@@ -169,6 +166,18 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
         again_host_seconds=again_started * speed.launch_seconds,
         graphs=run.cuda_graphs if cuda and recordable(model, run) else "off",
     )
+
+
+def _again_shares(model: ModelSpec, batch: float) -> tuple[float, float]:
+    """Return which share of a fused layer's products is not made again, and how often all weights are widened for more than one tile.
+
+    The third product of the MLP is not made again, nor widened. Of each further tile's MLP three weights are widened forward and five
+    backward.
+    """
+    weights = sum(part.weights for part in model.linears())
+    shares = {part.name: part.weights / weights for part in model.linears()}
+    mlp = shares["down_proj"] + sum(shares.get(name, 0.0) for name in GATED)
+    return shares["down_proj"], (math.ceil(batch / TILE) - 1) * mlp * 8 / 3
 
 
 def sees_whole_rows(model: ModelSpec, run: RunConfig, longest: int) -> bool:

@@ -94,7 +94,7 @@ class Gradient:
     halving: Halving
     chunk: int
     thrash: Thrash
-    scale: LossScale
+    scale: LossScale = field(default_factory=LossScale)
     graphs: Graphs | None = None  # records batches and replays them; None where each kernel is started by itself
     _order: Order | None = None
     _found: list[Finding] = field(default_factory=list)
