@@ -4,6 +4,8 @@ An adapter's part of a wide product is as large as the product. Added by itself 
 tile of it is multiplied in registers, 16 numbers deep, by whoever reads the product anyway. So what a layer keeps are the frozen
 products alone, and both passes complete them. Numbers are computed in float32 and rounded once, when they are written.
 
+A program goes along some tiles of its rows: the next tile is on its way while one is multiplied, and what is alike for all is read once.
+
 Shapes: N tokens, I inner width, R rank.
 """
 
@@ -21,7 +23,11 @@ Activation = Literal["silu", "gelu_tanh"]
 
 WIDEST_RANK = 64
 """Adapters of a higher rank are added by a product of their own: a program has no room for more."""
-_ROWS, _BLOCK = 32, 64  # of the tile that a program takes: with more, registers leave room for two programs on a processor of an H100
+_ROWS, _BLOCK = 32, 64  # of a tile: with more, registers leave room for one program on a processor of an H100
+_TILES, _STAGES = 8, 2  # of a program, and of them in flight: the compiler then asks for the next tile early, with half the barriers
+
+
+_TILED = {"ROWS": _ROWS, "BLOCK": _BLOCK, "TILES": _TILES, "STAGES": _STAGES}
 
 
 @triton.jit
@@ -60,12 +66,18 @@ def _tile(numbers, places, first, second):
 
 
 @triton.jit
-def _read(product, stride, low, low_stride, b, scaling, rank, rows, at, number, width, ADDED: tl.constexpr, RANK: tl.constexpr):
+def _low(low, stride, rows, number, rank, RANK: tl.constexpr):
+    """Return some rows of what adapters made of their input, or of its gradient."""
+    along = tl.arange(0, RANK)
+    return _tile(low, rows[:, None] * stride + along[None, :], rows[:, None] < number, along[None, :] < rank)
+
+
+@triton.jit
+def _read(product, stride, low_NR, b, scaling, rank, rows, at, number, width, ADDED: tl.constexpr, RANK: tl.constexpr):
     """Return a tile of a product in float32, with what its adapter adds where it is `ADDED`: scaling * low B^T, of `rank` numbers each."""
     value = _tile(product, rows[:, None] * stride + at[None, :], rows[:, None] < number, at[None, :] < width).to(tl.float32)
     if ADDED:
         along = tl.arange(0, RANK)
-        low_NR = _tile(low, rows[:, None] * low_stride + along[None, :], rows[:, None] < number, along[None, :] < rank)
         b_RI = _tile(b, at[None, :] * rank + along[:, None], at[None, :] < width, along[:, None] < rank)
         value += scaling * tl.dot(low_NR, b_RI, input_precision="ieee")
     return value
@@ -76,13 +88,17 @@ def _gated(
     gate, up, out, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up,
     number, width, gate_stride, up_stride, low_stride,
     GELU: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows[:, None] < number) & (at[None, :] < width)
-    left = _read(gate, gate_stride, low_gate, low_stride, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
-    right = _read(up, up_stride, low_up, low_stride, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
-    tl.store(out + rows[:, None] * width + at[None, :], (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
+    low_left = _low(low_gate, low_stride, rows, number, rank_gate, RANK) if GATE else None
+    low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        inside = (rows[:, None] < number) & (at[None, :] < width)
+        left = _read(gate, gate_stride, low_left, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
+        right = _read(up, up_stride, low_right, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
+        tl.store(out + rows[:, None] * width + at[None, :], (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
@@ -90,24 +106,27 @@ def _gated_backward(
     grad, gate, up, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up, slope, a, rank,
     number, width, gate_stride, up_stride, low_stride,
     GELU: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
-    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows[:, None] < number) & (at[None, :] < width)
-    of_product = tl.load(grad + rows[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    left = _read(gate, gate_stride, low_gate, low_stride, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
-    right = _read(up, up_stride, low_up, low_stride, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
-    if DOWN:
-        along = tl.arange(0, RANK)
-        slope_NR = _tile(slope, rows[:, None] * rank + along[None, :], rows[:, None] < number, along[None, :] < rank)
-        a_RI = _tile(a, along[:, None] * width + at[None, :], along[:, None] < rank, at[None, :] < width)
-        of_product += tl.dot(slope_NR, a_RI, input_precision="ieee")
-    active = _activation(left, GELU)
+    low_left = _low(low_gate, low_stride, rows, number, rank_gate, RANK) if GATE else None
+    low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
+    slope_NR = _low(slope, rank, rows, number, rank, RANK) if DOWN else None
+    along = tl.arange(0, RANK)
     kind = grad.dtype.element_ty
-    tl.store(grad + rows[:, None] * width + at[None, :], (active * right).to(kind), mask=inside)
-    tl.store(gate + rows[:, None] * gate_stride + at[None, :], (of_product * right * _slope(left, GELU)).to(kind), mask=inside)
-    tl.store(up + rows[:, None] * up_stride + at[None, :], (of_product * active).to(kind), mask=inside)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        inside = (rows[:, None] < number) & (at[None, :] < width)
+        of_product = tl.load(grad + rows[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        left = _read(gate, gate_stride, low_left, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
+        right = _read(up, up_stride, low_right, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
+        if DOWN:
+            a_RI = _tile(a, along[:, None] * width + at[None, :], along[:, None] < rank, at[None, :] < width)
+            of_product += tl.dot(slope_NR, a_RI, input_precision="ieee")
+        active = _activation(left, GELU)
+        tl.store(grad + rows[:, None] * width + at[None, :], (active * right).to(kind), mask=inside)
+        tl.store(gate + rows[:, None] * gate_stride + at[None, :], (of_product * right * _slope(left, GELU)).to(kind), mask=inside)
+        tl.store(up + rows[:, None] * up_stride + at[None, :], (of_product * active).to(kind), mask=inside)
 
 
 Parts = tuple[Part | None, Part | None]
@@ -120,7 +139,7 @@ def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: P
     out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
     _gated[_tiled(number, width)](
         gate_NI, up_NI, out, *_of_parts(parts, out), number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
-        GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, RANK=_padded_rank(parts), ROWS=_ROWS, BLOCK=_BLOCK,
+        GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, RANK=_padded_rank(parts), **_TILED,
     )  # fmt: skip
     return out
 
@@ -143,12 +162,12 @@ def gated_backward_(
         grad_NI, gate_NI, up_NI, *_of_parts(parts, grad_NI), slope_NR, a_RI, slope_NR.shape[1],
         number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
         GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, DOWN=beside is not None,
-        RANK=_padded_rank(parts, 1 if beside is None else len(a_RI)), ROWS=_ROWS, BLOCK=_BLOCK,
+        RANK=_padded_rank(parts, 1 if beside is None else len(a_RI)), **_TILED,
     )  # fmt: skip
 
 
 def _tiled(number: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(number, _ROWS), triton.cdiv(width, _BLOCK)
+    return triton.cdiv(number, _ROWS), triton.cdiv(width, _BLOCK * _TILES)
 
 
 def _of_parts(parts: Parts, other: torch.Tensor) -> list[Any]:
