@@ -233,7 +233,9 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
         if found.away
         else "not needed",
         "loss_chunk_size": "smaller than usual, for memory" if smaller else "by the vocabulary",
-        "cuda_graphs": "launching kernels would take longer" if search.replayed(found) else "kernels take longer than their launches",
+        "cuda_graphs": "launching kernels would hold the device up"
+        if search.replayed(found)
+        else "kernels take far longer than their launches",
         "packing": search.why_padded(found) or f"padding would be {percent(search.padded(found))} of a batch",
     }
 

@@ -98,7 +98,7 @@ class MicroBatch:
         return slower * math.pow(both, 1 / _OVERLAP)
 
     def replayed(self, recomputed: int) -> bool:
-        """Say whether it is recorded and replayed as a CUDA graph: if asked for, or where its host would take half its time."""
+        """Say whether it is recorded and replayed as a CUDA graph: if asked for, or where its host would take a quarter of its time."""
         device, host = self._both(recomputed)
         return self.graphs == "on" or (self.graphs == "auto" and host > _GRAPHS_PAY * device)
 
