@@ -23,8 +23,8 @@ Activation = Literal["silu", "gelu_tanh"]
 
 WIDEST_RANK = 64
 """Adapters of a higher rank are added by a product of their own: a program has no room for more."""
-_ROWS, _BLOCK = 32, 64  # of a tile: with more, registers leave room for two programs on a processor of an H100, now three
-_TILES, _STAGES = 8, 2  # of a program, and of them in flight: the compiler then asks for the next tile early, with half the barriers
+_ROWS, _BLOCK = 16, 128  # of a tile: as few rows as a tensor core takes, and a whole line of the cache of each (measured beside others)
+_TILES, _STAGES = 4, 2  # of a program, and of them in flight: the compiler then asks for the next tile early, with half the barriers
 _TILED = {"ROWS": _ROWS, "BLOCK": _BLOCK, "TILES": _TILES, "STAGES": _STAGES}
 
 
