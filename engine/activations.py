@@ -32,7 +32,7 @@ class Batch:
     length: int
     cuda: bool
     kernels: bool = False  # ours, which compute in 16 bits
-    fp8: bool = False  # gradients of inputs are multiplied in 8 bits
+    narrow: str = ""  # what gradients of inputs are multiplied in, if not in 16 bits
 
     @property
     def tokens(self) -> int:
@@ -117,7 +117,7 @@ def _layer(batch: Batch, *, masked: bool) -> Layer:
 def _fused(batch: Batch, parts: _Parts) -> fused.FusedLayer:
     scores = batch.tokens * batch.model.num_attention_heads * 4
     scores += batch.rows * batch.length**2 * batch.width if parts.masked else 0
-    return fused.FusedLayer(batch.model, batch.run, batch.tokens, batch.width, parts.repeated, scores, parts._kernel(), batch.fp8)
+    return fused.FusedLayer(batch.model, batch.run, batch.tokens, batch.width, parts.repeated, scores, parts._kernel(), batch.narrow)
 
 
 def final_norm(batch: Batch) -> int:

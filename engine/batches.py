@@ -23,9 +23,9 @@ from qlora_tui.engine.data import TokenRow, lengths_of, numbers_of
 from qlora_tui.engine.padding import STEPS_PER_BUCKET
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """Where rows lie that go end to end: each is a block that sees only itself.
+    """Where rows lie that go end to end: each is a block that sees only itself. Two are never equal, whatever is in them.
 
     `places_1T` count from 0 in each row. `bounds` are where rows begin, and the end of the last: one more than rows, in 32 bits.
     No row is longer than `longest`, which a kernel has to know without asking the device.

@@ -48,12 +48,12 @@ def has_scoreless(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
     return model.sdpa or fused_layers(model, asked, machine.kernels and element_bytes(run, machine) == 2)
 
 
-def fp8_gradients(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
-    """Say whether gradients are multiplied in FP8: with an 8-bit base, in fused layers, where the card does and the sizes are even."""
-    if not eight_bit(model, run) or not machine.fp8 or element_bytes(run, machine) != 2:
-        return False
+def narrow_gradients(model: ModelSpec, run: RunConfig, machine: Machine) -> str:
+    """Return what gradients are multiplied in if not in 16 bits, "fp8" or "int8": with an 8-bit base, in fused layers, of even sizes."""
+    if not eight_bit(model, run) or element_bytes(run, machine) != 2 or not fused_layers(model, run, machine.kernels):
+        return ""
     even = all(part.inputs % 16 == 0 and part.outputs % 16 == 0 for part in model.linears())
-    return even and fused_layers(model, run, machine.kernels)
+    return machine.narrow if even else ""
 
 
 def unpacked_because(model: ModelSpec, run: RunConfig, kernels: bool) -> str:
@@ -84,7 +84,7 @@ class FusedLayer:
     """One fused layer of one micro-batch; all sizes in bytes.
 
     `repeated` are its keys, or values, as attention takes them, `scores` what attention keeps beside its output, and `kernel` what
-    its backward pass holds inside. `fp8`: gradients of inputs are multiplied in FP8.
+    its backward pass holds inside. `narrow`: what gradients of inputs are multiplied in, if not in 16 bits.
     """
 
     model: ModelSpec
@@ -94,7 +94,7 @@ class FusedLayer:
     repeated: int
     scores: int
     kernel: int
-    fp8: bool = False
+    narrow: str = ""
 
     def attention(self) -> int:
         """Return what is kept for everything but the MLP's products: both inputs, queries, keys, values and attention's output."""
@@ -183,16 +183,17 @@ class FusedLayer:
         return self.tokens * self.width * _rank(self.run) * count
 
     def _turned(self, tokens: int, *names: str) -> int:
-        """Return what gradients of inputs of those called `names` take: the largest weight widened, or turned in FP8.
+        """Return what gradients of inputs of those called `names` take: the largest weight widened, or turned at a byte a weight.
 
-        What came is beside it in FP8 then, and from the second on the sum's next part.
+        What came is beside it in 8 bits then. In FP8 the sum's next part is too, from the second on, and in INT8 whole sums always are.
         """
-        if not self.fp8:
+        if not self.narrow:
             return self._widened(*names)
         most = 0
         for place, part in enumerate(self._named(*names)):
-            summed = tokens * part.inputs * self.width if place else 0
-            most = max(most, part.weights + 4 * part.inputs + tokens * (part.outputs + 4) + summed)
+            fp8 = 4 * part.inputs + (tokens * part.inputs * self.width if place else 0)
+            sums = fp8 if self.narrow == "fp8" else 4 * tokens * part.inputs
+            most = max(most, part.weights + tokens * (part.outputs + 4) + sums)
         return most
 
     def _widened(self, *names: str) -> int:

@@ -81,9 +81,11 @@ class Machine:
         return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= (7, 0)
 
     @property
-    def fp8(self) -> bool:
-        """Whether products in FP8 are computed here, as far as can be said without trying."""
-        return self.kernels and self.compute_capability is not None and self.compute_capability >= (8, 9)
+    def narrow(self) -> Literal["fp8", "int8", ""]:
+        """What gradients on an 8-bit base are multiplied in here, as far as can be said without trying; nothing: in 16 bits."""
+        if not self.kernels or self.compute_capability is None:
+            return ""
+        return "fp8" if self.compute_capability >= (8, 9) else "int8"
 
     def holders(self, most: int = 3) -> str:
         """Return who holds `others_bytes` in words, such as "Xorg 412 MiB, other programs 1.2 GiB"; "" if nobody does.

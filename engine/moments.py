@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_tui.engine.activations import Batch, Layer, Peak, final_norm, forward_peak, mask_bytes, norm_backward, stack
-from qlora_tui.engine.fused import fp8_gradients, fused_layers
+from qlora_tui.engine.fused import fused_layers, narrow_gradients
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.sizes import (
@@ -76,11 +76,11 @@ class Moments:
     def __init__(self, model: ModelSpec, run: RunConfig, machine: Machine, longest: int | None) -> None:
         self.model, self.run, self.machine = model, run, machine
         self.cuda = machine.kind == "cuda"
-        self.graphs = self.cuda and run.cuda_graphs == "on" and recordable(model, run)
+        self.graphs = self.cuda and run.cuda_graphs == "on" and recordable(run)
         self.width = element_bytes(run, machine)
         length = min(run.max_length, longest or run.max_length)
-        kernels, fp8 = machine.kernels and self.width == 2, fp8_gradients(model, run, machine)
-        self.batch = Batch(model, run, self.width, rows_at_once(run), length, self.cuda, kernels, fp8)
+        kernels, narrow = machine.kernels and self.width == 2, narrow_gradients(model, run, machine)
+        self.batch = Batch(model, run, self.width, rows_at_once(run), length, self.cuda, kernels, narrow)
         self.tokens = self.batch.tokens
         self.recomputed = checkpointed_layers(model, run)
         self.params = adapter_params(model, run)

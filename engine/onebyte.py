@@ -6,25 +6,27 @@ Whoever asks for `method=lora-8bit` gets it anywhere. To propose it, or to choos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.spec import RunConfig
 
-Gradients = Literal["16 bits", "FP8"]
+Gradients = Literal["16 bits", "INT8", "FP8"]
 """What gradients are multiplied in on it; forward products are in 16 bits everywhere."""
 
-GOOD_ENOUGH: frozenset[Gradients] = frozenset(("16 bits", "FP8"))
+GOOD_ENOUGH: frozenset[Gradients] = frozenset(("16 bits", "INT8", "FP8"))
 """What passed: no worse than 16 bits beyond the noise of three seeds after 200 steps, and better than NF4 (tests/bench/results)."""
 
+_NAMES: Mapping[str, Gradients] = {"": "16 bits", "int8": "INT8", "fp8": "FP8"}
 _NATS, _NF4_NATS = 0.00, 0.25
 """What an untouched model loses to 32 bits on real text (tests/bench/results, 2026-11-27)."""
 
 
 def gradients_on(machine: Machine) -> Gradients:
-    """Return what gradients are multiplied in; the same as `fast.eightbit.fp8_on`, which needs torch. A test compares them."""
-    return "FP8" if machine.fp8 else "16 bits"
+    """Return what gradients are multiplied in; the same as `fast.eightbit.narrow_on`, which needs torch. A test compares them."""
+    return _NAMES[machine.narrow]
 
 
 def offered(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import GATED, TILE, fp8_gradients, fused_layers
+from qlora_tui.engine.fused import GATED, TILE, fused_layers, narrow_gradients
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -57,7 +57,7 @@ _SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", 
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _EIGHT_BIT_BYTES = 3  # of one weight: read as a byte, written in 16 bits
 _EIGHT_BIT_PLAIN_BYTES = 23  # the same without our kernel, twice through 32 bits
-_FP8_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25
+_NARROW_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25; taken for INT8 too
 _TURNED_BYTES = 2  # of one weight: read and written the other way round
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
@@ -128,16 +128,16 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
-    fused, fp8 = fused_layers(model, run, kernels), fp8_gradients(model, run, machine)
+    fused, narrow = fused_layers(model, run, kernels), narrow_gradients(model, run, machine)
     share = (_FUSED_PRODUCT_SHARE if fused else _PRODUCT_SHARE) if cuda else 1.0
     frozen, low = 2.0 * weights * batch / flops * share, 2.0 * _low_rank(model, run) * batch / flops
     products = max(frozen, weights * width / speed.bandwidth_bytes) + low
-    gradients = max(frozen * _FP8_SHARE, weights / speed.bandwidth_bytes) + low if fp8 else products
+    gradients = max(frozen * _NARROW_SHARE, weights / speed.bandwidth_bytes) + low if narrow else products
     there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
     full = back_full = _full_weights(model, run, width, speed, kernels=kernels)
-    if fp8:
-        back += _fp8_moves(model)
+    if narrow:
+        back += _narrow_moves(model, narrow)
         back_full = weights * _TURNED_BYTES / (speed.bandwidth_bytes * _FUSED_MOVE_SHARE)
     attention = batch * _attention(model, tokens) / (flops * _ATTENTION_SHARE)
     forward = products + attention + batch * there / rate + full
@@ -153,7 +153,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     loss = max(2.0 * head * batch / flops * share, chunks * head * width / speed.bandwidth_bytes)
     passes = _FUSED_LOGIT_PASSES / _FUSED_MOVE_SHARE if kernels else _LOGIT_PASSES / _MOVE_SHARE
     loss += batch * model.vocab_size * passes * width / speed.bandwidth_bytes
-    again, both = launches(model, run, fused=fused, fp8=fp8)
+    again, both = launches(model, run, fused=fused, narrow=bool(narrow))
     copied = batch * model.hidden_size * width / _BUS_BYTES if cuda and offloads(run) else 0.0
     # beside a layer's pass forward, and both in the backward
     stalled = max(0.0, copied - forward) + max(0.0, copied - once_more - backward)
@@ -164,7 +164,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
         host_seconds=started * speed.launch_seconds,
         again_device_seconds=once_more + again_started * between + stalled,
         again_host_seconds=again_started * speed.launch_seconds,
-        graphs=run.cuda_graphs if cuda and recordable(model, run) else "off",
+        graphs=run.cuda_graphs if cuda and recordable(run) else "off",
     )
 
 
@@ -185,15 +185,12 @@ def sees_whole_rows(model: ModelSpec, run: RunConfig, longest: int) -> bool:
     return run.attn_implementation == "sdpa" and model.sdpa and (model.sliding_window is None or longest < model.sliding_window)
 
 
-def recordable(model: ModelSpec, run: RunConfig) -> bool:
-    """Say whether a micro-batch can be recorded as a CUDA graph: no random numbers, and attention that makes nothing on the host.
-
-    Attention with capped scores is left out: its kernel is compiled by torch, which has not been recorded yet.
-    """
-    return not run.lora_dropout and run.attn_implementation == "sdpa" and model.sdpa
+def recordable(run: RunConfig) -> bool:
+    """Say whether a micro-batch can be recorded as a CUDA graph: one without random numbers."""
+    return not run.lora_dropout
 
 
-def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False) -> tuple[int, int]:
+def launches(model: ModelSpec, run: RunConfig, *, fused: bool, narrow: bool = False) -> tuple[int, int]:
     """Return the kernels that one layer starts when it is computed again, and in a forward and a backward pass together.
 
     Counted with torch's profiler on an H100 for 17 settings of five shapes (2026-11-27): to 0.2 % for four, 6 % too low
@@ -202,7 +199,7 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False
     """
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
     if fused:
-        return _fused_launches(model, run, fp8=fp8)
+        return _fused_launches(model, run, narrow=narrow)
     widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
     forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
     backward = 45 + 15 * model.norms_per_layer + 30 * model.qk_norm + len(parts) + 11 * len(targeted) + widened
@@ -215,7 +212,7 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, fp8: bool = False
     return round(forward), round(forward + backward)
 
 
-def _fused_launches(model: ModelSpec, run: RunConfig, *, fp8: bool) -> tuple[int, int]:
+def _fused_launches(model: ModelSpec, run: RunConfig, *, narrow: bool) -> tuple[int, int]:
     """Return the same of a fused layer, counted from `fast.layers` and `fast.adapted`.
 
     An 8 B model's step has 4,710 kernels on an H100, and 1,333 more with every layer made again; 5,054 with FP8 (2026-11-27).
@@ -226,10 +223,10 @@ def _fused_launches(model: ModelSpec, run: RunConfig, *, fp8: bool) -> tuple[int
     groups = len({_SHARED.get(part.name, part.name) for part in targeted})
     added = sum(_SHARED.get(part.name) != "mlp" for part in targeted)  # the gate's kernel adds the parts of gate and up
     products = (2 if four_bit(model, run) or eight_bit(model, run) else 1) * len(parts)
-    narrow = 4 * len(parts) if fp8 else products  # a gradient is quantized, a weight turned, and some sums are added up
+    gradients = 4 * len(parts) if narrow else products  # a gradient is quantized, a weight turned, and sums are added up
     heads = 2 * model.qk_norm
     there = 4 + model.norms_per_layer + products + 3 * groups + added + heads
-    back = 11 + 2 * model.norms_per_layer + narrow + 5 * groups + 7 * len(targeted) + heads
+    back = 11 + 2 * model.norms_per_layer + gradients + 5 * groups + 7 * len(targeted) + heads
     return there if sandwich else there + 5, there + back
 
 
@@ -299,11 +296,15 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) ->
     return width * forward, width * backward
 
 
-def _fp8_moves(model: ModelSpec) -> float:
-    """Return the bytes that FP8 adds to a token's way back through a layer: gradients are quantized, those of one input summed apart."""
+def _narrow_moves(model: ModelSpec, kind: str) -> float:
+    """Return the bytes that 8 bits add to a token's way back through a layer: gradients are quantized, those of one input summed apart.
+
+    FP8's sums come in 16 bits; INT8's are whole numbers of 32, written by the product and read by who scales them.
+    """
     parts = model.linears()
     shared = sum(part.inputs for part in parts if part.name in _SHARED) - 2 * model.hidden_size * (not model.fused)
-    return 3 * sum(part.outputs for part in parts) + 2 * 3 * shared
+    summed = 2 * 3 * shared if kind == "fp8" else 2 * 4 * sum(part.inputs for part in parts) + 2 * 2 * shared
+    return 3 * sum(part.outputs for part in parts) + summed
 
 
 def _full_weights(model: ModelSpec, run: RunConfig, width: int, speed: Speed, *, kernels: bool) -> float:

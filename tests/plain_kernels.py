@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_tui.engine import fast
 from qlora_tui.engine.fast import compiled, eightbit
 from qlora_tui.engine.fast.adapted import Part
-from qlora_tui.engine.fast.eightbit import Rows
+from qlora_tui.engine.fast.eightbit import Kind, Rows
 from qlora_tui.engine.machine import Machine
 
 Activation = str
@@ -50,16 +50,16 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) 
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (weight.float() + offset)
 
 
-def quantize(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
-    rows = Rows.empty(x_NI)
+def quantize(x_NI: torch.Tensor, times_I: torch.Tensor, kind: Kind) -> Rows:
+    rows = Rows.empty(x_NI, kind)
     with _disable_current_modes(), torch.no_grad():
-        for room, made in zip(rows, eightbit.quantize(x_NI.float() * times_I, "fp8"), strict=True):
+        for room, made in zip(rows, eightbit.quantize(x_NI.float() * times_I, kind), strict=True):
             room.copy_(made)
     return rows
 
 
-def turned(weight_OI: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(weight_OI.shape[::-1], dtype=eightbit.FP8, device=weight_OI.device)
+def turned(weight_OI: torch.Tensor, kind: Kind) -> torch.Tensor:
+    out = torch.empty(weight_OI.shape[::-1], dtype=eightbit.TYPES[kind], device=weight_OI.device)
     with _disable_current_modes():
         out.copy_(weight_OI.t().float())
     return out
@@ -69,6 +69,13 @@ def scaled(held_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) ->
     out = torch.empty(held_OI.shape, dtype=dtype, device=held_OI.device)
     with _disable_current_modes():
         out.copy_(held_OI.float() * scales_O[:, None])
+    return out
+
+
+def summed(sums_NI: torch.Tensor, scales_N: torch.Tensor, dtype: torch.dtype, into_NI: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.empty(sums_NI.shape, dtype=dtype, device=sums_NI.device) if into_NI is None else into_NI
+    with _disable_current_modes(), torch.no_grad():
+        out.copy_(sums_NI.float() * scales_N[:, None] + (0.0 if into_NI is None else into_NI.float()))
     return out
 
 

@@ -1,6 +1,6 @@
 """A frozen product, whatever its weight is held in: 16 or 32 bits as they are, 4 and 8 bits widened.
 
-Gradients of an 8-bit base's inputs are multiplied in FP8 where the card does that.
+Gradients of an 8-bit base's inputs are multiplied in 8 bits where the card is faster at that.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -13,7 +13,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from qlora_tui.engine.fast import compiled, eightbit
-from qlora_tui.engine.fast.eightbit import EightBit, Rows
+from qlora_tui.engine.fast.eightbit import EightBit, Kind, Rows
 
 
 def full_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -45,26 +45,40 @@ def product(x_NI: torch.Tensor, layer: Any, added_NO: torch.Tensor | None = None
 
 def input_gradient(grad_NO: torch.Tensor, layer: Any, into_NI: torch.Tensor | None = None) -> torch.Tensor:
     """Return g W, the gradient of a product's input, added to `into_NI` if there is one."""
-    if eightbit.narrow_gradient(layer, grad_NO):
-        made = eightbit.input_gradient(_narrowed(grad_NO, layer.scales), _turned(layer.weight), grad_NO.dtype)
+    if (kind := eightbit.narrow_gradient(layer, grad_NO)) is not None:
+        rows, turned_IO = _narrowed(grad_NO, layer.scales, kind), _turned(layer.weight, kind)
+        if kind == "int8":
+            return _summed(torch._int_mm(rows.held, turned_IO.t()), rows.scales, grad_NO.dtype, into_NI)
+        made = eightbit.input_gradient(rows, turned_IO, grad_NO.dtype)
         return made if into_NI is None else into_NI.add_(made)
     weight_OI = full_weight(layer, grad_NO.dtype)
     return grad_NO @ weight_OI if into_NI is None else into_NI.addmm_(grad_NO, weight_OI)
 
 
-def _narrowed(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
-    """Return rows times `times_I` in FP8, by our kernel where it runs: the same bits in one pass."""
+def _narrowed(x_NI: torch.Tensor, times_I: torch.Tensor, kind: Kind) -> Rows:
+    """Return rows times `times_I` in 8 bits, by our kernel where it runs: the same bits in one pass."""
     if not compiled.why_not(x_NI.device):
         from qlora_tui.engine.fast import widths  # imports Triton
 
-        return widths.quantize(x_NI, times_I)
-    return eightbit.quantize(x_NI.float() * times_I, "fp8")
+        return widths.quantize(x_NI, times_I, kind)
+    return eightbit.quantize(x_NI.float() * times_I, kind)
 
 
-def _turned(weight_OI: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a weight the other way round, in FP8, as numbers without their scales."""
+def _turned(weight_OI: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Return the bytes of a weight the other way round, in the type of `kind`, as numbers without their scales."""
     if not compiled.why_not(weight_OI.device):
         from qlora_tui.engine.fast import widths  # imports Triton
 
-        return widths.turned(weight_OI)
-    return weight_OI.t().float().to(eightbit.FP8).contiguous()
+        return widths.turned(weight_OI, kind)
+    return weight_OI.t().float().to(eightbit.TYPES[kind]).contiguous()
+
+
+def _summed(sums_NI: torch.Tensor, scales_N: torch.Tensor, dtype: torch.dtype, into_NI: torch.Tensor | None) -> torch.Tensor:
+    """Return whole sums times the scale of their row, in `dtype`, or added to `into_NI`."""
+    if not compiled.why_not(sums_NI.device):
+        from qlora_tui.engine.fast import widths  # imports Triton
+
+        return widths.summed(sums_NI, scales_N, dtype, into_NI)
+    return eightbit.summed(
+        sums_NI, scales_N, torch.zeros(sums_NI.shape, dtype=dtype, device=sums_NI.device) if into_NI is None else into_NI
+    )

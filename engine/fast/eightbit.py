@@ -3,17 +3,18 @@
 Rows are quantized to their largest number, in INT8: what an untouched model loses to that cannot be told from 16 bits, and half their
 memory is saved (tests/bench/results has what other ways cost). Forward products read the weight as numbers of 16 bits.
 
-Gradients of inputs are multiplied in FP8 on cards that can, at twice the rate: a gradient is a direction, drawn from a few rows
-anyway, so what rounding adds to it does not add up, while a forward pass in FP8 moves the model itself and was measured to learn
-worse. Gradients are quantized a token at a time. That product wants the weight the other way round: it is turned for it, in FP8, and
-dropped again, one byte a weight.
+Gradients of inputs are multiplied in FP8 on cards that can, at twice the rate, and in INT8 on Ampere, which has no FP8: a gradient is
+a direction, drawn from a few rows anyway, so what rounding adds to it does not add up, while a forward pass in FP8 moves the model
+itself and was measured to learn worse. Gradients are quantized a token at a time. That product wants the weight the other way round:
+it is turned for it and dropped again, one byte a weight. Turing multiplies INT8 too, but our kernels do not run there, and by plain
+operations rounding and turning take what the product saves.
 
 Shapes: N tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +25,9 @@ Kind = Literal["fp8", "int8"]
 
 LARGEST: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}
 FP8 = torch.float8_e4m3fn
+TYPES: dict[Kind, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
+FEWEST_ROWS = 17
+"""cuBLAS multiplies no fewer in INT8."""
 _SMALLEST = 1e-12  # of a row's largest number: a row of zeros keeps its zeros
 
 
@@ -34,15 +38,17 @@ class Rows(NamedTuple):
     scales: torch.Tensor
 
     @classmethod
-    def empty(cls, x_NI: torch.Tensor) -> Rows:
-        """Return room for rows in FP8 of the shape of `x_NI`."""
+    def empty(cls, x_NI: torch.Tensor, kind: Kind) -> Rows:
+        """Return room for rows of the shape of `x_NI`, in the type of `kind`."""
         scales_N = torch.empty(len(x_NI), dtype=torch.float32, device=x_NI.device)
-        return cls(torch.empty(x_NI.shape, dtype=FP8, device=x_NI.device), scales_N)
+        return cls(torch.empty(x_NI.shape, dtype=TYPES[kind], device=x_NI.device), scales_N)
 
 
-def fp8_on(device: torch.device) -> bool:
-    """Say whether `device` multiplies FP8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def narrow_on(device: torch.device) -> Kind | None:
+    """Return what `device` multiplies gradients in: FP8 from Ada on, INT8 on Ampere, None where 16 bits are as good."""
+    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return None
+    return "fp8" if capability >= (8, 9) else "int8"
 
 
 def quantize(rows_NI: torch.Tensor, kind: Kind) -> Rows:
@@ -99,8 +105,19 @@ def input_gradient(rows_NO: Rows, turned_IO: torch.Tensor, dtype: torch.dtype) -
     return torch._scaled_mm(held, turned_IO.t(), scale_a=scales_N[:, None], scale_b=ones_I, out_dtype=dtype, use_fast_accum=True)
 
 
-def narrow_gradient(layer: torch.nn.Module, grad: torch.Tensor) -> TypeGuard[EightBit]:
-    """Say whether `grad` is multiplied with `layer` in FP8: a card for it, and sizes that its kernels take."""
-    if not isinstance(layer, EightBit) or grad.dtype != torch.bfloat16:
-        return False
-    return layer.in_features % 16 == 0 and layer.out_features % 16 == 0 and fp8_on(grad.device)
+def summed(sums_NI: torch.Tensor, scales_N: torch.Tensor, into_NI: torch.Tensor) -> torch.Tensor:
+    """Add whole sums of a product in INT8, times the scale of their row, to `into_NI`."""
+    part = max(1, _PIECE // sums_NI.shape[1])  # float32 for a few rows at a time
+    for first in range(0, len(sums_NI), part):
+        rows = slice(first, first + part)
+        into_NI[rows] = sums_NI[rows].float() * scales_N[rows, None] + into_NI[rows].float()
+    return into_NI
+
+
+def narrow_gradient(layer: torch.nn.Module, grad_NO: torch.Tensor) -> Kind | None:
+    """Return what `grad_NO` is multiplied with `layer` in, if not in 16 bits: a card for it, and sizes that its kernels take."""
+    if not isinstance(layer, EightBit) or grad_NO.dtype != torch.bfloat16:
+        return None
+    kind = narrow_on(grad_NO.device)
+    few = kind == "int8" and len(grad_NO) < FEWEST_ROWS
+    return None if few or layer.in_features % 16 or layer.out_features % 16 else kind

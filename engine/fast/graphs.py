@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora_tui.engine.batches import Batch, Blocks
+from qlora_tui.engine.fast import softcap
 from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.meter import empty_cache, out_of_memory
 from qlora_tui.engine.text import one_line
@@ -132,6 +133,7 @@ class Graphs:
             with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):  # type: ignore[arg-type]  # it reads the id alone
                 yield
         finally:  # also after an error: the next batch is replayed on the same memory
+            softcap.forget_tiles()
             here.wait_stream(stream)
 
     def release(self) -> None:
@@ -153,6 +155,7 @@ class Graphs:
         generator = torch.cuda.default_generators[_index(device)]
         numbers = generator.clone_state()
         stream.wait_stream(here)
+        softcap.forget_tiles()
         try:
             with torch.cuda.stream(stream):
                 graph.capture_begin(self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]  # torch's own example
@@ -169,6 +172,8 @@ class Graphs:
             if not out_of_memory(cause):
                 self.why_not = one_line(cause, limit=200)
             raise cause from None
+        finally:
+            softcap.forget_tiles()
         here.wait_stream(stream)
         if _addresses(self._module) != buffers:
             self.release()

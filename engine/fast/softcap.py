@@ -70,7 +70,7 @@ def attend(
     if blocks is None:
         tiles = _tiles_of_rows(rows, length, max(tokens, _FEWEST), window, device)
     else:
-        tiles = tiles_of(blocks.bounds, max(tokens, _FEWEST), window)
+        tiles = _tiles_of_blocks(blocks, max(tokens, _FEWEST), window)
     parts = (part.flatten(0, 1) for part in (query_BTAD, key_BTAD, value_BTAD))
     if tokens < _FEWEST:
         parts = (pad(part, (0, 0, 0, 0, 0, _FEWEST - tokens)) for part in parts)
@@ -153,6 +153,21 @@ def _listed(tiles_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _tiles_of_rows(rows: int, length: int, tokens: int, window: int | None, device: torch.device) -> BlockMask:
     """Return the tiles of padded rows: the same in every layer with that window, so they are found once a batch."""
     return tiles_of(even_bounds(rows, length, device), tokens, window)
+
+
+@functools.lru_cache(maxsize=4)
+def _tiles_of_blocks(blocks: Blocks, tokens: int, window: int | None) -> BlockMask:
+    """Return the tiles of rows that lie end to end, likewise; blocks are told apart by which they are, not by what is in them."""
+    return tiles_of(blocks.bounds, tokens, window)
+
+
+def forget_tiles() -> None:
+    """Let go of the tiles that were found: a recorded batch may read none that it did not find itself, and none outlives it.
+
+    Its tensors lie in memory that the next one uses, and are made anew whenever it is replayed.
+    """
+    _tiles_of_rows.cache_clear()
+    _tiles_of_blocks.cache_clear()
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_tui.engine.fast.eightbit import FP8, Rows
+from qlora_tui.engine.fast.eightbit import LARGEST, TYPES, Kind, Rows
 
 _BYTES = 1024  # 4-bit pairs a program widens; so many outputs twice are one coalesced write
 _WIDEST = 1 << 14  # numbers of a row that registers of a block of threads hold
@@ -74,39 +74,48 @@ def _times(x, times, row, at, width):
 
 
 @triton.jit
-def _scale_of(largest):
+def _scale_of(largest, SHARE: tl.constexpr):
     """Return the scale of a row whose largest number is `largest`: that of `eightbit.quantize`, to the bit."""
-    return tl.maximum(largest, 1e-12) * (1.0 / 448.0)
+    return tl.maximum(largest, 1e-12) * SHARE
 
 
 @triton.jit
-def _quantize(x, times, held, scales, width, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+def _held(value, scale, kind: tl.constexpr):
+    """Return numbers as bytes of `kind`, rounded to even: INT8 by what a float32 leaves of a number beside a larger one."""
+    scaled = tl.div_rn(value, scale)
+    if kind == tl.int8:
+        scaled = (scaled + 12582912.0) - 12582912.0
+    return scaled.to(kind)
+
+
+@triton.jit
+def _quantize(x, times, held, scales, width, SHARE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     kind = held.dtype.element_ty
     if WHOLE:  # the row is in registers, and read once
         at = tl.arange(0, BLOCK)
         value = _times(x, times, row, at, width)
-        scale = _scale_of(tl.max(tl.abs(value)))
-        tl.store(held + row * width + at, tl.div_rn(value, scale).to(kind), mask=at < width)
+        scale = _scale_of(tl.max(tl.abs(value)), SHARE)
+        tl.store(held + row * width + at, _held(value, scale, kind), mask=at < width)
     else:
         most = tl.zeros((), tl.float32)
         for first in range(0, width, BLOCK):
             most = tl.maximum(most, tl.max(tl.abs(_times(x, times, row, first + tl.arange(0, BLOCK), width))))
-        scale = _scale_of(most)
+        scale = _scale_of(most, SHARE)
         for first in range(0, width, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            tl.store(held + row * width + at, tl.div_rn(_times(x, times, row, at, width), scale).to(kind), mask=at < width)
+            tl.store(held + row * width + at, _held(_times(x, times, row, at, width), scale, kind), mask=at < width)
     tl.store(scales + row, scale)
 
 
-def quantize(x_NI: torch.Tensor, times_I: torch.Tensor) -> Rows:
-    """Return rows in FP8, each number times that of its column first: the bits of `eightbit.quantize`."""
-    x_NI, rows = x_NI.contiguous(), Rows.empty(x_NI)
+def quantize(x_NI: torch.Tensor, times_I: torch.Tensor, kind: Kind) -> Rows:
+    """Return rows as bytes of `kind`, each number times that of its column first: the bits of `eightbit.quantize`."""
+    x_NI, rows = x_NI.contiguous(), Rows.empty(x_NI, kind)
     number, width = x_NI.shape
     block = triton.next_power_of_2(width)
     whole = block <= _WIDEST
     block = block if whole else _WIDE_TILE
-    _quantize[(number,)](x_NI, times_I, *rows, width, WHOLE=whole, BLOCK=block, num_warps=warps(block))
+    _quantize[(number,)](x_NI, times_I, *rows, width, SHARE=1 / LARGEST[kind], WHOLE=whole, BLOCK=block, num_warps=warps(block))
     return rows
 
 
@@ -119,10 +128,10 @@ def _turn(weight, out, rows, columns, SIDE: tl.constexpr):
     tl.store(place, tile, mask=(second[:, None] < columns) & (first[None, :] < rows))
 
 
-def turned(weight_OI: torch.Tensor) -> torch.Tensor:
-    """Return bytes the other way round, as the same numbers in FP8 [I, O]; torch's own copy of single bytes moved 0.27 TB/s on an H100."""
+def turned(weight_OI: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Return bytes the other way round, as the same numbers in `kind` [I, O]; torch's own copy moved 0.27 TB/s on an H100."""
     rows, columns = weight_OI.shape
-    out = torch.empty(columns, rows, dtype=FP8, device=weight_OI.device)
+    out = torch.empty(columns, rows, dtype=TYPES[kind], device=weight_OI.device)
     _turn[(triton.cdiv(rows, _SQUARE), triton.cdiv(columns, _SQUARE))](weight_OI, out, rows, columns, SIDE=_SQUARE, num_warps=8)
     return out
 
@@ -140,4 +149,22 @@ def scaled(held_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) ->
     out = torch.empty(rows, width, dtype=dtype, device=held_OI.device)
     block = min(triton.next_power_of_2(width), _PART)
     _scaled[(rows, triton.cdiv(width, block))](held_OI, scales_O, out, width, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _summed(sums, scales, out, width, ADDED: tl.constexpr, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(sums + row * width + at, mask=at < width, other=0).to(tl.float32) * tl.load(scales + row)
+    if ADDED:
+        value += tl.load(out + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=at < width)
+
+
+def summed(sums_NI: torch.Tensor, scales_N: torch.Tensor, dtype: torch.dtype, into_NI: torch.Tensor | None = None) -> torch.Tensor:
+    """Return whole sums times the scale of their row in `dtype`, or added to `into_NI`; multiplied and added in float32, rounded once."""
+    rows, width = sums_NI.shape
+    out = torch.empty(rows, width, dtype=dtype, device=sums_NI.device) if into_NI is None else into_NI
+    block = min(triton.next_power_of_2(width), _PART)
+    _summed[(rows, triton.cdiv(width, block))](sums_NI, scales_N, out, width, ADDED=into_NI is not None, BLOCK=block)
     return out

@@ -6,8 +6,8 @@ FOLDER is a checkpoint with its tokenizer, such as the demo's model; nothing is 
 running Python, of which the same part is held out in every run. One JSON line a run is added to OUT.jsonl, and runs that are in it
 already are not done again; `--seconds` starts no run that would likely end later. Then the table and the verdict are printed.
 
-On `lora-8bit` gradients are multiplied in FP8 where the device can; on `lora-int8` in 16 bits on any device, and on `lora-int8-gradients`
-in INT8, which the product does nowhere yet: cards from Turing to Ampere would be faster at it.
+On `lora-8bit` gradients are multiplied in what the device is fastest at; on `lora-int8` in 16 bits on any device, and on
+`lora-int8-gradients` in INT8, as on Ampere.
 
 The verdict: an 8-bit base is good enough if its loss is above the 16-bit base's by no more than what another seed changes there (the
 standard deviation over seeds), and below NF4's with every seed. `engine/onebyte.py` names what passed.
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,24 +55,10 @@ def write_rows(folder: Path, steps: int, held: int) -> tuple[Path, Path, str]:
 
 def held_as(method: str) -> AbstractContextManager[Any]:
     """Return the context in which gradients are multiplied in what `method` names."""
-    from qlora_tui.engine.fast import base, eightbit
+    from qlora_tui.engine.fast import eightbit
 
-    if method == "lora-int8":
-        return mock.patch.object(eightbit, "fp8_on", return_value=False)
-    if method != "lora-int8-gradients":
-        return nullcontext()
-    patches = ExitStack()
-    patches.enter_context(mock.patch.object(base, "_narrowed", lambda grad, times: eightbit.quantize(grad.float() * times, "int8")))
-    patches.enter_context(mock.patch.object(base, "_turned", lambda weight: weight.t().contiguous()))
-    patches.enter_context(mock.patch.object(eightbit, "input_gradient", int8_gradient))
-    return patches
-
-
-def int8_gradient(rows: Any, turned: Any, dtype: Any) -> Any:
-    """Return the gradient of a product's input as `eightbit.input_gradient` does, from rows and a weight in INT8."""
-    import torch
-
-    return (torch._int_mm(rows.held, turned.t()).float() * rows.scales[:, None]).to(dtype)
+    kinds = {"lora-int8": None, "lora-int8-gradients": "int8"}
+    return mock.patch.object(eightbit, "narrow_on", return_value=kinds[method]) if method in kinds else nullcontext()
 
 
 def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namespace, folder: Path, machine: Any) -> dict[str, Any]:
@@ -176,7 +162,7 @@ def verdict(lines: Sequence[Line], method: str, seeds: Sequence[int]) -> str:
 
 def label(method: str, asked: argparse.Namespace, machine: Any) -> str:
     """Return what a base is held in, in words, and whether gradients are multiplied in 8 bits too."""
-    from qlora_tui.engine.fused import fp8_gradients
+    from qlora_tui.engine.fused import narrow_gradients
     from qlora_tui.engine.models import from_folder
     from qlora_tui.engine.spec import from_values
 
@@ -184,8 +170,8 @@ def label(method: str, asked: argparse.Namespace, machine: Any) -> str:
         return "NF4, double quantized" if method == "qlora" else "16 bits" if machine.bf16 else "32 bits"
     if method == "lora-int8-gradients":
         return "INT8, gradients in INT8"
-    narrow = method == "lora-8bit" and fp8_gradients(from_folder(asked.model), from_values({"method": method}), machine)
-    return "INT8, gradients in FP8" if narrow else "INT8"
+    kind = narrow_gradients(from_folder(asked.model), from_values({"method": "lora-8bit"}), machine) if method == "lora-8bit" else ""
+    return f"INT8, gradients in {kind.upper()}" if kind else "INT8"
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:

@@ -147,7 +147,7 @@ def products(tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]
 
 
 def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
-    """Gradients in FP8, read once and written at half the width; a weight's bytes turned, and widened to 16 bits."""
+    """Gradients in 8 bits, read once and written at half the width; a weight's bytes turned, and widened to 16 bits."""
     from qlora_tui.engine.fast import eightbit
 
     x, times = torch.randn(tokens, wide, device=device, dtype=torch.bfloat16), torch.rand(wide, device=device)
@@ -155,11 +155,13 @@ def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> It
     yield "quantize", "torch", 3 * x.numel(), lambda: eightbit.quantize(x * times, "fp8")
     yield "turned", "torch", 2 * held.numel(), lambda: held.t().contiguous()
     yield "widen 8 bits", "torch", 3 * held.numel(), lambda: (held * scales[:, None]).bfloat16()
-    if mine and eightbit.fp8_on(x.device):
+    if mine and (kind := eightbit.narrow_on(x.device)):
         from qlora_tui.engine.fast import widths
 
-        yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x, times)
-        yield "turned", "ours", 2 * held.numel(), lambda: widths.turned(held)
+        yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x, times, kind)
+        yield "turned", "ours", 2 * held.numel(), lambda: widths.turned(held, kind)
+        sums = torch.zeros(tokens, inner, device=device, dtype=torch.int32)
+        yield "scale whole sums", "ours", 6 * sums.numel(), lambda: widths.summed(sums, x.float()[:, 0], x.dtype)
         yield "widen 8 bits", "ours", 3 * held.numel(), lambda: widths.scaled(held, scales, x.dtype)
 
 

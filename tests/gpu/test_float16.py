@@ -55,9 +55,9 @@ def test_it_learns_what_bfloat16_learns(ran_on: Callable[..., Ran], values: dict
 
 def test_a_gradient_that_overflows_is_made_again(ran_on: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     calm = ran_on("calm", old=True)
-    scale = LossScale(True, 2.0**24)  # over float16's largest number with any gradient worth the name
+    scale = LossScale(True, 2.0**20)  # gradients overflow under it, and not under a thirty-second of it
     monkeypatch.setattr(LossScale, "of", staticmethod(lambda dtype: scale))
     loud = ran_on("loud", old=True)
     assert loud.error is None
-    assert scale.factor < 2.0**24
+    assert scale.factor < 2.0**20
     assert loud.losses == pytest.approx(calm.losses, abs=2e-2)

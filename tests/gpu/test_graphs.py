@@ -73,6 +73,29 @@ def test_recorded_steps_are_the_plain_ones(run_of: Make, tmp_path: Path, recorde
     assert not [found for found in replayed.of(Finding) if found.detector == "graphs"]
 
 
+@pytest.mark.parametrize("values", [{}, {"packing": "on"}, {"attn_implementation": "eager"}], ids=str)
+def test_attention_with_capped_scores_is_recorded_too(
+    run_of: Make, tmp_path: Path, recorded: list[graphs.Shape], values: dict[str, Any]
+) -> None:
+    """Evaluations in between find tiles of their own, in the memory that recorded batches use."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    size = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 264, "sliding_window": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64}
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**size, **heads, bos_token_id=256, eos_token_id=258)).save_pretrained(tmp_path / "model")
+    ways = {
+        name: on_gpu(run_of(**values, cuda_graphs=how), tmp_path / name) for name, how in (("off", "off"), ("again", "off"), ("on", "on"))
+    }
+    assert [ran.error for ran in ways.values()] == [None] * 3
+    assert recorded
+    assert not [found for found in ways["on"].of(Finding) if found.detector == "graphs"]
+    noise = max(abs(a - b) for a, b in zip(ways["off"].losses, ways["again"].losses, strict=True))
+    assert ways["on"].losses == pytest.approx(ways["off"].losses, abs=max(4 * noise, 2e-2))
+    measured = [[event.loss for event in ways[name].of(Evaluated)] for name in ("off", "on")]
+    assert measured[1] == pytest.approx(measured[0], abs=max(4 * noise, 2e-2))
+
+
 def test_a_stop_and_a_resume_change_nothing(run_of: Make, tmp_path: Path) -> None:
     run = run_of(cuda_graphs="on")
     whole, again = on_gpu(run, tmp_path / "whole"), on_gpu(run, tmp_path / "again")

@@ -24,13 +24,15 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_kernels.stand_in(monkeypatch)
 
 
-@pytest.fixture
-def fp8_on_cpu(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse layers, and multiply gradients on an 8-bit base in FP8, which torch can on a processor too."""
+@pytest.fixture(params=["fp8", "int8"])
+def narrow_on_cpu(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """Fuse layers, and multiply gradients on an 8-bit base in 8 bits, which torch can on a processor too."""
     from qlora_tui.engine.fast import eightbit
 
-    monkeypatch.setattr(eightbit, "fp8_on", lambda device: True)
-    monkeypatch.setattr(Machine, "fp8", True)
+    kind: str = request.param
+    monkeypatch.setattr(eightbit, "narrow_on", lambda device: kind)
+    monkeypatch.setattr(Machine, "narrow", kind)
+    return kind
 
 
 @pytest.fixture

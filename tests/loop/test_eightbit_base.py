@@ -78,7 +78,7 @@ def test_pissa_needs_more_than_8_bits(run_of: Make) -> None:
     assert "fewer bits" in problem.message
 
 
-def test_gradients_in_fp8_learn_what_16_bits_learn(run_of: Make, tmp_path: Path, fp8_on_cpu: None) -> None:
+def test_gradients_in_8_bits_learn_what_16_bits_learn(run_of: Make, tmp_path: Path, narrow_on_cpu: str) -> None:
     losses = dict[str, list[float]]()
     for method in ("lora", "lora-8bit"):
         ran = drive(run_of(method=method, dtype="bfloat16", gradient_checkpointing="1", max_steps=20), tmp_path / method)

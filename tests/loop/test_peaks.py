@@ -270,13 +270,13 @@ def test_a_step_of_fused_layers_takes_what_the_formulas_say(
 @pytest.mark.parametrize("length", [32, 256])
 @pytest.mark.parametrize("checkpointing", [ALL, "2", NONE])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma2", "gemma3_text"])
-def test_a_step_with_gradients_in_fp8_takes_what_the_formulas_say(
-    tmp_path: Path, small_tiles: None, fp8_on_cpu: None, kind: str, checkpointing: str, length: int
+def test_a_step_with_gradients_in_8_bits_takes_what_the_formulas_say(
+    tmp_path: Path, small_tiles: None, narrow_on_cpu: str, kind: str, checkpointing: str, length: int
 ) -> None:
     changes = {"gradient_checkpointing": checkpointing, "method": "lora-8bit"}
     run, parts = make(tmp_path, kind, 4, 2, length, changes)
     loaded = load(run, tmp_path, CPU)
-    assert parts.batch.fp8
+    assert parts.batch.narrow == narrow_on_cpu
     measured = train_peak(run, loaded, 2, length)
     predicted = max(seen(items) for items in parts.training())
     assert predicted == pytest.approx(measured, rel=0.012)

@@ -13,11 +13,8 @@ from test_fused import IDS, gradients, in_32_bits, loaded_from, write
 from test_packing import LAID, parts_of, seen_by
 from torch.nn.attention.flex_attention import create_block_mask
 
-from qlora_tui.engine import steptime
 from qlora_tui.engine.batches import blocks_of
 from qlora_tui.engine.fast import softcap
-from qlora_tui.engine.models import from_folder
-from qlora_tui.engine.spec import from_values
 
 CPU = torch.device("cpu")
 
@@ -111,6 +108,20 @@ def test_a_kernel_that_cannot_be_compiled_leaves_the_plain_way_and_says_so(
     torch.testing.assert_close(gradients(in_32_bits(loaded))[0], hidden)
 
 
-def test_batches_are_not_recorded(tmp_path: Path) -> None:
-    write(tmp_path, "gemma2")
-    assert not steptime.recordable(from_folder(tmp_path), from_values({"model_name_or_path": str(tmp_path), "data": ("rows",)}))
+def test_tiles_are_found_once_a_batch_and_again_after_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded batch makes its tiles anew whenever it is replayed, so nobody else may read them."""
+    found = list[torch.Tensor]()
+    real = softcap.tiles_of
+    monkeypatch.setattr(softcap, "tiles_of", lambda bounds, *rest: found.append(bounds) or real(bounds, *rest))
+    softcap.forget_tiles()
+    one, other = blocks_of([200, 300], CPU), blocks_of([200, 300], CPU)
+    for blocks in (one, one, other):
+        softcap._tiles_of_blocks(blocks, 500, None)
+    assert [bounds is blocks.bounds for bounds, blocks in zip(found, (one, other), strict=True)] == [True, True]
+    softcap._tiles_of_rows(2, 250, 500, None, CPU)
+    softcap._tiles_of_rows(2, 250, 500, None, CPU)
+    assert len(found) == 3
+    softcap.forget_tiles()
+    softcap._tiles_of_blocks(one, 500, None)
+    softcap._tiles_of_rows(2, 250, 500, None, CPU)
+    assert len(found) == 5

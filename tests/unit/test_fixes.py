@@ -365,14 +365,15 @@ def test_an_8_bit_base_is_proposed_only_where_it_is_possible(measured_fp8, model
     assert the([*tips(model, run, card), *fixes(model, run, card)], EIGHT) is None
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_gradients_are_multiplied_in_what_is_said_without_torch(monkeypatch, capability):
     import torch
 
     from qlora_tui.engine.fast import eightbit
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    said = onebyte.gradients_on(dataclasses.replace(CARD, compute_capability=capability))
-    assert (said == "FP8") == eightbit.fp8_on(torch.device("cuda", 0))
+    here = dataclasses.replace(CARD, compute_capability=capability, bf16=capability >= (8, 0))
+    assert (here.narrow or None) == eightbit.narrow_on(torch.device("cuda", 0))
+    assert onebyte.gradients_on(here) == {"fp8": "FP8", "int8": "INT8", "": "16 bits"}[here.narrow]
     assert onebyte.gradients_on(CPU) == "16 bits"
-    assert not eightbit.fp8_on(torch.device("cpu"))
+    assert eightbit.narrow_on(torch.device("cpu")) is None

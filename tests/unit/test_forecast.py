@@ -150,11 +150,11 @@ def test_a_recorded_step_takes_what_its_kernels_take_whatever_the_host():
     assert steptime.micro_batch(LLAMA, with_(cuda_graphs="off"), H100, slow, 2, 2048).seconds(32) > 10 * recorded.seconds(32)
 
 
-@pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"attn_implementation": "eager"}], ids=lambda change: next(iter(change)))
-def test_what_draws_random_numbers_or_makes_masks_on_the_host_is_not_recorded(changes):
+def test_what_draws_random_numbers_is_not_recorded():
     speed = dataclasses.replace(steptime.table_speed(H100), launch_seconds=1e-3)
     assert steptime.micro_batch(LLAMA, TWO_ROWS, H100, speed, 2, 2048).replayed(32)
-    assert not steptime.micro_batch(LLAMA, with_(**changes), H100, speed, 2, 2048).replayed(32)
+    assert steptime.micro_batch(LLAMA, with_(attn_implementation="eager"), H100, speed, 2, 2048).replayed(32)
+    assert not steptime.micro_batch(LLAMA, with_(lora_dropout=0.1), H100, speed, 2, 2048).replayed(32)
     assert not steptime.micro_batch(LLAMA, TWO_ROWS, TWO_CORES, speed, 2, 2048).replayed(32)
 
 

@@ -91,22 +91,39 @@ def same_bits(ours: eightbit.Rows, theirs: eightbit.Rows) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 96, 17000], ids=["one", "one tile", "several tiles"])
-def test_narrowed_rows_have_the_bits_of_plain_torch(widths: ModuleType, fp8: None, dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_narrowed_rows_have_the_bits_of_plain_torch(
+    widths: ModuleType, fp8: None, kind: eightbit.Kind, dtype: torch.dtype, width: int
+) -> None:
     x = loud(6, width, dtype)
     columns = torch.rand(width) * 10
-    ours = widths.quantize(x, columns)
-    assert same_bits(ours, plain_kernels.quantize(x, columns))
+    ours = widths.quantize(x, columns, kind)
+    assert same_bits(ours, plain_kernels.quantize(x, columns, kind))
     assert bool((ours.held[3].float() == 0).all())
-    assert same_bits(widths.quantize(x[::2], columns), plain_kernels.quantize(x[::2], columns))  # rows that lie apart
+    assert same_bits(widths.quantize(x[::2], columns, kind), plain_kernels.quantize(x[::2], columns, kind))  # rows that lie apart
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 300), (256, 128)])
-def test_a_weight_is_turned_byte_by_byte_into_fp8(widths: ModuleType, fp8: None, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("kind", "off"), [("fp8", 4), ("int8", 0)])
+def test_a_weight_is_turned_byte_by_byte(widths: ModuleType, fp8: None, shape: tuple[int, int], kind: eightbit.Kind, off: int) -> None:
     weight = torch.randint(-128, 128, shape, dtype=torch.int8)
-    found = widths.turned(weight)
+    found = widths.turned(weight, kind)
     assert found.is_contiguous()
-    assert torch.equal(found.float(), plain_kernels.turned(weight).float())
-    assert (found.float() - weight.t()).abs().max() <= 4  # of 128, in steps of 8
+    assert torch.equal(found.float(), plain_kernels.turned(weight, kind).float())
+    assert (found.float() - weight.t()).abs().max() <= off  # of 128, in steps of 8
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 300), (7, 5000)])
+def test_whole_sums_are_scaled_and_added(widths: ModuleType, shape: tuple[int, int], added: bool) -> None:
+    sums, scales = torch.randint(-(1 << 30), 1 << 30, shape, dtype=torch.int32), torch.rand(shape[0]) * 1e-6
+    into = torch.randn(shape, dtype=torch.float16) if added else None
+    expected = plain_kernels.summed(sums, scales, torch.float16, None if into is None else into.clone())
+    found = widths.summed(sums, scales, torch.float16, into)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # a card may multiply and add in one
+    assert into is None or found is into
+    plain = torch.zeros(shape, dtype=torch.float16) if into is None else expected
+    assert into is not None or torch.equal(eightbit.summed(sums, scales, plain), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

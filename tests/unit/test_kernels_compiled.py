@@ -16,7 +16,7 @@ NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "w
 GATE = dict.fromkeys(("grad", "gate", "up", "out", "low_gate", "b_gate", "low_up", "b_up", "slope", "a"), BF16)
 GATE |= dict.fromkeys(("rank", "rank_gate", "rank_up", "number", "width", "gate_stride", "up_stride", "low_stride"), INT)
 GATE |= {"scaling_gate": "fp32", "scaling_up": "fp32"}
-TILED = {"ROWS": 32, "BLOCK": 64, "TILES": 8, "STAGES": 2}
+TILED = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2}
 PARTS, PLAIN = {"GATE": True, "UP": True, **TILED}, {"GATE": False, "UP": False, "RANK": 16, **TILED}
 HEADS = {**NORM, "cos": BF16, "sin": BF16, "heads": INT, "size": INT, "stride": INT, "half": INT, "rows": INT}
 ROWS = {"held": FP8, "scales": F32}
@@ -37,9 +37,12 @@ CASES: list[Case] = [
     ("_heads", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_heads_backward", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_cross_entropy", LOSS, {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}),
-    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"WHOLE": True, "BLOCK": 16384}),
-    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"WHOLE": False, "BLOCK": 8192}),
+    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS}, {"SHARE": 1 / 448, "WHOLE": True, "BLOCK": 16384}),
+    ("_quantize", {"x": BF16, "times": F32, "width": INT, **ROWS, "held": BYTES}, {"SHARE": 1 / 127, "WHOLE": False, "BLOCK": 8192}),
     ("_turn", {"weight": BYTES, "out": FP8, "rows": INT, "columns": INT}, {"SIDE": 128}),
+    ("_turn", {"weight": BYTES, "out": BYTES, "rows": INT, "columns": INT}, {"SIDE": 128}),
+    ("_summed", {"sums": "*i32", "scales": F32, "out": BF16, "width": INT}, {"ADDED": True, "BLOCK": 2048}),
+    ("_summed", {"sums": "*i32", "scales": F32, "out": BF16, "width": INT}, {"ADDED": False, "BLOCK": 2048}),
     ("_scaled", {"held": BYTES, "scales": F32, "out": BF16, "width": INT}, {"BLOCK": 2048}),
 ]
 

@@ -276,7 +276,7 @@ def test_the_8_bit_base_is_chosen_where_it_was_measured_to_be_good_enough(monkey
     assert fast.run.method == "lora-8bit"
     assert fast.seconds_per_token < slow.seconds_per_token
     assert "the fastest base that fits" in fast.reasons["method"]
-    monkeypatch.setattr(steptime, "_FP8_SHARE", 1.5)
+    monkeypatch.setattr(steptime, "_NARROW_SHARE", 1.5)
     steptime.micro_batch.cache_clear()
     planner._choose.cache_clear()
     assert choose(auto, H100).run.method == "lora"
