@@ -43,8 +43,8 @@ MEASURED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu/2026-
 RECORDED = [json.loads(line) for line in (Path(__file__).parents[1] / "gpu/2026-11-27-h100-recorded.jsonl").read_text().splitlines()]
 FUSED = [
     (json.loads(line), card)
-    for name, card in (("h100", "H100 80GB"), ("h200", "H200"))
-    for line in (Path(__file__).parents[1] / f"gpu/2026-11-27-{name}-fused.jsonl").read_text().splitlines()
+    for name, card in (("2026-11-27-h100", "H100 80GB"), ("2026-11-28-h200", "H200"))
+    for line in (Path(__file__).parents[1] / f"gpu/{name}-fused.jsonl").read_text().splitlines()
 ]
 CASES = {case.name: case for case in cases.CASES}
 
