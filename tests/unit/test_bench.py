@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.bench import base_gate
@@ -243,14 +242,3 @@ def test_a_base_is_good_enough_within_the_noise_of_16_bits_and_below_nf4(eight: 
 
 def test_one_seed_says_nothing_of_noise() -> None:
     assert "not known" in base_gate.verdict(gate_lines(lora=[1.5], lora_8bit=[1.5], qlora=[1.7]), "lora-8bit", [1])
-
-
-def test_gradients_in_int8_are_close_to_the_exact_ones() -> None:
-    from qlora_tui.engine.fast import eightbit
-
-    torch.manual_seed(0)
-    layer, grad = eightbit.EightBit(torch.randn(64, 48), None), torch.randn(40, 64)
-    rows = eightbit.quantize(grad * layer.scales, "int8")
-    found = base_gate.int8_gradient(rows, layer.weight.t().contiguous(), torch.float32)
-    exact = grad @ layer.full(torch.float32)
-    assert (found - exact).norm() < 0.02 * exact.norm()

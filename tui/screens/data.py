@@ -185,8 +185,9 @@ class DataPage(Page):
             self._timer = self.set_timer(_PAUSE, self._look_now)
 
     def _look_now(self) -> None:
-        run = self.wizard.run
-        if self._busy != run.data:
+        """Read, unless that is under way or was done well: the pause after a page opens may outlast what was read ahead."""
+        run, look = self.wizard.run, self._look
+        if self._busy != run.data and (look is None or look.problem):
             self._busy = run.data
             self._read_bytes = (0, 0)
             self.show()
