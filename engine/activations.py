@@ -17,7 +17,6 @@ from qlora_tui.engine.models import Linear, ModelSpec
 from qlora_tui.engine.sizes import widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
-_PATTERNS = {"gemma2": 2, "gemma3_text": 6}  # every so many layers one sees the whole row, the others a window
 _QKV, _UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
 
 
@@ -48,6 +47,11 @@ class Batch:
     def hidden(self) -> int:
         """Bytes of one hidden state of every token: what passes from layer to layer."""
         return self.tokens * self.model.hidden_size * self.width
+
+    @property
+    def scores(self) -> int:
+        """Scores of one layer's attention, if it holds them."""
+        return self.tokens * self.length * self.model.num_attention_heads if self.run.attn_implementation == "eager" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ def stack(batch: Batch) -> Stack:
     model, plain = batch.model, _layer(batch, masked=False)
     if not windowed(batch):
         return Stack(model.num_hidden_layers, plain, plain, 0)
-    return Stack(model.num_hidden_layers, plain, _layer(batch, masked=True), _PATTERNS.get(model.family, model.num_hidden_layers + 1))
+    return Stack(model.num_hidden_layers, plain, _layer(batch, masked=True), model.whole_every or model.num_hidden_layers + 1)
 
 
 def _layer(batch: Batch, *, masked: bool) -> Layer:
@@ -138,7 +142,7 @@ def mask_bytes(batch: Batch) -> int:
     """Return the masks that transformers makes once for all layers."""
     square = batch.length**2
     if batch.run.attn_implementation == "eager":
-        kinds = 2 if batch.model.family in _PATTERNS else 1
+        kinds = 2 if batch.model.whole_every else 1
         return kinds * batch.rows * square * batch.width
     return square if windowed(batch) else 0
 
@@ -167,7 +171,7 @@ def forward_peak(batch: Batch) -> Peak:
     norm = tokens * 8 * model.hidden_size
     attention = 4 * query
     if run.attn_implementation == "eager":
-        attention += _scores(batch) * (width + 8 if width < 4 and not batch.cuda else 8)
+        attention += batch.scores * (width + 8 if width < 4 and not batch.cuda else 8)
     elif windowed(batch):
         attention += batch.rows * batch.length**2 * width
     return Peak(4 * batch.hidden + max(wide, product, norm, attention))
@@ -244,7 +248,7 @@ class _Parts:
         if model.fused and self.repeated == self.keys:  # the values are a view of one tensor that holds all three
             kept += self.query + self.keys
         if self.eager:
-            return kept + _scores(batch) * self._score_bytes()
+            return kept + batch.scores * self._score_bytes()
         bias = batch.rows * batch.length**2 * batch.width if self.masked else 0
         return kept + batch.tokens * model.num_attention_heads * 4 + bias
 
@@ -332,10 +336,10 @@ class _Parts:
         gone = 3 * self.inner + self.product + self.up_source + (model.norms_per_layer - 1) * self.norm
         gone += self._lengths("o_proj", "down_proj", *_UP)
         if self.eager:
-            scores = _scores(batch)
+            scores = batch.scores
             narrow = batch.width if batch.width < 4 else 4
             freed = gone + self._output() + self.repeated + (scores * narrow if narrow < 4 else 0)
-            gradients = 4 + (batch.width if batch.cuda else 4)
+            gradients = 8 + 4 * batch.cuda  # of the softmax and of what it was made of; CUDA's kernel is given the former times the softmax
             return Peak(self.hidden + self.query + scores * gradients - freed)
         flowing = self.hidden + 2 * self.query + 2 * self.repeated
         return Peak(flowing - gone, self._kernel())
@@ -362,10 +366,6 @@ def _widened(batch: Batch, part: Linear) -> int:
 
 def _post_norm(model: ModelSpec) -> bool:
     return model.family == "olmo2"
-
-
-def _scores(batch: Batch) -> int:
-    return batch.rows * batch.model.num_attention_heads * batch.length**2
 
 
 def _norm(batch: Batch, size: int, groups: int) -> int:

@@ -20,6 +20,7 @@ from qlora_tui.engine.fused import has_scoreless
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.padding import row_of_largest
 from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     checkpointed_layers,
@@ -83,7 +84,19 @@ class Asked:
         return estimate(model or self.model, run, self.machine, longest=self._longest(run), correction=self.correction)
 
     def _longest(self, run: RunConfig) -> int | None:
-        """Return the longest row of `run`, which a longer limit lets in; None where not every row was counted."""
+        """Return the longest row of `run`, which a longer limit lets in; None where not every row was counted.
+
+        Of rows that lie end to end, one of those that are alike and together as long as the longest of them.
+        """
+        longest = self._longest_alone(run)
+        if longest is None or not self.lengths or run.packing != "on":
+            return longest
+        rows, known = rows_at_once(run), bisect_right(self.lengths, run.max_length)
+        cut = 0 if run.too_long == "drop" else min(len(self.lengths) - known, rows)
+        trained = (run.max_length,) * cut + self.lengths[max(0, known - rows + cut) : known]
+        return min(longest, row_of_largest(trained, rows)) if trained else longest
+
+    def _longest_alone(self, run: RunConfig) -> int | None:
         if self.longest is None or not self.lengths or run.max_length <= self.run.max_length:
             return self.longest
         if run.too_long != "drop":

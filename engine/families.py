@@ -24,7 +24,7 @@ class Family:
     fused: bool = False  # query, key and value are one linear module, gate and up another
     extra_norms: int = 0  # norms a layer beyond the usual two
     qk_norm: QkNorm = ""
-    windowed: bool = False  # some layers always see only a window
+    whole_every: int = 0  # one in so many layers sees the whole row, the others a window; 0: all are alike
     soft_caps: bool = False  # attention scores are squashed, which SDPA does not: only fused layers do without holding them
     default_window: int | None = None
     default_tied: bool = False
@@ -45,12 +45,12 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": Family(default_tied=True, kernels=True),
     "phi3": Family(fused=True, biased=False, kernels=True),
     "gemma2": Family(
-        extra_norms=2, windowed=True, soft_caps=True, default_window=4096, default_tied=True, default_head_dim=256, kernels=True
+        extra_norms=2, whole_every=2, soft_caps=True, default_window=4096, default_tied=True, default_head_dim=256, kernels=True
     ),
     "gemma3_text": Family(
         extra_norms=2,
         qk_norm="head",
-        windowed=True,
+        whole_every=6,
         default_window=4096,
         default_tied=True,
         default_head_dim=256,

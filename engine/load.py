@@ -33,6 +33,7 @@ from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.offload import Offload, streams_of
 from qlora_tui.engine.fast.recompute import recompute
+from qlora_tui.engine.fast.scores import settle_masks
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.sizes import compute_type
 from qlora_tui.engine.spec import RunConfig, checkpointed_of, offloads
@@ -98,6 +99,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     """
     device = torch.device("cuda", 0) if machine.kind == "cuda" else torch.device("cpu")
     dtype = choose_dtype(run, machine)
+    settle_masks()
     base = _base(run, folder, device, dtype)
     base.config.use_cache = False
     torch.manual_seed(run.seed)

@@ -137,12 +137,17 @@ class ModelSpec:
         """Whether plain causal attention without a mask is right: no window that matters, no soft caps."""
         family = FAMILIES[self.family]
         small = self.sliding_window is not None and self.sliding_window < self.max_position_embeddings
-        return not (family.windowed or family.soft_caps or small)
+        return not (family.whole_every or family.soft_caps or small)
 
     @property
     def sdpa(self) -> bool:
         """Whether torch's SDPA computes this family's attention; if not, attention holds all scores unless layers are fused."""
         return not FAMILIES[self.family].soft_caps
+
+    @property
+    def whole_every(self) -> int:
+        """One in so many layers sees the whole row and the others a window, if there is one; 0: none does."""
+        return FAMILIES[self.family].whole_every
 
     @property
     def fused(self) -> bool:

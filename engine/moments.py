@@ -212,7 +212,7 @@ class Moments:
             return int(min(_CUDA_MOST_IDLE * moving, _FUSED_IDLE + joined + _FUSED_IDLE_SHARE * moving)), how
         if self.cuda:
             moving = passing + loss
-            largest = self.tokens * self.model.intermediate_size * self.width * (2 if self.model.fused else 1)
+            largest = max(self.tokens * self.model.intermediate_size * (2 if self.model.fused else 1), self.batch.scores) * self.width
             share = f"{_CUDA_IDLE_SHARE:.1%} of what comes and goes"
             how = (
                 f"kept but not in use: {gib(_CUDA_IDLE)}, one of the largest tensors and {share}, at most {percent(_CUDA_MOST_IDLE)} of it"
@@ -287,6 +287,8 @@ class Moments:
         """Say what the forward pass keeps for the backward pass."""
         total, again = self.stack.number, self.recomputed
         rows = f"{self.batch.rows} x {count(self.batch.length)} tokens"
+        if self.run.packing == "on":
+            rows = f"{count(self.tokens)} tokens of {self.batch.rows} rows end to end"
         each = self.stack.at(total - 1).kept // self.tokens
         if self.away:
             kept = f", and all of {total - again}" if again < total else ""

@@ -6,7 +6,8 @@ nearly alike, and many are not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 
 STEPS_PER_BUCKET = 8
 """Rows of so many steps are sorted together: little padding, and steps still mix rows of the whole set."""
@@ -25,6 +26,18 @@ def spread(lengths: Sequence[int], number: int) -> list[int]:
 def bucket(lengths: Sequence[int], rows_per_step: int) -> tuple[int, ...]:
     """Return the lengths that rows sorted together have as a rule, ascending."""
     return tuple(spread(lengths, STEPS_PER_BUCKET * rows_per_step))
+
+
+def row_of_largest(longest: Iterable[int], rows: int) -> int:
+    """Return the tokens of a row of the largest batch of `rows` rows end to end, were they all alike: the mean, rounded up.
+
+    Its tokens decide memory, not its longest row.
+
+    >>> row_of_largest([10, 40, 20, 30], 3)
+    30
+    """
+    most = heapq.nlargest(rows, longest)
+    return -(-sum(most) // len(most))
 
 
 def padded_share(ordered: Sequence[int], rows: int) -> float:

@@ -9,6 +9,7 @@ that could move the last bit of a result follows free memory, so that one seed g
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,14 +87,18 @@ def choose(
         machine: the device; its `memory_limit_gib` is applied here.
         longest: tokens of the longest row, which decides memory; else rows are taken to be `max_length` long.
         mean: tokens of the mean row, which decides time; else the longest is taken.
-        lengths: tokens of the rows, where they are known: they say what padding would cost.
+        lengths: tokens of the rows, where they are known: they say what padding would cost, and how large rows end to end can be.
 
     Raises:
         ConfigError: `lora_target_modules` names a layer that the model does not have.
     """
     long = min(run.max_length, longest or run.max_length)
-    some = bucket([length for length in lengths if length <= run.max_length], rows_per_step(run))
-    return _choose(model, run, machine, longest, min(mean or long, long), some, measured.stamp())
+    trained = [length for length in lengths if length <= run.max_length]
+    some = bucket(trained, rows_per_step(run))
+    if run.too_long != "drop":
+        trained = [min(length, run.max_length) for length in lengths]
+    most = tuple(heapq.nlargest(rows_per_step(run), trained))
+    return _choose(model, run, machine, longest, min(mean or long, long), some, most, measured.stamp())
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,10 +109,11 @@ def _choose(
     longest: int | None,
     mean: float,
     some: tuple[int, ...],
+    most: tuple[int, ...],
     stamp: tuple[int, int],
 ) -> Plan:
     """Choose, once for the same question; `stamp` changes with what was measured."""
-    asked = Asked(model, run, machine, longest, mean, forecast.speed_of(machine), measured.correction_now(machine.name), some)
+    asked = Asked(model, run, machine, longest, mean, forecast.speed_of(machine), measured.correction_now(machine.name), some, most)
     search, found = _best(asked)
     chosen = search.config(found)
     names = open_keys(run)

@@ -15,7 +15,7 @@ from qlora_tui.engine.fused import unpacked_because
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction, Speed
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.padding import padded_share
+from qlora_tui.engine.padding import padded_share, row_of_largest
 from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, compute_type, element_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import MicroBatch, micro_batch, optimizer_seconds, table_speed
@@ -35,7 +35,10 @@ _PADDING_PAYS = 0.02  # of a batch, from where rows are laid end to end; below i
 
 
 class Asked(NamedTuple):
-    """The question: a run on a machine, with what is known of its rows and of the machine; `bucket` are lengths as `padding` has them."""
+    """The question: a run on a machine, with what is known of its rows and of the machine; `bucket` are lengths as `padding` has them.
+
+    `most` are the longest rows of a step, longest first; rows that lie end to end need the memory of their sum.
+    """
 
     model: ModelSpec
     run: RunConfig
@@ -45,6 +48,7 @@ class Asked(NamedTuple):
     speed: Speed | None
     correction: Correction | None
     bucket: tuple[int, ...] = ()
+    most: tuple[int, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -92,10 +96,11 @@ class Search:
     def budget(self, choice: Choice) -> Budget:
         """Return what a choice needs; estimated once."""
         if choice not in self._budgets:
-            asked = self.asked
-            self._budgets[choice] = estimate(
-                asked.model, self.config(choice), asked.machine, longest=asked.longest, correction=asked.correction
-            )
+            asked, run = self.asked, self.config(choice)
+            longest = asked.longest
+            if longest is not None and asked.most and run.packing == "on":
+                longest = min(longest, row_of_largest(asked.most, choice.rows))
+            self._budgets[choice] = estimate(asked.model, run, asked.machine, longest=longest, correction=asked.correction)
         return self._budgets[choice]
 
     def need(self, choice: Choice) -> int:

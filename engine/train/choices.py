@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import heapq
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from qlora_tui.engine.machine import Machine, limited
 from qlora_tui.engine.measured import Around
 from qlora_tui.engine.meter import Meter
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.padding import row_of_largest
 from qlora_tui.engine.planner import Plan
 from qlora_tui.engine.rehearse import Rehearsed
 from qlora_tui.engine.spec import KEYS, RunConfig, rows_at_once, rows_per_step, values_of
@@ -91,12 +91,8 @@ class Choices:
         return fixes.refusal(self.model, self.run, self.machine, said, longest=max(self.lengths), lengths=self.lengths, lacking=lacking)
 
     def _measured_length(self) -> int:
-        """Return the length of the rows whose batch was the largest: of rows end to end, that of equal ones that are as many tokens.
-
-        The plan counts the longest row as often as there are rows, which is more than any batch of theirs can be.
-        """
-        most = heapq.nlargest(rows_at_once(self.run) if self.run.packing == "on" else 1, self.lengths)
-        return -(-sum(most) // len(most))
+        """Return the length of the rows whose batch was the largest: of rows end to end, that of equal ones that are as many tokens."""
+        return row_of_largest(self.lengths, rows_at_once(self.run)) if self.run.packing == "on" else max(self.lengths)
 
     def remember(
         self,

@@ -13,7 +13,13 @@ STEPS = 5
 QWEN05, QWEN15, QWEN7 = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
 LLAMA1, LLAMA3, LLAMA8 = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 QWEN4, QWEN14 = "Qwen/Qwen3-4B", "Qwen/Qwen3-14B"
-GEMMA2, GEMMA3, PHI4, PHI35 = "google/gemma-2-2b-it", "google/gemma-3-1b-it", "microsoft/phi-4", "microsoft/Phi-3.5-mini-instruct"
+GEMMA2, GEMMA9, GEMMA3, PHI4, PHI35 = (
+    "google/gemma-2-2b-it",
+    "google/gemma-2-9b",
+    "google/gemma-3-1b-it",
+    "microsoft/phi-4",
+    "microsoft/Phi-3.5-mini-instruct",
+)
 MISTRAL, SMOL3 = "mistralai/Mistral-7B-Instruct-v0.3", "HuggingFaceTB/SmolLM3-3B"
 
 
@@ -98,4 +104,9 @@ CASES: tuple[Case, ...] = (
     Case(PHI4, 4, 512, "false", {"lora_r": 8}),
     Case(LLAMA8, 1, 8192, "true", {"lora_r": 64} | PLAIN),
     Case(QWEN14, 2, 1024, "20", {"lora_r": 32}),
+    Case(LLAMA1, 2, 1024, "true", EAGER),
+    Case(QWEN4, 1, 2048, "true", EAGER),
+    Case(GEMMA2, 2, 2048, "true", EAGER),
+    Case(GEMMA2, 4, 1024, "true", {}),
+    Case(GEMMA9, 1, 4096, "true", {}),
 )

@@ -73,7 +73,7 @@ def test_recorded_steps_are_the_plain_ones(run_of: Make, tmp_path: Path, recorde
     assert not [found for found in replayed.of(Finding) if found.detector == "graphs"]
 
 
-@pytest.mark.parametrize("values", [{}, {"packing": "on"}], ids=str)
+@pytest.mark.parametrize("values", [{}, {"packing": "on"}, {"attn_implementation": "eager"}], ids=str)
 def test_attention_with_capped_scores_is_recorded_too(
     run_of: Make, tmp_path: Path, recorded: list[graphs.Shape], values: dict[str, Any]
 ) -> None:

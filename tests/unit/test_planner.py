@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.engine import budget, forecast, machine, measured, models, onebyte, padding, planner, search, steptime
+from qlora_tui.engine import budget, changes, forecast, machine, measured, models, onebyte, padding, planner, search, steptime
 from qlora_tui.engine.errors import ConfigError
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.rules import problems
@@ -444,6 +444,42 @@ def test_rows_lie_end_to_end_where_that_pays_and_can_be(run, device, model, leng
     assert why in plan.reasons["packing"]
     for way in ("on", "off"):  # a value fixed by hand is not weighed
         assert choose(with_(run, packing=way), device, model, longest=2048, lengths=lengths).run.packing == way
+
+
+def tokens_of(needed):
+    (data,) = [item for item in needed.items if item.name == "data"]
+    return int(data.how.split()[0].replace(",", ""))
+
+
+def test_rows_end_to_end_need_the_memory_of_the_longest_that_can_meet():
+    """All rows count, dropped ones do not, and those that are cut count as long as they are then."""
+    run = with_(FOUR_ROWS, packing="on", gradient_checkpointing="false")
+    rows = [2048, 700, 600, 500, *[100] * 60]
+    found = choose(run, H100, LLAMA, longest=2048, lengths=rows)
+    assert tokens_of(found.budget) == 2048 + 700 + 600 + 500
+    assert found.budget.phases == budget.estimate(LLAMA, found.run, H100, longest=962).phases  # as much as four rows of 962
+    assert tokens_of(choose(run, H100, LLAMA, longest=2048).budget) == 4 * 2048  # nothing is known but the longest
+    assert tokens_of(choose(with_(run, too_long="drop"), H100, LLAMA, longest=2048, lengths=[9000, *rows]).budget) == 3848
+    assert tokens_of(choose(with_(run, too_long="cut"), H100, LLAMA, longest=2048, lengths=[9000, *rows]).budget) == 2 * 2048 + 700 + 600
+
+
+def test_advice_counts_rows_end_to_end_as_the_planner_does():
+    run = with_(FOUR_ROWS, packing="on", gradient_checkpointing="false")
+    rows = [2048, 700, 600, 500, *[100] * 60]
+    planned = choose(run, H100, LLAMA, longest=2048, lengths=rows)
+    asked = changes.Asked(LLAMA, planned.run, H100, 2048, tuple(sorted(rows)), None)
+    assert asked.now.phases == planned.budget.phases
+    assert asked.after({"packing": "off"}).total_bytes > 1.5 * asked.now.total_bytes
+    longer = changes.Asked(LLAMA, with_(planned.run, max_length=512, too_long="cut"), H100, 512, tuple(sorted(rows)), None)
+    assert tokens_of(longer.now) == 3 * 512 + 500
+    assert longer.after({"max_length": 2048}).phases == planned.budget.phases
+
+
+@given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=40), rows=st.integers(1, 8))
+def test_the_row_of_a_batch_is_never_longer_than_the_longest_and_holds_all_its_tokens(lengths, rows):
+    row, most = padding.row_of_largest(lengths, rows), sorted(lengths)[-rows:]
+    assert row <= max(lengths)
+    assert sum(most) <= row * len(most) < sum(most) + len(most)
 
 
 @given(
