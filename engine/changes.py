@@ -92,8 +92,8 @@ class Asked:
         if longest is None or not self.lengths or run.packing != "on":
             return longest
         rows, known = rows_at_once(run), bisect_right(self.lengths, run.max_length)
-        cut = 0 if run.too_long == "drop" else min(len(self.lengths) - known, rows)
-        trained = (run.max_length,) * cut + self.lengths[max(0, known - rows + cut) : known]
+        cut = 0 if run.too_long == "drop" else min(rows, len(self.lengths) - known)
+        trained = (run.max_length,) * cut + self.lengths[max(0, known - rows) : known]
         return min(longest, row_of_largest(trained, rows)) if trained else longest
 
     def _longest_alone(self, run: RunConfig) -> int | None:

@@ -94,11 +94,10 @@ def choose(
     """
     long = min(run.max_length, longest or run.max_length)
     trained = [length for length in lengths if length <= run.max_length]
-    some = bucket(trained, rows_per_step(run))
-    if run.too_long != "drop":
-        trained = [min(length, run.max_length) for length in lengths]
-    most = tuple(heapq.nlargest(rows_per_step(run), trained))
-    return _choose(model, run, machine, longest, min(mean or long, long), some, most, measured.stamp())
+    step = rows_per_step(run)
+    cut = 0 if run.too_long == "drop" else min(step, len(lengths) - len(trained))
+    most = tuple(heapq.nlargest(step, [run.max_length] * cut + trained))
+    return _choose(model, run, machine, longest, min(mean or long, long), bucket(trained, step), most, measured.stamp())
 
 
 @functools.lru_cache(maxsize=64)

@@ -264,12 +264,11 @@ def _attention(model: ModelSpec, tokens: float) -> float:
 
     A window is full from its own length on; of layers of two kinds it is their mean.
     """
-    whole, window = tokens, model.sliding_window
+    window, whole_share = model.sliding_window, 1 / model.whole_every if model.whole_every else 0.0
     if window is None or window >= tokens:
-        return 2.0 * model.query_size * whole
-    part = window * (2.0 - window / tokens)
-    share = 1 / model.whole_every if model.whole_every else 0.0
-    return 2.0 * model.query_size * (share * whole + (1 - share) * part)
+        window, whole_share = 0, 1.0
+    seen = whole_share * tokens + (1 - whole_share) * window * (2.0 - window / tokens)
+    return 2.0 * model.query_size * seen
 
 
 def _attention_rate(model: ModelSpec, *, fused: bool) -> float:

@@ -8,8 +8,6 @@ import torch
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-_EAGER = "eager"
-
 
 def mask_on_device(*, dtype: torch.dtype, **how: Any) -> torch.Tensor:
     """Return what is added to scores [B, 1, T, T]: nothing where a token is seen, the least number of `dtype` elsewhere.
@@ -20,10 +18,10 @@ def mask_on_device(*, dtype: torch.dtype, **how: Any) -> torch.Tensor:
         dtype: the type of the scores.
         how: what transformers describes a mask by, passed on to its mask of truths.
     """
-    seen_B1TT = sdpa_mask(**how | {"allow_is_causal_skip": False})
+    seen_B1TT = sdpa_mask(**how | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})  # else it may be left out
     return torch.full(seen_B1TT.shape, torch.finfo(dtype).min, dtype=dtype, device=seen_B1TT.device).masked_fill_(seen_B1TT, 0)
 
 
 def settle_masks() -> None:
     """Have transformers make the masks of `eager` attention in this way, in this process."""
-    AttentionMaskInterface.register(_EAGER, mask_on_device)
+    AttentionMaskInterface.register("eager", mask_on_device)

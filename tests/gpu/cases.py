@@ -13,13 +13,8 @@ STEPS = 5
 QWEN05, QWEN15, QWEN7 = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
 LLAMA1, LLAMA3, LLAMA8 = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 QWEN4, QWEN14 = "Qwen/Qwen3-4B", "Qwen/Qwen3-14B"
-GEMMA2, GEMMA9, GEMMA3, PHI4, PHI35 = (
-    "google/gemma-2-2b-it",
-    "google/gemma-2-9b",
-    "google/gemma-3-1b-it",
-    "microsoft/phi-4",
-    "microsoft/Phi-3.5-mini-instruct",
-)
+GEMMA2, GEMMA9, GEMMA3 = "google/gemma-2-2b-it", "google/gemma-2-9b", "google/gemma-3-1b-it"
+PHI4, PHI35 = "microsoft/phi-4", "microsoft/Phi-3.5-mini-instruct"
 MISTRAL, SMOL3 = "mistralai/Mistral-7B-Instruct-v0.3", "HuggingFaceTB/SmolLM3-3B"
 
 
