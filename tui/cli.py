@@ -229,12 +229,14 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _refuse_command(name: str) -> NoReturn:
-    """Refuse a first word that is no command, with the nearest one."""
+    """Refuse a first word that is no command, with the nearest one, or the option of that name."""
     from qlora_tui.engine.errors import ConfigError
     from qlora_tui.engine.spec import nearest
     from qlora_tui.engine.text import one_line
 
+    options = [text for action in build("")._actions for text in action.option_strings]
     hint = nearest(name, list(COMMANDS)) or f"there are {', '.join(COMMANDS)}"
+    hint = f"did you mean {PROG} --{name}?" if f"--{name}" in options else hint
     raise ConfigError(f"no command {one_line(name)!r}", hint=hint)
 
 

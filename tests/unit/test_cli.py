@@ -83,6 +83,7 @@ def test_every_key_is_listed(capsys: Capture) -> None:
     ("arguments", "told"),
     [
         (["dmo"], "did you mean demo?"),
+        (["resume", "last"], "did you mean qlora-tui --resume?"),
         (["--modle", "x"], "did you mean --model?"),
         (["--lora-r", "8"], "say --set lora_r=VALUE"),
         (["--set", "lora_rank=8"], "did you mean lora_r?"),
