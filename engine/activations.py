@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from qlora_tui.engine import fused
 from qlora_tui.engine.models import Linear, ModelSpec
+from qlora_tui.engine.onebyte import turned_bytes
 from qlora_tui.engine.sizes import widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
@@ -31,6 +32,7 @@ class Batch:
     length: int
     cuda: bool
     kernels: bool = False  # ours, which compute in 16 bits
+    fuses: bool = False  # layers too, where their family has a form for it
     narrow: str = ""  # what gradients of inputs are multiplied in, if not in 16 bits
 
     @property
@@ -41,7 +43,7 @@ class Batch:
     @property
     def fused(self) -> bool:
         """Whether layers are a few fused operations; else they are transformers' own."""
-        return fused.fused_layers(self.model, self.run, self.kernels)
+        return fused.fused_layers(self.model, self.run, self.fuses)
 
     @property
     def hidden(self) -> int:
@@ -295,7 +297,7 @@ class _Parts:
         """The gradient of the inner product appears beside everything kept, and the widest weight in full width."""
         batch = self.batch
         part = next(part for part in batch.model.linears() if part.name == "down_proj")
-        beside = _widened(batch, part)
+        beside = _turned(batch, part)
         if batch.run.lora_dropout and self.product:  # the gradient goes two ways, through the base and through what was dropped
             beside = max(beside, self.inner)
         return Peak(self.hidden + self.inner + beside + self._gradients(part.name))
@@ -312,7 +314,7 @@ class _Parts:
         done = [self.targets[name] for name in ("down_proj", "gate_proj") if name in self.targets]
         first = batch.run.gradient_accumulation_steps == 1  # else a batch before has made them
         gradients = first * 4 * batch.run.lora_r * sum(each.inputs + each.outputs for each in done)
-        return Peak(flowing - gone + _widened(batch, part) + self._gradients(part.name) + gradients)
+        return Peak(flowing - gone + _turned(batch, part) + self._gradients(part.name) + gradients)
 
     def _scaled_down(self) -> Peak:
         """DoRA's lengths of the last module are learned: its output, the gradient and their product, in 32 bits."""
@@ -362,6 +364,11 @@ class _Parts:
 
 def _widened(batch: Batch, part: Linear) -> int:
     return widened_bytes(batch.model, batch.run, part, batch.width, at_once=batch.kernels)
+
+
+def _turned(batch: Batch, part: Linear) -> int:
+    """Return what the gradient of a product's input takes beside it: the weight in full width, or in 8 bits what stands in its place."""
+    return turned_bytes(part, batch.tokens, batch.narrow) if batch.narrow else _widened(batch, part)
 
 
 def _post_norm(model: ModelSpec) -> bool:

@@ -321,7 +321,8 @@ def _try_all() -> None:
     if usable:
         from qlora_tui.engine.fast import compiled
 
-        why_not = compiled.why_not(torch.device("cuda", 0))
+        card = torch.device("cuda", 0)
+        why_not = compiled.why_not(card) or ("" if compiled.has_bfloat16(card) else compiled.NO_BFLOAT16)
         _tell("fused layers", ok=True, found=f"off, so steps take longer: {why_not}" if why_not else "their Triton kernels compile and run")
 
 

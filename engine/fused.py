@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from qlora_tui.engine.families import has_kernels
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import Linear, ModelSpec
-from qlora_tui.engine.sizes import eight_bit, element_bytes, widened_bytes
+from qlora_tui.engine.onebyte import turned_bytes
+from qlora_tui.engine.sizes import element_bytes, widened_bytes
 from qlora_tui.engine.spec import RunConfig
 
 _QKV, GATED = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
@@ -27,14 +28,14 @@ WIDEST_HEAD = 256
 """The widest head that torch's flash kernel takes; it also wants a multiple of 8."""
 
 
-def fused_layers(model: ModelSpec, run: RunConfig, kernels: bool) -> bool:
-    """Say whether a model's layers are fused: where `kernels` run, for its family, attention and adapter.
+def fused_layers(model: ModelSpec, run: RunConfig, fuses: bool) -> bool:
+    """Say whether a model's layers are fused: where the device `fuses` any, for its family, attention and adapter.
 
     Those are a family with a form in `fast.layers`, fused attention, and an adapter without dropout and lengths of its own.
     """
     plain = not run.use_dora and not run.lora_dropout and run.attn_implementation == "sdpa"
     covered = has_kernels(model.family, model.wrapper) and model.hidden_size <= WIDEST_ROW
-    return run.fused_layers != "off" and kernels and plain and covered
+    return run.fused_layers != "off" and fuses and plain and covered
 
 
 def _rank(run: RunConfig) -> int:
@@ -45,24 +46,16 @@ def _rank(run: RunConfig) -> int:
 def has_scoreless(model: ModelSpec, run: RunConfig, machine: Machine) -> bool:
     """Say whether `attn_implementation = "sdpa"` exists for `model` here: of capped scores it is what fused layers do."""
     asked = replace(run, attn_implementation="sdpa")
-    return model.sdpa or fused_layers(model, asked, machine.kernels and element_bytes(run, machine) == 2)
+    return model.sdpa or fused_layers(model, asked, machine.fuses and element_bytes(run, machine) == 2)
 
 
-def narrow_gradients(model: ModelSpec, run: RunConfig, machine: Machine) -> str:
-    """Return what gradients are multiplied in if not in 16 bits, "fp8" or "int8": with an 8-bit base, in fused layers, of even sizes."""
-    if not eight_bit(model, run) or element_bytes(run, machine) != 2 or not fused_layers(model, run, machine.kernels):
-        return ""
-    even = all(part.inputs % 16 == 0 and part.outputs % 16 == 0 for part in model.linears())
-    return machine.narrow if even else ""
-
-
-def unpacked_because(model: ModelSpec, run: RunConfig, kernels: bool) -> str:
+def unpacked_because(model: ModelSpec, run: RunConfig, fuses: bool) -> str:
     """Return why rows of `model` cannot lie end to end; an empty text where they can: fused layers keep them apart, and no others."""
     if run.fused_layers == "off":
         return "fused_layers is off"
-    if not kernels:
+    if not fuses:
         return "fused layers compute in bfloat16, on a CUDA card"
-    if not fused_layers(model, run, kernels):
+    if not fused_layers(model, run, fuses):
         return f"layers of {model.family} with this adapter and attention are not fused"
     if has_flash(model):
         return ""
@@ -185,16 +178,15 @@ class FusedLayer:
     def _turned(self, tokens: int, *names: str) -> int:
         """Return what gradients of inputs of those called `names` take: the largest weight widened, or turned at a byte a weight.
 
-        What came is beside it in 8 bits then. In FP8 the sum's next part is too, from the second on, and in INT8 whole sums always are.
+        In FP8 the sum's next part is beside it from the second on.
         """
         if not self.narrow:
             return self._widened(*names)
-        most = 0
-        for place, part in enumerate(self._named(*names)):
-            fp8 = 4 * part.inputs + (tokens * part.inputs * self.width if place else 0)
-            sums = fp8 if self.narrow == "fp8" else 4 * tokens * part.inputs
-            most = max(most, part.weights + tokens * (part.outputs + 4) + sums)
-        return most
+        made = tokens * self.width * (self.narrow == "fp8")
+        return max(
+            (turned_bytes(part, tokens, self.narrow) + made * part.inputs * (place > 0) for place, part in enumerate(self._named(*names))),
+            default=0,
+        )
 
     def _widened(self, *names: str) -> int:
         """Return the largest weight of those called `names` in full width, if the base is held in fewer bits."""

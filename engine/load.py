@@ -29,12 +29,14 @@ from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.families import FAMILIES
 from qlora_tui.engine.fast import compiled, eightload, pissa
+from qlora_tui.engine.fast.eightbit import TYPES, EightBit
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
 from qlora_tui.engine.fast.offload import Offload, streams_of
 from qlora_tui.engine.fast.recompute import recompute
 from qlora_tui.engine.fast.scores import settle_masks
 from qlora_tui.engine.machine import Machine
+from qlora_tui.engine.onebyte import asked_gradients
 from qlora_tui.engine.sizes import compute_type
 from qlora_tui.engine.spec import RunConfig, checkpointed_of, offloads
 
@@ -101,6 +103,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     dtype = choose_dtype(run, machine)
     settle_masks()
     base = _base(run, folder, device, dtype)
+    _tell_gradients(base, asked_gradients(run, machine), device)
     base.config.use_cache = False
     torch.manual_seed(run.seed)
     random.seed(run.seed)  # nothing here draws from it, and a checkpoint holds it: two runs should hold the same
@@ -120,6 +123,14 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     return loaded
 
 
+def _tell_gradients(base: torch.nn.Module, asked: str, device: torch.device) -> None:
+    """Tell layers of an 8-bit base what gradients are multiplied in; in 8 bits only where our kernels bring numbers there."""
+    kind = None if compiled.why_not(device) else next((name for name in TYPES if name == asked), None)
+    for module in base.modules():
+        if isinstance(module, EightBit):
+            module.narrow = kind
+
+
 def settle_layers(run: RunConfig, layers: torch.nn.ModuleList, device: torch.device) -> None:
     """Make as many layers recompute their inside as `run` says, with their inputs where it says; may be called again."""
     offload = Offload(streams_of(device)) if offloads(run) else None
@@ -133,7 +144,7 @@ def _fuse_layers(run: RunConfig, model: PeftModel, decoder: torch.nn.Module, dev
     if reason := compiled.why_not(device):
         return reason
     if dtype != torch.bfloat16:
-        return "they compute in bfloat16 alone"
+        return "they compute in bfloat16 alone" if compiled.has_bfloat16(device) else compiled.NO_BFLOAT16
     if run.attn_implementation == "eager":
         return "attention that holds its scores goes layer by layer"
     from qlora_tui.engine.fast import layers  # imports Triton

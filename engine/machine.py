@@ -68,12 +68,17 @@ class Machine:
 
     @property
     def kernels(self) -> bool:
-        """Whether our Triton kernels run here, as far as can be said without trying: on cards that compute in bfloat16.
+        """Whether our Triton kernels run here, as far as can be said without trying: on Turing and later.
 
         A card that is only asked about is taken to have Triton; this machine's own is looked at.
         """
         there = not self.driver or importlib.util.find_spec("triton") is not None
-        return self.kind == "cuda" and self.bf16 and there
+        return self.kind == "cuda" and (self.bf16 or (self.compute_capability or (0, 0)) >= (7, 5)) and there
+
+    @property
+    def fuses(self) -> bool:
+        """Whether fused layers run here: they compute in bfloat16."""
+        return self.kernels and self.bf16
 
     @property
     def half(self) -> bool:
@@ -81,11 +86,11 @@ class Machine:
         return self.kind == "cuda" and (self.compute_capability or (0, 0)) >= (7, 0)
 
     @property
-    def narrow(self) -> Literal["fp8", "int8", ""]:
-        """What gradients on an 8-bit base are multiplied in here, as far as can be said without trying; nothing: in 16 bits."""
+    def narrow(self) -> tuple[Literal["fp8", "int8"], ...]:
+        """What 8-bit products this card makes, the usual first: INT8 from Turing on, FP8 from Ada on."""
         if not self.kernels or self.compute_capability is None:
-            return ""
-        return "fp8" if self.compute_capability >= (8, 9) else "int8"
+            return ()
+        return ("fp8", "int8") if self.compute_capability >= (8, 9) else ("int8",)
 
     def holders(self, most: int = 3) -> str:
         """Return who holds `others_bytes` in words, such as "Xorg 412 MiB, other programs 1.2 GiB"; "" if nobody does.

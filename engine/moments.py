@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_tui.engine.activations import Batch, Layer, Peak, final_norm, forward_peak, mask_bytes, norm_backward, stack
-from qlora_tui.engine.fused import fused_layers, narrow_gradients
+from qlora_tui.engine.fused import fused_layers
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.onebyte import narrow_gradients
 from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     adapter_bytes,
@@ -79,8 +80,9 @@ class Moments:
         self.graphs = self.cuda and run.cuda_graphs == "on" and recordable(run)
         self.width = element_bytes(run, machine)
         length = min(run.max_length, longest or run.max_length)
-        kernels, narrow = machine.kernels and self.width == 2, narrow_gradients(model, run, machine)
-        self.batch = Batch(model, run, self.width, rows_at_once(run), length, self.cuda, kernels, narrow)
+        kernels, fuses = (there and self.width == 2 for there in (machine.kernels, machine.fuses))
+        narrow = narrow_gradients(model, run, machine)
+        self.batch = Batch(model, run, self.width, rows_at_once(run), length, self.cuda, kernels, fuses, narrow)
         self.tokens = self.batch.tokens
         self.recomputed = checkpointed_layers(model, run)
         self.params = adapter_params(model, run)
@@ -231,7 +233,7 @@ class Moments:
         ids = self.tokens * 24 + self.batch.length * model.head_dim * 2 * self.width
         each = (32 if (self.machine.compute_capability or (8, 0)) >= (9, 0) else 8) * _MIB
         workspace = _CUBLAS * each * (1 + self.graphs) if self.cuda else 0
-        compiled = not model.sdpa and fused_layers(model, run, self.batch.kernels)
+        compiled = not model.sdpa and fused_layers(model, run, self.batch.fuses)
         context = _CUDA_CONTEXT + _GRAPHS * self.graphs + _COMPILED * compiled
         held = (context, "CUDA's context and libraries, measured") if self.cuda else (_CPU_LIBRARIES, "Python, torch and libraries")
         return (

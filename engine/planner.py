@@ -118,6 +118,8 @@ def _choose(
     names = open_keys(run)
     if "per_device_train_batch_size" in names:
         names = (*names, "gradient_accumulation_steps")
+    if run.grad_matmul != chosen.grad_matmul:
+        names = (*names, "grad_matmul")
     values = values_of(chosen)
     return Plan(
         run=chosen,
@@ -241,6 +243,7 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
         "cuda_graphs": "launching kernels would hold the device up"
         if search.replayed(found)
         else "kernels take far longer than their launches",
+        "grad_matmul": "the fastest here, for gradients on an 8-bit base",
         "packing": search.why_padded(found) or f"padding would be {percent(search.padded(found))} of a batch",
     }
 

@@ -203,23 +203,19 @@ def device_problems(run: RunConfig, device: Machine) -> list[Problem]:
     found = []
     if device.kind == "cpu" and run.optim == "paged_adamw_8bit":
         found.append(Problem("optim", "paged_adamw_8bit pages GPU memory and there is no GPU here", "say auto, adamw_8bit or adamw_torch"))
+    name = one_line(device.name)
     if device.kind == "cuda" and run.dtype == "bfloat16" and not device.bf16:
-        found.append(Problem("dtype", f"{one_line(device.name)} cannot compute in bfloat16", "say auto or float32"))
+        found.append(Problem("dtype", f"{name} cannot compute in bfloat16", "say auto or float32"))
     if run.dtype == "float16" and (device.bf16 or not device.half):
         why = "computes in bfloat16, which overflows nowhere" if device.bf16 else "is no card that multiplies float16 fast"
-        found.append(Problem("dtype", f"{one_line(device.name)} {why}", "say auto"))
+        found.append(Problem("dtype", f"{name} {why}", "say auto"))
+    if run.grad_matmul not in ("auto", "16bit", *device.narrow):
+        found.append(Problem("grad_matmul", f"{name} makes no products in {run.grad_matmul}", "say auto"))
     if run.max_temperature and machine.temperature() is None:
         found.append(Problem("max_temperature", "no sensor of a GPU answers here", "leave it out"))
-    if run.until and _is_past(run.until):
+    if run.until and until.has_passed(run.until, time.time()):
         found.append(Problem("until", f"{one_line(run.until)} has passed", "name a later time"))
     return found
-
-
-def _is_past(text: str) -> bool:
-    try:
-        return until.moment(text, time.time()) <= time.time()
-    except ValueError:  # no time at all: `problems` says so
-        return False
 
 
 def model_problems(run: RunConfig, files: ModelFiles, spec: ModelSpec) -> list[Problem]:
@@ -266,7 +262,7 @@ def _packing_problems(run: RunConfig, spec: ModelSpec, device: Machine) -> list[
     """Return why rows cannot lie end to end as asked, of this model on this device; what `rules` say is not said again."""
     if run.packing != "on" or any(problem.where == "packing" for problem in problems(run)):
         return []
-    reason = unpacked_because(spec, run, device.kernels and element_bytes(run, device) == 2)
+    reason = unpacked_because(spec, run, device.fuses and element_bytes(run, device) == 2)
     return [Problem("packing", f"rows cannot lie end to end: {reason}", "say packing=auto, or off")] if reason else []
 
 

@@ -20,9 +20,12 @@ from qlora_tui.engine import evaluate
 from qlora_tui.engine.batches import longest, supervised_tokens
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.events import Phase
+from qlora_tui.engine.fast import eightbit
 from qlora_tui.engine.fast.base import widened
+from qlora_tui.engine.fast.eightbit import Kind
 from qlora_tui.engine.fast.recompute import recomputed
 from qlora_tui.engine.load import Loaded, trainable
+from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.meter import Meter, RandomState, empty_cache, out_of_memory
 from qlora_tui.engine.models import ModelSpec
@@ -141,10 +144,10 @@ def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
             state[name] = _emptied(name, value)
 
 
-def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
+def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig, machine: Machine) -> Speed | None:
     """Measure what a step is made of on this card, in under two seconds; None where not even that fits.
 
-    A large product, a copy, weights from 4 bits to 16, and how long the host takes for one kernel. From these the
+    A large product in 16 and in 8 bits, a copy, weights from 4 bits to 16, and how long the host takes for one kernel. From these the
     planner predicts settings and models that nobody has tried. Like a rehearsal it leaves no trace, and it belongs
     before step 1: gradients are dropped.
     """
@@ -156,6 +159,7 @@ def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> Speed | None:
                 bandwidth_bytes=_bandwidth(loaded.device),
                 dequant_bytes=_dequantization(loaded),
                 launch_seconds=_launch_seconds(loaded, spec, run),
+                **{f"{kind}_share": _narrow_share(loaded, kind) for kind in machine.narrow},
             )
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -262,6 +266,25 @@ def _matmul_flops(loaded: Loaded) -> float:
     x_TI = torch.randn(tokens, inputs, device=loaded.device, dtype=loaded.dtype)
     w_OI = torch.randn(outputs, inputs, device=loaded.device, dtype=loaded.dtype)
     return 2 * tokens * inputs * outputs / _best(loaded.device, lambda: torch.nn.functional.linear(x_TI, w_OI))
+
+
+def _narrow_share(loaded: Loaded, kind: Kind) -> float:
+    """Return the share of a 16-bit product's seconds that the same in `kind` takes, for the gradient of an input; 0 where it is refused."""
+    tokens, inputs, outputs = _WIDE
+    grad_TO = torch.randn(tokens, outputs, device=loaded.device, dtype=loaded.dtype)
+    weight_OI = torch.randn(outputs, inputs, device=loaded.device, dtype=loaded.dtype)
+    held, turned = (
+        torch.randint(-127, 128, shape, device=loaded.device, dtype=torch.int8).to(eightbit.TYPES[kind])
+        for shape in ((tokens, outputs), (inputs, outputs))
+    )
+    rows = eightbit.Rows(held, torch.ones(tokens, device=loaded.device))
+    try:
+        narrow = _best(loaded.device, lambda: eightbit.narrow_product(rows, turned, loaded.dtype))
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return 0.0  # a library may have no such product for a card that could make it
+    return narrow / _best(loaded.device, lambda: grad_TO @ weight_OI)
 
 
 def _bandwidth(device: torch.device) -> float:

@@ -15,8 +15,9 @@ from qlora_tui.engine.fused import unpacked_because
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction, Speed
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.onebyte import usual
 from qlora_tui.engine.padding import padded_share, row_of_largest
-from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, compute_type, element_bytes
+from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, compute_type, eight_bit, element_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import MicroBatch, micro_batch, optimizer_seconds, table_speed
 from qlora_tui.engine.units import percent
@@ -73,9 +74,25 @@ class Search:
         self.rows = _rows(run, machine)
         self.chunks = _chunks(model, run, machine)
         self.speed = asked.speed or _stand_in()
+        self.base = dataclasses.replace(self.base, grad_matmul=self._fastest_gradients())
         self._update = optimizer_seconds(model, self.base, self.speed) / (rows_per_step(run) * asked.mean)
         self._budgets: dict[Choice, Budget] = {}
         self._batches: dict[tuple[int, int, bool], MicroBatch] = {}
+
+    def _fastest_gradients(self) -> str:
+        """Return what gradients on an 8-bit base are best multiplied in: the fastest of what was measured here and what is usual."""
+        run, model, machine = self.base, self.asked.model, self.asked.machine
+        if run.grad_matmul != "auto" or not eight_bit(model, run):
+            return run.grad_matmul
+        first = usual(machine)
+        shares = {"fp8": self.speed.fp8_share, "int8": self.speed.int8_share}
+        timed = [kind for kind in machine.narrow if shares[kind]]
+
+        def seconds(kind: str) -> float:
+            tried = dataclasses.replace(run, grad_matmul=kind)
+            return micro_batch(model, tried, machine, self.speed, self.rows[0], self.asked.mean).device_seconds
+
+        return min(dict.fromkeys((first, *timed, "16bit")), key=seconds)
 
     def config(self, choice: Choice) -> RunConfig:
         """Return the run with a choice made; what was fixed stays as it was written."""
@@ -123,8 +140,8 @@ class Search:
     def why_padded(self, choice: Choice) -> str:
         """Return why rows of a batch are padded and not laid end to end; an empty text where they are not."""
         asked = self.asked
-        kernels = asked.machine.kernels and element_bytes(asked.run, asked.machine) == 2
-        if reason := unpacked_because(asked.model, self.base, kernels):
+        fuses = asked.machine.fuses and element_bytes(asked.run, asked.machine) == 2
+        if reason := unpacked_because(asked.model, self.base, fuses):
             return reason
         if choice.rows == 1:
             return "rows go one at a time"

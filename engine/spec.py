@@ -190,6 +190,12 @@ class RunConfig:
         "On CUDA, run each layer as a few fused operations: auto: for families that have them, off: as transformers has it.",
         choices=("auto", "off"),
     )
+    grad_matmul: str = _key(
+        "auto",
+        "memory",
+        "What gradients on an 8-bit base are multiplied in; auto: the fastest that this card was measured to do, else the usual.",
+        choices=("auto", "16bit", "fp8", "int8"),
+    )
     packing: str = _key(
         "auto",
         "memory",

@@ -12,10 +12,11 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import GATED, TILE, fused_layers, narrow_gradients
+from qlora_tui.engine.fused import GATED, TILE, fused_layers
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
+from qlora_tui.engine.onebyte import narrow_gradients
 from qlora_tui.engine.sizes import (
     LOGITS_PER_CHUNK,
     adapter_params,
@@ -64,6 +65,7 @@ _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _EIGHT_BIT_BYTES = 3  # of one weight: read as a byte, written in 16 bits
 _EIGHT_BIT_PLAIN_BYTES = 23  # the same without our kernel, twice through 32 bits
 _NARROW_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25; taken for INT8 too
+# where a card was not measured
 _TURNED_BYTES = 2  # of one weight: read and written the other way round
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 
@@ -134,11 +136,11 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     weights = sum(part.weights for part in model.linears())
     batch = rows * tokens
     # a few tokens wait for the weights to be read, many for the products
-    fused, narrow = fused_layers(model, run, kernels), narrow_gradients(model, run, machine)
+    fused, narrow = fused_layers(model, run, machine.fuses and width == 2), narrow_gradients(model, run, machine)
     share = (_FUSED_PRODUCT_SHARE if fused else _PRODUCT_SHARE) if cuda else 1.0
     frozen, low = 2.0 * weights * batch / flops * share, 2.0 * _low_rank(model, run) * batch / flops
     products = max(frozen, weights * width / speed.bandwidth_bytes) + low
-    gradients = max(frozen * _NARROW_SHARE, weights / speed.bandwidth_bytes) + low if narrow else products
+    gradients = max(frozen * _narrow_share(speed, narrow), weights / speed.bandwidth_bytes) + low if narrow else products
     there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
     full = back_full = _full_weights(model, run, width, speed, kernels=kernels)
@@ -206,9 +208,10 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, narrow: bool = Fa
     parts, targeted = model.linears(), model.targeted(run.lora_target_modules)
     if fused:
         return _fused_launches(model, run, narrow=narrow)
-    widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else 0
+    widened = (3 if double_quantized(model, run) else 1) * len(parts) if four_bit(model, run) else len(parts) * eight_bit(model, run)
+    turned = 3 * len(parts) if narrow else widened  # a gradient is quantized, a weight turned, and whole sums are scaled
     forward = 20 + 6.5 * model.norms_per_layer + 18 * model.qk_norm + len(parts) + 4 * len(targeted) + widened
-    backward = 45 + 15 * model.norms_per_layer + 30 * model.qk_norm + len(parts) + 11 * len(targeted) + widened
+    backward = 45 + 15 * model.norms_per_layer + 30 * model.qk_norm + len(parts) + 11 * len(targeted) + turned
     if run.lora_dropout:
         forward, backward = forward + 2 * len(targeted), backward + 2 * len(targeted)
     if run.use_dora:
@@ -243,7 +246,7 @@ def optimizer_seconds(model: ModelSpec, run: RunConfig, speed: Speed) -> float:
 
 def attention_share(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed, tokens: float) -> float:
     """Return the share of a long row's time that goes to attention, the only part that grows with its square."""
-    fused = fused_layers(model, run, machine.kernels and element_bytes(run, machine) == 2)
+    fused = fused_layers(model, run, machine.fuses and element_bytes(run, machine) == 2)
     flops = speed.matmul_flops * _attention_rate(model, fused=fused)
     attention = 4.5 * model.num_hidden_layers * tokens * _attention(model, tokens) / flops
     return min(1.0, attention / micro_batch(model, run, machine, speed, 1, tokens).seconds(model.num_hidden_layers))
@@ -315,6 +318,11 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) ->
     forward = 8 * hidden + 6 * hidden * sandwich + 2 * added + sum(inputs.values()) + wide + turned + 3 * inner
     backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * sum(inputs.values()) + wide + turned + 6 * inner
     return width * forward, width * backward
+
+
+def _narrow_share(speed: Speed, kind: str) -> float:
+    """Return the share of 16-bit products' seconds that those in `kind` take: as measured, else as on an H100."""
+    return (speed.fp8_share if kind == "fp8" else speed.int8_share) or _NARROW_SHARE
 
 
 def _narrow_moves(model: ModelSpec, kind: str) -> float:

@@ -42,6 +42,14 @@ def moment(text: str, now: float) -> float:
     return due.timestamp() if due > today else (due + timedelta(days=1)).timestamp()
 
 
+def has_passed(text: str, now: float) -> bool:
+    """Say whether the date that `text` means lies behind `now`; what is no time at all has not passed."""
+    try:
+        return moment(text, now) <= now
+    except ValueError:  # the settings' own rules say so
+        return False
+
+
 def steady() -> float:
     """Return seconds on a clock that nobody sets and that goes on while the machine sleeps, where the system has one."""
     try:

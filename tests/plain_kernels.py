@@ -33,6 +33,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(fast, room, here, raising=False)
     patch.setattr(compiled, "why_not", lambda device: "")
     patch.setattr(Machine, "kernels", True)
+    patch.setattr(Machine, "fuses", True)
     from qlora_tui.engine.fast import operations
 
     for room in ("kernels", "gate"):

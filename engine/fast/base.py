@@ -47,9 +47,9 @@ def input_gradient(grad_NO: torch.Tensor, layer: Any, into_NI: torch.Tensor | No
     """Return g W, the gradient of a product's input, added to `into_NI` if there is one."""
     if (kind := eightbit.narrow_gradient(layer, grad_NO)) is not None:
         rows, turned_IO = _narrowed(grad_NO, layer.scales, kind), _turned(layer.weight, kind)
+        made = eightbit.narrow_product(rows, turned_IO, grad_NO.dtype)
         if kind == "int8":
-            return _summed(torch._int_mm(rows.held, turned_IO.t()), rows.scales, grad_NO.dtype, into_NI)
-        made = eightbit.input_gradient(rows, turned_IO, grad_NO.dtype)
+            return _summed(made, rows.scales, grad_NO.dtype, into_NI)
         return made if into_NI is None else into_NI.add_(made)
     weight_OI = full_weight(layer, grad_NO.dtype)
     return grad_NO @ weight_OI if into_NI is None else into_NI.addmm_(grad_NO, weight_OI)

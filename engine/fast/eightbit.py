@@ -3,11 +3,10 @@
 Rows are quantized to their largest number, in INT8: what an untouched model loses to that cannot be told from 16 bits, and half their
 memory is saved (tests/bench/results has what other ways cost). Forward products read the weight as numbers of 16 bits.
 
-Gradients of inputs are multiplied in FP8 on cards that can, at twice the rate, and in INT8 on Ampere, which has no FP8: a gradient is
+Gradients of inputs are multiplied in FP8 on cards that can, at twice the rate, and in INT8 on those that have no FP8: a gradient is
 a direction, drawn from a few rows anyway, so what rounding adds to it does not add up, while a forward pass in FP8 moves the model
 itself and was measured to learn worse. Gradients are quantized a token at a time. That product wants the weight the other way round:
-it is turned for it and dropped again, one byte a weight. Turing multiplies INT8 too, but our kernels do not run there, and by plain
-operations rounding and turning take what the product saves.
+it is turned for it and dropped again, one byte a weight. A layer is told which of them (`narrow`); `engine/onebyte.py` says by what rule.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -44,13 +43,6 @@ class Rows(NamedTuple):
         return cls(torch.empty(x_NI.shape, dtype=TYPES[kind], device=x_NI.device), scales_N)
 
 
-def narrow_on(device: torch.device) -> Kind | None:
-    """Return what `device` multiplies gradients in: FP8 from Ada on, INT8 on Ampere, None where 16 bits are as good."""
-    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        return None
-    return "fp8" if capability >= (8, 9) else "int8"
-
-
 def quantize(rows_NI: torch.Tensor, kind: Kind) -> Rows:
     """Return rows [..., I] as bytes, in the type of `kind`, and the scale of each row in float32 [...]."""
     largest_N = rows_NI.abs().amax(dim=-1).float().clamp_(min=_SMALLEST)
@@ -63,6 +55,8 @@ class EightBit(torch.nn.Linear):
     """A frozen linear layer whose weight is held as bytes; PEFT and everything that looks for linear layers takes it for one."""
 
     scales: torch.Tensor
+    narrow: Kind | None = None
+    """What gradients of its input are multiplied in, if not in 16 bits."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         """Quantize `weight_OI`, on its device."""
@@ -95,12 +89,15 @@ class EightBit(torch.nn.Linear):
 _PIECE = 1 << 24  # weights
 
 
-def input_gradient(rows_NO: Rows, turned_IO: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return g W [N, I] in `dtype`, the gradient of a product's input, from the bytes of the weight the other way round, in FP8.
+def narrow_product(rows_NO: Rows, turned_IO: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return g W [N, I], the gradient of a product's input, from the bytes of the weight the other way round.
 
-    A weight's scales are those of its outputs, over which this sums: they have to be in `rows_NO` already.
+    In FP8 it is in `dtype`, with the scales of `rows_NO`; in INT8 whole sums in 32 bits, without them. A weight's scales are those of
+    its outputs, over which this sums: they have to be in `rows_NO` already.
     """
     held, scales_N = rows_NO
+    if held.dtype == torch.int8:
+        return torch._int_mm(held, turned_IO.t())
     ones_I = torch.ones(1, len(turned_IO), device=turned_IO.device)
     return torch._scaled_mm(held, turned_IO.t(), scale_a=scales_N[:, None], scale_b=ones_I, out_dtype=dtype, use_fast_accum=True)
 
@@ -115,9 +112,8 @@ def summed(sums_NI: torch.Tensor, scales_N: torch.Tensor, into_NI: torch.Tensor)
 
 
 def narrow_gradient(layer: torch.nn.Module, grad_NO: torch.Tensor) -> Kind | None:
-    """Return what `grad_NO` is multiplied with `layer` in, if not in 16 bits: a card for it, and sizes that its kernels take."""
-    if not isinstance(layer, EightBit) or grad_NO.dtype != torch.bfloat16:
+    """Return what `grad_NO` is multiplied with `layer` in, if not in 16 bits: as it was told, where its kernels take the sizes."""
+    if not isinstance(layer, EightBit) or grad_NO.dtype == torch.float32:
         return None
-    kind = narrow_on(grad_NO.device)
-    few = kind == "int8" and len(grad_NO) < FEWEST_ROWS
-    return None if few or layer.in_features % 16 or layer.out_features % 16 else kind
+    few = layer.narrow == "int8" and len(grad_NO) < FEWEST_ROWS
+    return None if few or layer.in_features % 16 or layer.out_features % 16 else layer.narrow

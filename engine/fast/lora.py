@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from qlora_tui.engine.errors import ModelError
-from qlora_tui.engine.fast.base import full_weight
+from qlora_tui.engine.fast.base import full_weight, input_gradient
 
 ADAPTER = "default"
 _SHORTEST = 1e-12  # squared length of an output's weights below which it counts as this: a row of zeros has no direction
@@ -182,7 +182,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_b = (grad_NO.t() @ low_NR).mul_(ctx.scaling).to(b_OR.dtype)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_NI = grad_NO @ full_weight(ctx.base, grad_NO.dtype)
+            grad_NI = input_gradient(grad_NO, ctx.base)
             if not ctx.has_dropout:
                 grad_NI.addmm_(grad_low_NR, a)
             grad_x = grad_NI.view(shape)

@@ -69,8 +69,8 @@ def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None
 @triton.jit
 def _times(x, times, row, at, width):
     inside = at < width
-    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    return value * tl.load(times + at, mask=inside, other=0.0)
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) * tl.load(times + at, mask=inside, other=0.0)
+    return tl.where(value == value, value, float("inf"))  # a maximum forgets what is no number, and the row would look sound
 
 
 @triton.jit

@@ -47,7 +47,8 @@ def worst_first(
         _resize(loop, choices, tokenized)
         yield Finding("memory", "warn", 0, f"the rehearsal did not fit ({words}); now leaner: {changes}", (), {"lacking_bytes": lacking})
         yield planned()
-    if cuda and (speed := pieces(loop.loaded, choices.model, loop.run)) is not None:  # each time: a host is not always as fast
+    speed = pieces(loop.loaded, choices.model, loop.run, choices.machine) if cuda else None  # each time: a host is not always as fast
+    if speed is not None:
         measured.remember_speed(choices.machine.name, measured.versions(), speed)
     return rehearsed
 

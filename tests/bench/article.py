@@ -101,7 +101,7 @@ def _totals(small: ModelSpec, large: ModelSpec) -> tuple[Row, ...]:
 def _savings(small: ModelSpec) -> tuple[Row, ...]:
     whole, lean = (_activations(small, dataclasses.replace(QLORA, gradient_checkpointing=word)) for word in ("false", "true"))
     saved, kept = 1 - lean / whole, dataclasses.replace(QLORA, gradient_checkpointing="false")
-    batch = Batch(small, QLORA, 2, 1, QLORA.max_length, cuda=True, kernels=True)
+    batch = Batch(small, QLORA, 2, 1, QLORA.max_length, cuda=True, kernels=True, fuses=True)
     each = stack(batch).plain.kept / batch.hidden
     slower = _seconds(small, QLORA) / _seconds(small, kept) - 1
     single = sizes.quantized_bytes(small, dataclasses.replace(QLORA, bnb_4bit_use_double_quant=False))

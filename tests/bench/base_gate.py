@@ -24,16 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / ".pkg"), str(ROOT / "tests"), str(ROOT / "tests/loop"), str(ROOT / "tests/gpu")]
 
 METHODS = ("lora", "lora-8bit", "lora-int8", "lora-int8-gradients", "qlora")
-GPU_ALONE = ("lora-int8", "lora-int8-gradients")
+GPU_ALONE = {"lora-int8": "16bit", "lora-int8-gradients": "int8"}
+"""What gradients on an 8-bit base are multiplied in where that is not the usual of the card."""
 STEPS, ROWS, HELD = 200, 8, 200
 SAME = ("device", "torch", "rows", "steps", "learning_rate")
 """What lines must have in common to be compared."""
@@ -53,14 +52,6 @@ def write_rows(folder: Path, steps: int, held: int) -> tuple[Path, Path, str]:
     return *paths, hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
-def held_as(method: str) -> AbstractContextManager[Any]:
-    """Return the context in which gradients are multiplied in what `method` names."""
-    from qlora_tui.engine.fast import eightbit
-
-    kinds = {"lora-int8": None, "lora-int8-gradients": "int8"}
-    return mock.patch.object(eightbit, "narrow_on", return_value=kinds[method]) if method in kinds else nullcontext()
-
-
 def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namespace, folder: Path, machine: Any) -> dict[str, Any]:
     """Train once and return what came out."""
     from loop_driver import drive
@@ -72,6 +63,7 @@ def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namesp
         {
             "model_name_or_path": str(asked.model),
             "method": "lora-8bit" if method in GPU_ALONE else method,
+            "grad_matmul": GPU_ALONE.get(method, "auto"),
             "data": (str(files[0]),),
             "eval_data": str(files[1]),
             "max_length": 512,
@@ -90,8 +82,7 @@ def one(method: str, seed: int, files: tuple[Path, Path], asked: argparse.Namesp
             "final_checks": False,
         }
     )
-    with held_as(method):
-        ran = drive(run, folder, machine=machine)
+    ran = drive(run, folder, machine=machine)
     if ran.error is not None:
         raise ran.error
     steps, measured = ran.of(Stepped), ran.of(Evaluated)
@@ -162,15 +153,14 @@ def verdict(lines: Sequence[Line], method: str, seeds: Sequence[int]) -> str:
 
 def label(method: str, asked: argparse.Namespace, machine: Any) -> str:
     """Return what a base is held in, in words, and whether gradients are multiplied in 8 bits too."""
-    from qlora_tui.engine.fused import narrow_gradients
     from qlora_tui.engine.models import from_folder
+    from qlora_tui.engine.onebyte import narrow_gradients
     from qlora_tui.engine.spec import from_values
 
     if method in ("lora", "qlora"):
         return "NF4, double quantized" if method == "qlora" else "16 bits" if machine.bf16 else "32 bits"
-    if method == "lora-int8-gradients":
-        return "INT8, gradients in INT8"
-    kind = narrow_gradients(from_folder(asked.model), from_values({"method": "lora-8bit"}), machine) if method == "lora-8bit" else ""
+    run = from_values({"method": "lora-8bit", "grad_matmul": GPU_ALONE.get(method, "auto")})
+    kind = narrow_gradients(from_folder(asked.model), run, machine)
     return f"INT8, gradients in {kind.upper()}" if kind else "INT8"
 
 

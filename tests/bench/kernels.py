@@ -149,14 +149,17 @@ def products(tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]
 def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> Iterator[Timed]:
     """Gradients in 8 bits, read once and written at half the width; a weight's bytes turned, and widened to 16 bits."""
     from qlora_tui.engine.fast import eightbit
+    from qlora_tui.engine.machine import look
 
     x, times = torch.randn(tokens, wide, device=device, dtype=torch.bfloat16), torch.rand(wide, device=device)
     held, scales = torch.zeros(inner, wide, device=device, dtype=torch.int8), torch.rand(inner, device=device)
     yield "quantize", "torch", 3 * x.numel(), lambda: eightbit.quantize(x * times, "fp8")
     yield "turned", "torch", 2 * held.numel(), lambda: held.t().contiguous()
     yield "widen 8 bits", "torch", 3 * held.numel(), lambda: (held * scales[:, None]).bfloat16()
-    if mine and (kind := eightbit.narrow_on(x.device)):
+    if mine and (kinds := look().narrow):
         from qlora_tui.engine.fast import widths
+
+        kind = kinds[0]
 
         yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x, times, kind)
         yield "turned", "ours", 2 * held.numel(), lambda: widths.turned(held, kind)

@@ -27,7 +27,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture
 def layer() -> EightBit:
     torch.manual_seed(0)
-    if eightbit.narrow_on(torch.device("cuda", 0)) != "fp8":
+    if "fp8" not in look().narrow:
         pytest.skip("this card multiplies no FP8")
     weight = torch.randn(1024, 2048, device="cuda") * 0.02
     weight[::100] *= 50
@@ -35,13 +35,14 @@ def layer() -> EightBit:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_products_are_those_of_rounded_numbers(layer: EightBit, monkeypatch: pytest.MonkeyPatch, kind: eightbit.Kind) -> None:
-    monkeypatch.setattr(eightbit, "narrow_on", lambda device: kind)
-    x, grad = torch.randn(300, 2048, device="cuda").bfloat16(), torch.randn(300, 1024, device="cuda").bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_are_those_of_rounded_numbers(layer: EightBit, kind: eightbit.Kind, dtype: torch.dtype) -> None:
+    layer.narrow = kind
+    x, grad = torch.randn(300, 2048, device="cuda").to(dtype), torch.randn(300, 1024, device="cuda").to(dtype)
     x[:, ::200] *= 50
     assert eightbit.narrow_gradient(layer, grad) == kind
     full = layer.weight.float() * layer.scales[:, None]
-    assert torch.equal(layer.full(torch.bfloat16), full.bfloat16())
+    assert torch.equal(layer.full(dtype), full.to(dtype))
     assert error(base.product(x, layer), x.float() @ full.t()) < 0.004
     assert error(base.input_gradient(grad, layer), grad.float() @ full) < 0.05
     held, scales = eightbit.quantize(grad.float() * layer.scales, kind)
@@ -81,8 +82,9 @@ def test_a_weight_is_turned_byte_by_byte(layer: EightBit, shape: tuple[int, int]
     )
 
 
+@pytest.mark.parametrize("fused", ["auto", "off"])
 def test_an_adapter_learns_on_it_what_it_learns_on_16_bits(
-    tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_jsonl: Callable[..., Path], chat_rows: list[dict[str, Any]], fused: str
 ) -> None:
     write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
     write_tokenizer(tmp_path / "model")
@@ -90,8 +92,8 @@ def test_an_adapter_learns_on_it_what_it_learns_on_16_bits(
     values |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "eval_steps": 20}
     curves, starts = list[torch.Tensor](), list[float]()
     for number, (method, kind) in enumerate((("lora", "fp8"), ("lora-8bit", "fp8"), ("qlora", "fp8"), ("lora-8bit", "int8"))):
-        monkeypatch.setattr(eightbit, "narrow_on", lambda device, kind=kind: kind)
-        ran = drive(from_values({**values, "num_train_epochs": 40.0, "method": method}), tmp_path / str(number), machine=look())
+        more = {"method": method, "grad_matmul": kind, "fused_layers": fused}
+        ran = drive(from_values({**values, "num_train_epochs": 40.0, **more}), tmp_path / str(number), machine=look())
         assert ran.error is None
         curves.append(torch.tensor([step.loss for step in ran.of(Stepped)]))
         starts.append(ran.of(Evaluated)[0].loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,18 @@ def ran_on(
         with monkeypatch.context() as patched:
             if old:
                 machine = dataclasses.replace(machine, bf16=False, compute_capability=(7, 5))
-                patched.setattr(compiled, "why_not", lambda device: "a card before Ampere is played")
+                patched.setattr(compiled, "has_bfloat16", lambda device: False)
+                patched.setattr(compiled, "why_not", functools.cache(compiled.why_not.__wrapped__))
             run: RunConfig = from_values({**values, "num_train_epochs": 40.0, **more})
             return drive(run, tmp_path / name, machine=machine)
 
     return on
 
 
-@pytest.mark.parametrize("values", [{}, {"method": "lora"}, {"method": "lora-8bit"}, {"gradient_checkpointing": "false"}])
+INT8 = {"method": "lora-8bit", "grad_matmul": "int8"}
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "lora"}, {"method": "lora-8bit"}, INT8, {"gradient_checkpointing": "false"}])
 def test_it_learns_what_bfloat16_learns(ran_on: Callable[..., Ran], values: dict[str, Any]) -> None:
     new, old = ran_on("new", old=False, **values), ran_on("old", old=True, **values)
     assert new.error is None
@@ -53,11 +58,14 @@ def test_it_learns_what_bfloat16_learns(ran_on: Callable[..., Ran], values: dict
     assert (curves[1] - curves[0]).abs().mean() < 0.03 * curves[0].mean()
 
 
-def test_a_gradient_that_overflows_is_made_again(ran_on: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = ran_on("calm", old=True)
+@pytest.mark.parametrize("values", [{}, INT8], ids=["nf4", "int8"])
+def test_a_gradient_that_overflows_is_made_again(
+    ran_on: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    calm = ran_on("calm", old=True, **values)
     scale = LossScale(True, 2.0**20)  # gradients overflow under it, and not under a thirty-second of it
     monkeypatch.setattr(LossScale, "of", staticmethod(lambda dtype: scale))
-    loud = ran_on("loud", old=True)
+    loud = ran_on("loud", old=True, **values)
     assert loud.error is None
     assert scale.factor < 2.0**20
     assert loud.losses == pytest.approx(calm.losses, abs=2e-2)

@@ -27,11 +27,8 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["fp8", "int8"])
 def narrow_on_cpu(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """Fuse layers, and multiply gradients on an 8-bit base in 8 bits, which torch can on a processor too."""
-    from qlora_tui.engine.fast import eightbit
-
     kind: str = request.param
-    monkeypatch.setattr(eightbit, "narrow_on", lambda device: kind)
-    monkeypatch.setattr(Machine, "narrow", kind)
+    monkeypatch.setattr(Machine, "narrow", (kind,))
     return kind
 
 

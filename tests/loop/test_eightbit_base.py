@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,12 +79,14 @@ def test_pissa_needs_more_than_8_bits(run_of: Make) -> None:
     assert "fewer bits" in problem.message
 
 
-def test_gradients_in_8_bits_learn_what_16_bits_learn(run_of: Make, tmp_path: Path, narrow_on_cpu: str) -> None:
+@pytest.mark.parametrize("more", [{}, {"fused_layers": "off"}, {"use_dora": True}], ids=["fused", "plain", "dora"])
+def test_gradients_in_8_bits_learn_what_16_bits_learn(run_of: Make, tmp_path: Path, narrow_on_cpu: str, more: dict[str, Any]) -> None:
     losses = dict[str, list[float]]()
-    for method in ("lora", "lora-8bit"):
-        ran = drive(run_of(method=method, dtype="bfloat16", gradient_checkpointing="1", max_steps=20), tmp_path / method)
+    for name, values in {"lora": {"method": "lora"}, "16bit": {"grad_matmul": "16bit"}, "auto": {}}.items():
+        run = run_of(**{"method": "lora-8bit", "dtype": "bfloat16", "gradient_checkpointing": "1", "max_steps": 20, **more, **values})
+        ran = drive(run, tmp_path / name)
         assert ran.error is None
-        losses[method] = [step.loss for step in ran.of(Stepped)]
-    assert losses["lora-8bit"] == pytest.approx(losses["lora"], abs=0.05)
-    assert losses["lora-8bit"] != losses["lora"]
-    assert losses["lora-8bit"][-1] < losses["lora-8bit"][0] - 0.3
+        losses[name] = [step.loss for step in ran.of(Stepped)]
+    assert losses["auto"] == pytest.approx(losses["lora"], abs=0.05)
+    assert len({tuple(each) for each in losses.values()}) == 3
+    assert losses["auto"][-1] < losses["auto"][0] - 0.3

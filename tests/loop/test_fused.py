@@ -138,7 +138,7 @@ def test_every_plain_adapter_goes_through_them(tmp_path: Path, small_tiles: None
 @pytest.mark.parametrize("recomputed", [0, 2])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_gradients_in_8_bits_are_nearer_to_16_bits_than_a_4_bit_base(
-    tmp_path: Path, small_tiles: None, narrow_on_cpu: str, monkeypatch: pytest.MonkeyPatch, kind: str, recomputed: int
+    tmp_path: Path, small_tiles: None, narrow_on_cpu: str, kind: str, recomputed: int
 ) -> None:
     write(tmp_path, kind, loud=True)
     whole, fused, four = (loaded_from(tmp_path, fused=True, method=method) for method in ("lora", "lora-8bit", "qlora"))
@@ -148,7 +148,9 @@ def test_gradients_in_8_bits_are_nearer_to_16_bits_than_a_4_bit_base(
     assert apart(found, expected) < apart(rougher, expected)
     layer = fused.decoder.layers[0].self_attn.o_proj.get_base_layer()  # type: ignore[union-attr]
     assert eightbit.narrow_gradient(layer, hidden.bfloat16().flatten(0, -2)) == narrow_on_cpu
-    monkeypatch.setattr(eightbit, "narrow_on", lambda device: None)
+    for each in fused.model.modules():
+        if isinstance(each, eightbit.EightBit):
+            each.narrow = None
     same, closer = gradients(fused)
     assert torch.equal(same, ours)  # forward products are in 16 bits either way
     assert 0 < apart(found, closer) < 0.5 * apart(rougher, expected)

@@ -282,6 +282,21 @@ def test_a_step_with_gradients_in_8_bits_takes_what_the_formulas_say(
     assert predicted == pytest.approx(measured, rel=0.012)
 
 
+@pytest.mark.parametrize("length", [32, 256])
+@pytest.mark.parametrize("checkpointing", [ALL, "2", NONE])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma3_text"])
+def test_a_step_of_plain_layers_with_gradients_in_8_bits_takes_what_the_formulas_say(
+    tmp_path: Path, narrow_on_cpu: str, kind: str, checkpointing: str, length: int
+) -> None:
+    changes = {"gradient_checkpointing": checkpointing, "method": "lora-8bit", "fused_layers": "off"}
+    run, parts = make(tmp_path, kind, 4, 2, length, changes)
+    loaded = load(run, tmp_path, CPU)
+    assert (parts.batch.narrow, parts.batch.fused, bool(loaded.why_plain)) == (narrow_on_cpu, False, True)
+    measured = train_peak(run, loaded, 2, length)
+    predicted = max(seen(items) for items in parts.training())
+    assert predicted == pytest.approx(measured, rel=0.012)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma2", "gemma3_text"])
 def test_measuring_with_fused_layers_takes_what_the_formulas_say(tmp_path: Path, small_tiles: None, kind: str) -> None:
     check_measuring(tmp_path, kind, "qlora")

@@ -301,7 +301,7 @@ def test_where_every_row_is_too_long_a_longer_limit_is_compared_by_the_token():
 
 @pytest.fixture
 def measured_fp8(monkeypatch):
-    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"FP8"}))
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
 
 
 EIGHT = {"method": "lora-8bit"}
@@ -334,7 +334,7 @@ def test_an_8_bit_base_is_a_tip_where_16_bits_do_not_fit_or_it_is_faster(measure
 
 
 def test_where_16_bits_fit_an_8_bit_base_that_is_slower_is_no_tip(monkeypatch):
-    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"16 bits"}))
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"16bit"}))
     ampere = dataclasses.replace(H100, compute_capability=(8, 0))  # which multiplies no FP8
     assert the(tips(LLAMA, USUAL, ampere), {"method": "lora"})
     assert the(tips(LLAMA, USUAL, ampere), EIGHT) is None
@@ -365,15 +365,27 @@ def test_an_8_bit_base_is_proposed_only_where_it_is_possible(measured_fp8, model
     assert the([*tips(model, run, card), *fixes(model, run, card)], EIGHT) is None
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
-def test_gradients_are_multiplied_in_what_is_said_without_torch(monkeypatch, capability):
-    import torch
-
-    from qlora_tui.engine.fast import eightbit
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+@pytest.mark.parametrize(
+    ("capability", "able", "usual"),
+    [
+        ((7, 0), (), "16bit"),
+        ((7, 5), ("int8",), "16bit"),  # nobody has timed it there
+        ((8, 0), ("int8",), "int8"),
+        ((8, 6), ("int8",), "int8"),
+        ((8, 9), ("fp8", "int8"), "fp8"),
+        ((9, 0), ("fp8", "int8"), "fp8"),
+        ((12, 0), ("fp8", "int8"), "fp8"),
+    ],
+)
+def test_gradients_are_multiplied_in_what_is_usual_for_a_card_or_asked_for(capability, able, usual):
     here = dataclasses.replace(CARD, compute_capability=capability, bf16=capability >= (8, 0))
-    assert (here.narrow or None) == eightbit.narrow_on(torch.device("cuda", 0))
-    assert onebyte.gradients_on(here) == {"fp8": "FP8", "int8": "INT8", "": "16 bits"}[here.narrow]
-    assert onebyte.gradients_on(CPU) == "16 bits"
-    assert eightbit.narrow_on(torch.device("cpu")) is None
+    run = dataclasses.replace(USUAL, method="lora-8bit", dtype="auto")
+    assert here.narrow == able
+    assert onebyte.usual(here) == usual
+    assert onebyte.narrow_gradients(LLAMA, run, here) == ("" if usual == "16bit" else usual)
+    assert onebyte.narrow_gradients(LLAMA, dataclasses.replace(run, grad_matmul="16bit"), here) == ""
+    for kind in able:
+        assert onebyte.narrow_gradients(LLAMA, dataclasses.replace(run, grad_matmul=kind), here) == kind
+    assert onebyte.narrow_gradients(LLAMA, dataclasses.replace(run, dtype="float32"), here) == ""
+    assert onebyte.narrow_gradients(LLAMA, USUAL, here) == ""
+    assert onebyte.narrow_gradients(LLAMA, run, CPU) == ""

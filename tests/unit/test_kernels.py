@@ -89,6 +89,18 @@ def same_bits(ours: eightbit.Rows, theirs: eightbit.Rows) -> bool:
     return torch.equal(ours.held.view(torch.uint8), theirs.held.view(torch.uint8)) and torch.equal(ours.scales, theirs.scales)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("width", [48, 20_000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
+def test_a_row_that_is_not_finite_stays_so_in_8_bits(widths: ModuleType, fp8: None, kind: eightbit.Kind, width: int, bad: float) -> None:
+    x = torch.ones(3, width)
+    x[1, 7] = bad
+    for held, scales in (widths.quantize(x, torch.ones(width), kind), eightbit.quantize(x, kind)):
+        found = (held.float() * scales[:, None]).sum(1)  # as a product of it is summed and scaled
+        assert found.isfinite().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 96, 17000], ids=["one", "one tile", "several tiles"])
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-BF16, F32, FP8, BYTES, INT = "*bf16", "*fp32", "*fp8e4nv", "*i8", "i32"
+BF16, F16, F32, FP8, BYTES, INT = "*bf16", "*fp16", "*fp32", "*fp8e4nv", "*i8", "i32"
 NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "width": INT, "epsilon": "fp32"}
 GATE = dict.fromkeys(("grad", "gate", "up", "out", "low_gate", "b_gate", "low_up", "b_up", "slope", "a"), BF16)
 GATE |= dict.fromkeys(("rank", "rank_gate", "rank_up", "number", "width", "gate_stride", "up_stride", "low_stride"), INT)
@@ -23,6 +23,8 @@ ROWS = {"held": FP8, "scales": F32}
 WIDEN = {"packed": "*u8", "scale_codes": F32, "scales2": F32, "offset": F32, "codes": F32, "out": BF16, "size": INT}
 LOSS = {"logits": BF16, "labels": "*i64", "losses": F32, "size": INT, "cap": "fp32"}
 Case = tuple[str, dict[str, str], dict[str, Any]]
+BEFORE_AMPERE = ("_widen", "_cross_entropy", "_quantize", "_turn", "_summed", "_scaled")
+"""What runs outside fused layers, in float16 on Turing."""
 
 CASES: list[Case] = [
     ("_widen", {**WIDEN, "scales": "*u8"}, {"HALF": 32, "GROUP": 256, "BYTES": 1024}),
@@ -63,6 +65,13 @@ def compile_all() -> None:
         source = ASTSource(found[name], signature, {(arguments.index(key),): value for key, value in constants.items()})
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         assert made.asm["ptx"], name
+        if name not in BEFORE_AMPERE or FP8 in signature.values():
+            continue
+        older = {argument: F16 if kind == BF16 else kind for argument, kind in signature.items()}
+        source = ASTSource(found[name], older, {(arguments.index(key),): value for key, value in constants.items()})
+        made = triton.compile(source, target=GPUTarget("cuda", 75, 32), options={"num_warps": 8})
+        assert "sm_75" in made.asm["ptx"], name
+        assert made.asm["cubin"], name  # the assembler took it
 
 
 def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:

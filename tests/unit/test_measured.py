@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -82,6 +83,17 @@ def test_the_newest_speed_counts_and_a_broken_one_is_not_kept():
     measured.remember_speed(CARD, LIBS, SPEED)
     for broken in (0.0, -1.0, math.nan, math.inf):
         measured.remember_speed(CARD, LIBS, Speed(broken, 1.0, 1.0, 1.0))
+        measured.remember_speed(CARD, LIBS, Speed(1.0, 1.0, 1.0, 1.0, int8_share=broken or -2.0))
+    assert measured.speed(CARD) == SPEED
+    measured.remember_speed(CARD, LIBS, dataclasses.replace(SPEED, int8_share=0.6))
+    assert measured.speed(CARD).int8_share == 0.6
+
+
+def test_a_speed_without_shares_is_read_as_older_versions_wrote_it():
+    measured.remember_speed(CARD, LIBS, SPEED)
+    book = json.loads(path().read_text())
+    del book["speed"][CARD]["pieces"][4:]
+    path().write_text(json.dumps(book))
     assert measured.speed(CARD) == SPEED
 
 

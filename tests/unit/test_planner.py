@@ -87,7 +87,8 @@ def test_nothing_is_left_open_and_the_run_is_valid():
         assert not planner.settled(with_(plan.run, optim="auto"))
         assert {problem.where for problem in problems(plan.run)} == {"model_name_or_path", "data"}
         assert {name: values_of(plan.run)[name] for name in plan.choices} == dict(plan.choices)
-        assert set(plan.reasons) == set(plan.choices) == {*PLANNED, "method", "dtype", "optim"}
+        gradients = {"grad_matmul"} if plan.run.method == "lora-8bit" else set()
+        assert set(plan.reasons) == set(plan.choices) == {*PLANNED, "method", "dtype", "optim", *gradients}
         assert all(plan.reasons.values())
 
 
@@ -266,7 +267,7 @@ def test_the_8_bit_base_is_chosen_where_it_was_measured_to_be_good_enough(monkey
     monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset())
     planner._choose.cache_clear()
     assert choose(auto, limited).run.method == "qlora"
-    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"FP8"}))
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
     planner._choose.cache_clear()
     plan = choose(auto, limited)
     assert plan.run.method == "lora-8bit"
@@ -281,12 +282,31 @@ def test_the_8_bit_base_is_chosen_where_it_was_measured_to_be_good_enough(monkey
     planner._choose.cache_clear()
     assert choose(auto, H100).run.method == "lora"
     monkeypatch.undo()
-    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"FP8"}))
+    monkeypatch.setattr(onebyte, "GOOD_ENOUGH", frozenset({"fp8"}))
     steptime.micro_batch.cache_clear()
     planner._choose.cache_clear()
     assert choose(auto, sized(10)).run.method == "qlora"
     assert choose(auto, dataclasses.replace(limited, compute_capability=(8, 0))).run.method == "qlora"  # measured for FP8 alone here
     planner._choose.cache_clear()
+
+
+def gradients(machine, **shares):
+    pieces = dataclasses.replace(steptime.table_speed(machine) or steptime.table_speed(H100), **shares)
+    measured.remember_speed(machine.name, "libs", pieces)
+    return choose(with_(method="lora-8bit"), machine).run.grad_matmul
+
+
+def test_gradients_on_an_8_bit_base_take_the_fastest_product_that_was_measured():
+    ampere, turing = machine.find_card("RTX 3090"), machine.find_card("T4")
+    assert [choose(with_(method="lora-8bit"), card).run.grad_matmul for card in (H100, ampere, turing)] == ["fp8", "int8", "16bit"]
+    assert gradients(H100, fp8_share=0.6, int8_share=0.3) == "int8"
+    assert gradients(H100, fp8_share=0.6, int8_share=0.9) == "fp8"
+    assert gradients(ampere, int8_share=1.3) == "16bit"
+    assert gradients(turing, int8_share=0.5) == "int8"
+    assert gradients(turing, int8_share=1.0) == "16bit"
+    assert choose(with_(method="lora-8bit", grad_matmul="16bit"), H100).run.grad_matmul == "16bit"
+    assert choose(with_(method="qlora"), H100).run.grad_matmul == "auto"  # nothing to choose there
+    assert "the fastest here" in choose(with_(method="lora-8bit"), H100).reasons["grad_matmul"]
 
 
 def test_the_optimizer_is_paged_only_where_the_plain_one_does_not_fit():

@@ -138,6 +138,8 @@ def test_a_limit_of_the_device_is_told(good: RunConfig, monkeypatch: pytest.Monk
     assert "no GPU" in told(replace(good, optim="paged_adamw_8bit"))
     monkeypatch.setattr(machine, "look", lambda: CARD)
     assert "bfloat16" in told(replace(good, dtype="bfloat16"))
+    assert "grad_matmul: RTX 2080 makes no products in fp8; say auto" in told(replace(good, method="lora-8bit", grad_matmul="fp8"))
+    assert "grad_matmul" not in told(replace(good, method="lora-8bit", grad_matmul="int8", dtype="bfloat16"))
 
 
 def test_rows_that_cannot_lie_end_to_end_are_told_why_once(good: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
