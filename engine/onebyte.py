@@ -20,11 +20,12 @@ _NATS, _NF4_NATS = 0.00, 0.25
 
 
 def usual(machine: Machine) -> str:
-    """Return what gradients are multiplied in where nothing was measured: in 8 bits from Ampere on.
+    """Return what gradients are multiplied in where nothing was measured: in FP8 on cards that can.
 
-    Turing multiplies INT8 too, but nobody has timed it there, and libraries were tuned for its 16 bits.
+    Turing and Ampere can in INT8. Its sums are twice as wide and have to be scaled, and on an H100 a step took as long as in 16 bits
+    (2026-11-28): only a card's own timing can say that it pays there.
     """
-    return machine.narrow[0] if machine.narrow and machine.fuses else "16bit"
+    return "fp8" if "fp8" in machine.narrow and machine.fuses else "16bit"
 
 
 def asked_gradients(run: RunConfig, machine: Machine) -> str:

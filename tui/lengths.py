@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_tui.engine import builtin
-from qlora_tui.engine.budget import estimate
+from qlora_tui.engine.budget import Budget
 from qlora_tui.engine.errors import BadRow, EngineError
-from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.places import is_folder
 from qlora_tui.engine.spec import RunConfig
@@ -297,18 +296,17 @@ def multiple(length: int) -> int:
     return -(-length // _STEP) * _STEP
 
 
-def cost_words(spec: ModelSpec, planned: RunConfig, machine: Machine, longest: tuple[int | None, int | None], limit: int) -> str:
+def cost_words(spec: ModelSpec, planned: RunConfig, limit: int, need: Callable[[int], Budget]) -> str:
     """Return what `limit` in place of the run's `max_length` costs in memory, all else as `planned`; empty where that is not known.
 
-    `longest` is the longest row trained at the old limit, and at `limit`, where known.
+    `need` estimates the planned run with a limit.
     """
     if limit <= planned.max_length:
         return ""
     if limit > spec.max_position_embeddings:
         return f"more than the model's {spec.max_position_embeddings:,}"
     try:
-        now = estimate(spec, planned, machine, longest=longest[0])
-        then = estimate(spec, replace(planned, max_length=limit), machine, longest=longest[1])
+        now, then = need(planned.max_length), need(limit)
     except EngineError:
         return ""
     return f"+{gib(max(0, then.total_bytes - now.total_bytes))}{'' if then.fits or not now.fits else ', which does not fit'}"

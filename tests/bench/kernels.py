@@ -9,6 +9,7 @@ card's bandwidth, measured by copying 1 GiB. `--cpu` runs tiny shapes of what ru
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -159,7 +160,13 @@ def narrowings(mine: Any, tokens: int, wide: int, inner: int, device: str) -> It
     if mine and (kinds := look().narrow):
         from qlora_tui.engine.fast import widths
 
-        kind = kinds[0]
+        kind, wide16 = kinds[0], torch.randn(inner, wide, device=device, dtype=x.dtype)
+        grad = torch.randn(tokens, inner, device=device, dtype=x.dtype)
+        yield "gradient of an input", "16bit", 2 * (grad.numel() + held.numel() + x.numel()), lambda: grad @ wide16
+        for each in kinds:
+            rows, turned = eightbit.quantize(grad, each), widths.turned(held, each)
+            once = grad.numel() + held.numel() + (2 if each == "fp8" else 4) * x.numel()
+            yield "gradient of an input", each, once, functools.partial(eightbit.narrow_product, rows, turned, x.dtype)
 
         yield "quantize", "ours", 3 * x.numel(), lambda: widths.quantize(x, times, kind)
         yield "turned", "ours", 2 * held.numel(), lambda: widths.turned(held, kind)

@@ -7,6 +7,7 @@ usage: python -m tests.bench.one ceiling [--cpu]
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -101,6 +102,8 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
 
     shapes.use_home(home)
     machine = shapes.device_of(cpu)
+    if case.older:
+        machine = dataclasses.replace(machine, bf16=False, compute_capability=(7, 5))
     spec = shapes.spec_of(case.shape, tiny=case.tiny)
     if not case.sixteen:
         model = home / "model"
@@ -151,6 +154,7 @@ def run_of(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> Any
         {
             "model_name_or_path": str(model),
             "method": case.method,
+            "grad_matmul": case.gradients,
             "packing": "on" if case.packing == "packed" else "off",
             "lora_r": case.rank,
             "bnb_4bit_quant_type": "nf4",

@@ -1,8 +1,8 @@
 """A training step of ours and of the peers side by side on one card: same shapes, same rows, each in a process of its own.
 
 usage: python -m tests.bench.step --workload a|b|c|d|length|long --out FILE.jsonl [--only ours,unsloth] [--settings full,none,auto]
-           [--limit GIB] [--lengths N ...] [--seconds N] [--each N] [--model DIR] [--method lora-8bit] [--sixteen] [--peers DIR]
-           [--profile] [--cpu]
+           [--limit GIB] [--lengths N ...] [--seconds N] [--each N] [--model DIR] [--method lora-8bit] [--gradients int8] [--older]
+           [--sixteen] [--peers DIR] [--profile] [--cpu]
        python -m tests.bench.step --table FILE.jsonl
 
 Lines are appended as they come; a case that FILE holds is not run again, one that would begin after N seconds is named and left
@@ -176,7 +176,8 @@ def row_of(line: Line) -> str:
     """Return one result as a row of the table."""
     limit = f"{line['limit']:g} GiB" if line["limit"] else ""
     held = "" if line.get("method", "qlora") == "qlora" else line["method"]
-    backend = " ".join(filter(None, (line["backend"], line["packing"], held)))
+    gradients = line.get("gradients", "auto").replace("auto", "")
+    backend = " ".join(filter(None, (line["backend"], line["packing"], held, gradients, "older" * line.get("older", False))))
     cells = [line["workload"], backend, line["setting"], limit, f"{line['length']:,}"]
     if "out_of_memory" in line:
         return "| " + " | ".join([*cells, "out of memory", *[""] * 6]) + " |"
@@ -224,6 +225,8 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--near", type=float, default=0.02, help="`long` finds the longest row to within this share")
     parser.add_argument("--model", default="", help="folder of the checkpoints; empty: a temporary one")
     parser.add_argument("--method", default="qlora", choices=("qlora", "lora-8bit", "lora"), help="what ours holds its base in")
+    parser.add_argument("--gradients", default="auto", choices=("auto", "16bit", "fp8", "int8"), help="what ours multiplies them in")
+    parser.add_argument("--older", action="store_true", help="ours plays a card before Ampere: float16, layer by layer")
     parser.add_argument("--sixteen", action="store_true")
     parser.add_argument("--peers", default="")
     parser.add_argument("--profile", action="store_true", help="ours alone: where the time of three steps goes")
@@ -247,7 +250,8 @@ def main(words: list[str]) -> int:
         sys.path.append(options.peers)  # so that what is installed there is found
     split = {name: [part for part in getattr(options, name).split(",") if part] for name in ("only", "settings")}
     flags = {"profile": options.profile, "sixteen": options.sixteen, "tiny": options.cpu}
-    wanted = cases(options.workload, **split, limit=options.limit, method=options.method, **flags)
+    ours = {name: getattr(options, name) for name in ("method", "gradients", "older")}
+    wanted = cases(options.workload, **split, limit=options.limit, ours=ours, **flags)
     if not wanted:
         raise SystemExit(f"nothing to measure: no backend fits --only {options.only} --settings {options.settings}")
     with tempfile.TemporaryDirectory() as folder:

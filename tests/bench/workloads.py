@@ -41,6 +41,8 @@ class Case:
     setting: str = "full"
     packing: str = ""
     method: str = "qlora"
+    gradients: str = "auto"  # what ours multiplies them in, on an 8-bit base
+    older: bool = False  # ours plays a card before Ampere: float16 under a loss scale, layer by layer
     limit: float = 0.0
     profile: bool = False
     sixteen: bool = False  # the checkpoint's weights are bfloat16, and ours loads it too
@@ -51,7 +53,8 @@ class Case:
         """What names the case in a file of results; a case in it is not run again."""
         parts = [self.workload, self.backend, self.setting, self.packing, f"{self.length}", f"{self.limit:g}GiB" if self.limit else ""]
         parts += [self.method] if self.method != "qlora" else []
-        parts += [name for name in ("profile", "sixteen", "tiny") if dataclasses.asdict(self)[name]]
+        parts += [f"gradients {self.gradients}"] if self.gradients != "auto" else []
+        parts += [name for name in ("profile", "sixteen", "older", "tiny") if dataclasses.asdict(self)[name]]
         return " ".join(part for part in parts if part)
 
     @property
@@ -70,16 +73,18 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
     "a": (Case("a", LLAMA8, 2, 2, 2048),),
     "b": (Case("b", LLAMA8, 16, 4, 2048, ragged=True, warm=20),),  # ours records a batch of each size first
     "c": (Case("c", QWEN15, 4, 4, 2048),),
-    "d": (Case("d", QWEN14, 4, 4, 2048),),
+    "d": (Case("d", QWEN14, 1, 1, 8192),),
     "length": tuple(Case("length", LLAMA8, STEP_TOKENS // n, STEP_TOKENS // n, n) for n in (512, 1024, 2048, 4096, 8192, 16_384)),
     "long": (Case("long", LLAMA8, 1, 1, 8192, rank=32, warm=0, steps=2),),
 }
 
 
-def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit: float, method: str, **flags: bool) -> list[Case]:
+def cases(
+    workload: str, *, only: Sequence[str], settings: Sequence[str], limit: float, ours: Mapping[str, Any] | None = None, **flags: bool
+) -> list[Case]:
     """Return the processes of a workload: ours in each setting, then the peers; empty `only` or `settings` take all.
 
-    `method` is what ours holds its base in; peers know NF4 alone. `flags` are `profile`, `sixteen` and `tiny` of each case; only
+    `ours` are fields of our cases alone: peers know NF4 and bfloat16. `flags` are `profile`, `sixteen` and `tiny` of each case; only
     ours are profiled.
     """
     pairs = [("ours", setting) for setting in OURS] + ([] if flags.get("profile") else list(PEERS.items()))
@@ -90,8 +95,7 @@ def cases(workload: str, *, only: Sequence[str], settings: Sequence[str], limit:
         if shared.tiny:
             shared = dataclasses.replace(shared, length=min(base.length, 64), rows=min(base.rows, 4), at_once=min(base.at_once, 2), steps=3)
         for name, setting in kept:
-            base_of = method if name == "ours" else "qlora"
-            made = dataclasses.replace(shared, backend=name, setting=setting, method=base_of)
+            made = dataclasses.replace(shared, backend=name, setting=setting, **((ours or {}) if name == "ours" else {}))
             found += [dataclasses.replace(made, packing=packing) for packing in (("padded", "packed") if base.ragged else ("",))]
     return list(dict.fromkeys(found))
 

@@ -9,6 +9,7 @@ from typing import Any
 import plain_kernels
 import pytest
 
+from qlora_tui.engine import onebyte
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.spec import RunConfig, from_values
 
@@ -29,6 +30,7 @@ def narrow_on_cpu(fused_on_cpu: None, monkeypatch: pytest.MonkeyPatch, request: 
     """Fuse layers, and multiply gradients on an 8-bit base in 8 bits, which torch can on a processor too."""
     kind: str = request.param
     monkeypatch.setattr(Machine, "narrow", (kind,))
+    monkeypatch.setattr(onebyte, "usual", lambda machine: kind)
     return kind
 
 

@@ -12,9 +12,13 @@ from conftest import write_model, write_tokenizer
 from pty_screen import Terminal
 
 from qlora_tui.engine import data, machine
+from qlora_tui.engine.budget import estimate
 from qlora_tui.engine.data import Piece, perplexity
 from qlora_tui.engine.errors import Stopped
+from qlora_tui.engine.padding import row_of_largest
+from qlora_tui.engine.planner import choose
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.units import gib
 from qlora_tui.tui import lengths
 from qlora_tui.tui.app import TunerApp
 from qlora_tui.tui.cli import main
@@ -22,7 +26,7 @@ from qlora_tui.tui.commands import planning
 from qlora_tui.tui.datalook import DataLook
 from qlora_tui.tui.lengths import Lengths, split_rows
 from qlora_tui.tui.screens import triage
-from qlora_tui.tui.screens.desk import Desk
+from qlora_tui.tui.screens.desk import Desk, Outlook
 from qlora_tui.tui.screens.go import summary
 from qlora_tui.tui.screens.rows import RowsScreen, lines_of
 from qlora_tui.tui.screens.wizard import WizardScreen
@@ -437,6 +441,22 @@ async def test_columns_of_unknown_names_are_told_once_with_the_way_out(run, unti
         assert "ctrl+o" not in shown
 
 
+def test_a_longer_limit_costs_what_rows_that_can_meet_need_where_they_lie_end_to_end(home):
+    card = machine.find_card("RTX 4090")
+    rows = Lengths((400,) * 97 + (3000, 3000, 4000), measured=True, whole=True)
+    asked = RunConfig(model_name_or_path="meta-llama/Llama-3.1-8B-Instruct", max_length=512, per_device_train_batch_size=4, packing="on")
+    desk = CardDesk()
+    spec = desk.model(asked)
+    plan = choose(spec, asked, card, longest=400, lengths=rows.tokens)
+    longer = replace(plan.run, max_length=3072)
+    now = estimate(spec, plan.run, card, longest=400).total_bytes
+    meet, each = (
+        estimate(spec, longer, card, longest=most).total_bytes - now for most in (row_of_largest((3000, 3000, 400, 400), 4), 3000)
+    )
+    assert desk.limit_cost(asked, Outlook(plan), rows) == f"+{gib(meet)}, which does not fit"
+    assert meet < 0.7 * each
+
+
 def test_the_command_says_what_a_longer_limit_costs(run, capsys):
     arguments = ["data", run.data[0], "--model", run.model_name_or_path, "--set", "max_length=40", "--examples", "1"]
     assert main(arguments) == 0
@@ -469,7 +489,10 @@ def test_on_a_terminal_trained_tokens_are_coloured_unless_colours_are_unwelcome(
 
 WIZARD = """
 import sys
+from qlora_tui.engine.padding import row_of_largest
+from qlora_tui.engine.planner import choose
 from qlora_tui.engine.spec import RunConfig
+from qlora_tui.engine.units import gib
 from qlora_tui.tui.app import run_app
 run = RunConfig(model_name_or_path=sys.argv[1], data=(sys.argv[2],), skip_bad_rows=True)
 run_app(start=lambda run, reading: None, draft=run, follow=None, on_abort=lambda: None, ascii_only=False)

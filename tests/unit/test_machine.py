@@ -464,9 +464,11 @@ def test_every_question_exists_in_the_real_bindings():
     assert sorted(asked - set(real)) == []
 
 
-def test_kernels_run_on_cards_that_compute_in_bfloat16_and_where_triton_is(monkeypatch):
+def test_kernels_run_from_turing_on_and_where_triton_is_and_layers_are_fused_in_bfloat16(monkeypatch):
     asked, old = machine.find_card("RTX 4090"), machine.find_card("T4")
-    assert (asked.kernels, old.kernels, machine.cpu_machine().kernels) == (True, False, False)
+    older = dataclasses.replace(old, compute_capability=(7, 0))
+    assert [card.kernels for card in (asked, old, older, machine.cpu_machine())] == [True, True, False, False]
+    assert [card.fuses for card in (asked, old, older, machine.cpu_machine())] == [True, False, False, False]
     here = dataclasses.replace(asked, driver="580.65")
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     assert (asked.kernels, here.kernels) == (True, False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from qlora_tui.engine.budget import Budget, estimate
 from qlora_tui.engine.data.perplexity import share_for
 from qlora_tui.engine.errors import EngineError
 from qlora_tui.engine.forecast import Before, before
@@ -118,7 +120,11 @@ def limit_cost(run: RunConfig, spec: ModelSpec, device: Machine, found: Mapping[
         planned = choose(spec, run, device, longest=min(longest, run.max_length)).run
     except EngineError:
         return ""
-    return cost_words(spec, planned, device, (min(longest, run.max_length), min(longest, limit)), limit)
+
+    def need(most: int) -> Budget:
+        return estimate(spec, replace(planned, max_length=most), device, longest=min(longest, most))
+
+    return cost_words(spec, planned, limit, need)
 
 
 def time_of(run: RunConfig, spec: ModelSpec, device: Machine, found: Mapping[str, Any]) -> Before | None:

@@ -16,6 +16,7 @@ from textual.worker import NoActiveWorker, get_current_worker
 
 from qlora_tui.engine import forecast, hub, lengthy, machine, models, money, planner, preset
 from qlora_tui.engine.budget import Budget, estimate
+from qlora_tui.engine.changes import Asked
 from qlora_tui.engine.errors import ConfigError, EngineError, Stopped
 from qlora_tui.engine.fixes import Fix, fixes, tips
 from qlora_tui.engine.forecast import Before
@@ -223,8 +224,9 @@ class Desk:
         spec, limit = self.model(run), lengths.keeps(0.99)
         if spec is None or outlook is None:
             return ""
-        longest = (lengths.longest_trained(run.max_length), lengths.longest_trained(limit))
-        return cost_words(spec, outlook.plan.run, self.machine(), longest, limit)
+        planned, longest = outlook.plan.run, lengths.fitted(run).longest_trained(run.max_length)
+        asked = Asked(spec, planned, self.machine(), longest, lengths.tokens, correction_now(self.machine().name))
+        return cost_words(spec, planned, limit, lambda most: asked.after({"max_length": most}))
 
     def written(self, run: RunConfig) -> WrittenRows | str:
         """Return the run's rows as they will be trained, or the sentence that says why that cannot be; slow, reads the tokenizer."""
