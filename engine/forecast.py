@@ -21,7 +21,7 @@ from qlora_tui.engine.measured import Speed, StepTime
 from qlora_tui.engine.models import ModelSpec
 from qlora_tui.engine.pace import Triple
 from qlora_tui.engine.padding import bucket, padded_share, spread
-from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, compute_type, weight_bytes
+from qlora_tui.engine.sizes import adapter_params, checkpointed_layers, compute_type, eight_bit, weight_bytes
 from qlora_tui.engine.spec import RunConfig, offloads, rows_at_once, rows_per_step
 from qlora_tui.engine.steptime import micro_batch, micro_batches, optimizer_seconds, table_speed
 from qlora_tui.engine.timetable import EVALS, LAST_WORDS, SAVES, cadence, measurements, saves
@@ -201,6 +201,7 @@ def step_key(model: ModelSpec, run: RunConfig) -> str:
     """
     extra = " dora" * run.use_dora + " offloaded" * offloads(run) + " plain" * (run.fused_layers == "off")
     extra += " packed" * (run.packing == "on")
+    extra += f" {run.grad_matmul} gradients" if eight_bit(model, run) and run.grad_matmul != "auto" else ""
     kind = f"{model.name}, {_method(run)} {run.dtype} {run.attn_implementation}{extra}"
     return f"{kind}, {checkpointed_layers(model, run)} recomputed"
 

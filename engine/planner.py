@@ -243,7 +243,9 @@ def _reasons(search: Search, found: Choice) -> dict[str, str]:
         "cuda_graphs": "launching kernels would hold the device up"
         if search.replayed(found)
         else "kernels take far longer than their launches",
-        "grad_matmul": "the fastest here, for gradients on an 8-bit base",
+        "grad_matmul": "the fastest of what was timed on this card"
+        if search.speed.fp8_share or search.speed.int8_share
+        else "usual; a run times this card's products, and the next one takes the fastest",
         "packing": search.why_padded(found) or f"padding would be {percent(search.padded(found))} of a batch",
     }
 

@@ -350,6 +350,7 @@ def test_a_step_of_few_parts_says_how_its_update_was_spread():
 def test_steps_of_another_kind_do_not_count():
     plain = forecast.seconds_per_token(LLAMA, TWO_ROWS, H100)
     others = [{"method": "lora"}, {"method": "lora-8bit"}, {"dtype": "float32"}, {"use_dora": True}, {"fused_layers": "off"}]
+    others += [{"method": "lora-8bit", "grad_matmul": kind} for kind in ("fp8", "int8", "16bit")]
     others += [{"attn_implementation": "eager"}, {"packing": "on"}, {"offload_checkpoints": "on"}]
     for other in (with_(**change) for change in others):
         measured.remember_steps(H100.name, planner.step_key(LLAMA, other), 2048, 2, 1.0)
@@ -358,6 +359,13 @@ def test_steps_of_another_kind_do_not_count():
     assert forecast.seconds_per_token(LLAMA, TWO_ROWS, H100) == plain
     measured.remember_steps(H100.name, planner.step_key(LLAMA, with_(optim="adamw_torch")), 2048, 2, 1.0)
     assert forecast.seconds_per_token(LLAMA, TWO_ROWS, H100) == pytest.approx(1.0)
+
+
+def test_gradients_in_other_widths_are_other_steps():
+    keys = {planner.step_key(LLAMA, with_(method="lora-8bit", grad_matmul=kind)) for kind in ("fp8", "int8", "16bit")}
+    assert len(keys) == 3
+    nf4 = {planner.step_key(LLAMA, with_(grad_matmul=kind)) for kind in ("auto", "fp8")}  # which has no such gradients
+    assert len(nf4) == 1
 
 
 def test_a_step_key_that_makes_no_sense_is_passed_over():
