@@ -28,7 +28,7 @@ from qlora_tui.engine.compat import TOWER_LAYERS
 from qlora_tui.engine.data import TokenRow
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.families import FAMILIES
-from qlora_tui.engine.fast import compiled, eightload, pissa
+from qlora_tui.engine.fast import compiled, eightbit, eightload, pissa
 from qlora_tui.engine.fast.eightbit import TYPES, EightBit
 from qlora_tui.engine.fast.lora import ADAPTER, fuse, start_lengths
 from qlora_tui.engine.fast.loss import Head
@@ -53,6 +53,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     why_plain: str = ""  # why layers run as transformers has them; empty where they are fused
+    why_wide: str = ""  # why gradients that were to be multiplied in 8 bits are in 16
     packs: bool = False  # rows of a batch lie end to end
 
     @property
@@ -103,7 +104,7 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     dtype = choose_dtype(run, machine)
     settle_masks()
     base = _base(run, folder, device, dtype)
-    _tell_gradients(base, asked_gradients(run, machine), device)
+    why_wide = _narrow_gradients(base, asked_gradients(run, machine), device)
     base.config.use_cache = False
     torch.manual_seed(run.seed)
     random.seed(run.seed)  # nothing here draws from it, and a checkpoint holds it: two runs should hold the same
@@ -118,17 +119,24 @@ def load(run: RunConfig, folder: Path, machine: Machine) -> Loaded:
     if run.init_lora_weights == "pissa":
         pissa.start(model)
     packs = run.packing == "on" and not why_plain
-    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype, why_plain, packs)
+    loaded = Loaded(model, base.get_decoder(), _head(base), device, dtype, why_plain, why_wide, packs)
     _check_head(loaded, base)
     return loaded
 
 
-def _tell_gradients(base: torch.nn.Module, asked: str, device: torch.device) -> None:
-    """Tell layers of an 8-bit base what gradients are multiplied in; in 8 bits only where our kernels bring numbers there."""
-    kind = None if compiled.why_not(device) else next((name for name in TYPES if name == asked), None)
-    for module in base.modules():
-        if isinstance(module, EightBit):
-            module.narrow = kind
+def _narrow_gradients(base: torch.nn.Module, asked: str, device: torch.device) -> str:
+    """Tell layers of an 8-bit base what gradients are multiplied in, and return why not in what was `asked`."""
+    layers = [module for module in base.modules() if isinstance(module, EightBit)]
+    kind = next((name for name in TYPES if name == asked), None)
+    if not layers or kind is None:
+        return ""
+    if reason := compiled.why_not(device):
+        return reason
+    if not eightbit.makes(kind, device):
+        return f"this machine's libraries make no products in {kind} on this card"
+    for layer in layers:
+        layer.narrow = kind
+    return ""
 
 
 def settle_layers(run: RunConfig, layers: torch.nn.ModuleList, device: torch.device) -> None:

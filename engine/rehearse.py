@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -24,7 +24,7 @@ from qlora_tui.engine.fast import eightbit
 from qlora_tui.engine.fast.base import widened
 from qlora_tui.engine.fast.eightbit import Kind
 from qlora_tui.engine.fast.recompute import recomputed
-from qlora_tui.engine.load import Loaded, trainable
+from qlora_tui.engine.load import Loaded, choose_dtype, trainable
 from qlora_tui.engine.machine import Machine
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.meter import Meter, RandomState, empty_cache, out_of_memory
@@ -39,6 +39,7 @@ _WIDENED = 1 << 26  # weights: their kernel takes longer than its launch
 _COPIED_BYTES = 1 << 27  # larger than any cache of a card
 _NF4_BYTES = 2.5  # read and written for each weight that is dequantized to 16 bits
 _FEW_TOKENS = 8
+_NEVER = 1e9
 _REPEATS, _BACK_TO_BACK = 4, 8
 
 
@@ -149,17 +150,18 @@ def pieces(loaded: Loaded, spec: ModelSpec, run: RunConfig, machine: Machine) ->
 
     A large product in 16 and in 8 bits, a copy, weights from 4 bits to 16, and how long the host takes for one kernel. From these the
     planner predicts settings and models that nobody has tried. Like a rehearsal it leaves no trace, and it belongs
-    before step 1: gradients are dropped.
+    before step 1: gradients are dropped. All in the type that this card computes in as a rule, whatever this run computes in.
     """
+    device, dtype = loaded.device, choose_dtype(replace(run, dtype="auto"), machine)
     random_state = RandomState.now()
     try:
         with torch.no_grad():
             return Speed(
-                matmul_flops=_matmul_flops(loaded),
-                bandwidth_bytes=_bandwidth(loaded.device),
-                dequant_bytes=_dequantization(loaded),
+                matmul_flops=_matmul_flops(device, dtype),
+                bandwidth_bytes=_bandwidth(device),
+                dequant_bytes=_dequantization(device, dtype),
                 launch_seconds=_launch_seconds(loaded, spec, run),
-                **{f"{kind}_share": _narrow_share(loaded, kind) for kind in machine.narrow},
+                **{f"{kind}_share": _narrow_share(device, dtype, kind) for kind in machine.narrow},
             )
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -260,31 +262,31 @@ def _best(device: torch.device, work: Callable[[], object]) -> float:
     return min(_seconds(device, often) for _ in range(_REPEATS)) / _BACK_TO_BACK
 
 
-def _matmul_flops(loaded: Loaded) -> float:
+def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return operations a second of a product large enough to be the best that this card does."""
     tokens, inputs, outputs = _WIDE
-    x_TI = torch.randn(tokens, inputs, device=loaded.device, dtype=loaded.dtype)
-    w_OI = torch.randn(outputs, inputs, device=loaded.device, dtype=loaded.dtype)
-    return 2 * tokens * inputs * outputs / _best(loaded.device, lambda: torch.nn.functional.linear(x_TI, w_OI))
+    x_TI = torch.randn(tokens, inputs, device=device, dtype=dtype)
+    w_OI = torch.randn(outputs, inputs, device=device, dtype=dtype)
+    return 2 * tokens * inputs * outputs / _best(device, lambda: torch.nn.functional.linear(x_TI, w_OI))
 
 
-def _narrow_share(loaded: Loaded, kind: Kind) -> float:
-    """Return the share of a 16-bit product's seconds that the same in `kind` takes, for the gradient of an input; 0 where it is refused."""
+def _narrow_share(device: torch.device, dtype: torch.dtype, kind: Kind) -> float:
+    """Return the share of a 16-bit product's seconds that an input's gradient in `kind` takes; endless where it is refused."""
     tokens, inputs, outputs = _WIDE
-    grad_TO = torch.randn(tokens, outputs, device=loaded.device, dtype=loaded.dtype)
-    weight_OI = torch.randn(outputs, inputs, device=loaded.device, dtype=loaded.dtype)
+    grad_TO = torch.randn(tokens, outputs, device=device, dtype=dtype)
+    weight_OI = torch.randn(outputs, inputs, device=device, dtype=dtype)
     held, turned = (
-        torch.randint(-127, 128, shape, device=loaded.device, dtype=torch.int8).to(eightbit.TYPES[kind])
+        torch.randint(-127, 128, shape, device=device, dtype=torch.int8).to(eightbit.TYPES[kind])
         for shape in ((tokens, outputs), (inputs, outputs))
     )
-    rows = eightbit.Rows(held, torch.ones(tokens, device=loaded.device))
+    rows = eightbit.Rows(held, torch.ones(tokens, device=device))
     try:
-        narrow = _best(loaded.device, lambda: eightbit.narrow_product(rows, turned, loaded.dtype))
+        narrow = _best(device, lambda: eightbit.narrow_product(rows, turned, dtype))
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        return 0.0  # a library may have no such product for a card that could make it
-    return narrow / _best(loaded.device, lambda: grad_TO @ weight_OI)
+        return _NEVER  # a library may have no such product for a card that could make it
+    return narrow / _best(device, lambda: grad_TO @ weight_OI)
 
 
 def _bandwidth(device: torch.device) -> float:
@@ -294,12 +296,12 @@ def _bandwidth(device: torch.device) -> float:
     return 2 * _COPIED_BYTES / _best(device, lambda: target.copy_(source))
 
 
-def _dequantization(loaded: Loaded) -> float:
+def _dequantization(device: torch.device, dtype: torch.dtype) -> float:
     """Return bytes a second of bringing 4-bit weights to the type of computation, read and written."""
-    weight = torch.randn(_WIDENED, device=loaded.device, dtype=loaded.dtype)
+    weight = torch.randn(_WIDENED, device=device, dtype=dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
     del weight
-    return _NF4_BYTES * _WIDENED / _best(loaded.device, lambda: widened(packed, state))
+    return _NF4_BYTES * _WIDENED / _best(device, lambda: widened(packed, state))
 
 
 def _launch_seconds(loaded: Loaded, spec: ModelSpec, run: RunConfig) -> float:

@@ -10,12 +10,12 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from qlora_tui.engine import onebyte
 from qlora_tui.engine.budget import Budget, estimate
 from qlora_tui.engine.fused import unpacked_because
 from qlora_tui.engine.machine import Machine, find_card
 from qlora_tui.engine.measured import Correction, Speed
 from qlora_tui.engine.models import ModelSpec
-from qlora_tui.engine.onebyte import usual
 from qlora_tui.engine.padding import padded_share, row_of_largest
 from qlora_tui.engine.sizes import LOGITS_PER_CHUNK, checkpointed_layers, compute_type, eight_bit, element_bytes
 from qlora_tui.engine.spec import RunConfig, rows_at_once, rows_per_step
@@ -84,7 +84,6 @@ class Search:
         run, model, machine = self.base, self.asked.model, self.asked.machine
         if run.grad_matmul != "auto" or not eight_bit(model, run):
             return run.grad_matmul
-        first = usual(machine)
         shares = {"fp8": self.speed.fp8_share, "int8": self.speed.int8_share}
         timed = [kind for kind in machine.narrow if shares[kind]]
 
@@ -92,7 +91,7 @@ class Search:
             tried = dataclasses.replace(run, grad_matmul=kind)
             return micro_batch(model, tried, machine, self.speed, self.rows[0], self.asked.mean).device_seconds
 
-        return min(dict.fromkeys((first, *timed, "16bit")), key=seconds)
+        return min(dict.fromkeys((onebyte.usual(machine), *timed, "16bit")), key=seconds)
 
     def config(self, choice: Choice) -> RunConfig:
         """Return the run with a choice made; what was fixed stays as it was written."""

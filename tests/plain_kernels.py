@@ -43,7 +43,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
 def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device) if out is None else out
     with _disable_current_modes():
-        out.copy_(bnb.dequantize_4bit(packed, state))
+        out.copy_(bnb.dequantize_4bit(packed, state).view(out.shape))
     return out
 
 

@@ -9,6 +9,8 @@ import torch
 
 from qlora_tui.engine.text import one_line
 
+NO_BFLOAT16 = "cards before Ampere compute no bfloat16"
+
 
 @functools.cache
 def why_not(device: torch.device) -> str:
@@ -35,9 +37,6 @@ def why_not(device: torch.device) -> str:
     except Exception as error:  # noqa: BLE001  whatever its compiler lacks, the plain way is left and the reason is told
         return f"Triton cannot compile its kernels: {one_line(error, limit=200)}"
     return ""
-
-
-NO_BFLOAT16 = "cards before Ampere compute no bfloat16"
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ Shapes: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ FP8 = torch.float8_e4m3fn
 TYPES: dict[Kind, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
 FEWEST_ROWS = 17
 """cuBLAS multiplies no fewer in INT8."""
+_TRIED = 64
 _SMALLEST = 1e-12  # of a row's largest number: a row of zeros keeps its zeros
 
 
@@ -100,6 +102,17 @@ def narrow_product(rows_NO: Rows, turned_IO: torch.Tensor, dtype: torch.dtype) -
         return torch._int_mm(held, turned_IO.t())
     ones_I = torch.ones(1, len(turned_IO), device=turned_IO.device)
     return torch._scaled_mm(held, turned_IO.t(), scale_a=scales_N[:, None], scale_b=ones_I, out_dtype=dtype, use_fast_accum=True)
+
+
+@functools.cache
+def makes(kind: Kind, device: torch.device) -> bool:
+    """Say whether products in `kind` are made on `device`, and are right: libraries lack them for some cards that could make them."""
+    ones = torch.ones(_TRIED, _TRIED, device=device).to(TYPES[kind])
+    try:
+        made = narrow_product(Rows(ones, torch.ones(_TRIED, device=device)), ones, torch.bfloat16)
+    except RuntimeError:
+        return False
+    return bool((made == _TRIED).all())
 
 
 def summed(sums_NI: torch.Tensor, scales_N: torch.Tensor, into_NI: torch.Tensor) -> torch.Tensor:

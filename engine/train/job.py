@@ -125,7 +125,7 @@ def _train(job: Job) -> Generator[Event, None, Result]:
         attend_without_mask(loaded)
     if job.run.packing == "on" and not loaded.packs:
         raise ConfigError(f"packing=on: rows lie end to end for fused layers only: {loaded.why_plain}", hint="say packing=auto, or off")
-    note = NOT_ON_A_CPU if device.type == "cpu" else _layers_told(loaded.why_plain, padded=choices.run.packing == "on")
+    note = NOT_ON_A_CPU if device.type == "cpu" else _layers_told(loaded, padded=choices.run.packing == "on")
     yield Phase("load", "end", seconds=time.monotonic() - began, note=note, **meter.told("load"))
     fence = Fence(loaded)
     if choices.run.perplexity_filter:
@@ -146,10 +146,11 @@ def _train(job: Job) -> Generator[Event, None, Result]:
     return result
 
 
-def _layers_told(why_plain: str, *, padded: bool) -> str:
+def _layers_told(loaded: Loaded, *, padded: bool) -> str:
     """Say how layers run; where they could not be fused after all, rows that were to lie end to end are `padded`."""
-    told = f"layers run as transformers has them{', and rows are padded' if padded else ''}: {why_plain}"
-    return told if why_plain else "layers are fused"
+    plain = f"layers run as transformers has them{', and rows are padded' if padded else ''}: {loaded.why_plain}"
+    wide = f"; gradients are multiplied in 16 bits: {loaded.why_wide}" if loaded.why_wide else ""
+    return (plain if loaded.why_plain else "layers are fused") + wide
 
 
 def _through(job: Job, ahead: Ahead, folder: Path, planned: Callable[[int], Planned]) -> Generator[Event, None, Result]:

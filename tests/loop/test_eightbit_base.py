@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_tui.engine.errors import ModelError
 from qlora_tui.engine.events import Evaluated, Sampled, Stepped
+from qlora_tui.engine.fast import eightbit
 from qlora_tui.engine.fast.eightbit import EightBit
 from qlora_tui.engine.load import load
 from qlora_tui.engine.machine import Machine
@@ -77,6 +78,24 @@ def test_a_file_without_a_weight_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_pissa_needs_more_than_8_bits(run_of: Make) -> None:
     (problem,) = problems(run_of(method="lora-8bit", init_lora_weights="pissa"))
     assert "fewer bits" in problem.message
+
+
+def test_gradients_stay_in_16_bits_where_a_library_has_no_such_product(
+    run_of: Make, tmp_path: Path, narrow_on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {"method": "lora-8bit", "dtype": "bfloat16"}
+    wanted = drive(run_of(**usual, grad_matmul="16bit"), tmp_path / "16bit")
+    assert eightbit.makes(narrow_on_cpu, torch.device("cpu"))  # type: ignore[arg-type]
+    monkeypatch.setattr(eightbit, "narrow_product", refused)
+    eightbit.makes.cache_clear()
+    found = drive(run_of(**usual), tmp_path / "auto")
+    eightbit.makes.cache_clear()
+    assert found.error is None
+    assert found.losses == wanted.losses
+
+
+def refused(*given: Any) -> Any:
+    raise RuntimeError("no such product")
 
 
 @pytest.mark.parametrize("more", [{}, {"fused_layers": "off"}, {"use_dora": True}], ids=["fused", "plain", "dora"])

@@ -21,6 +21,7 @@ from qlora_tui.engine.data import load as load_data
 from qlora_tui.engine.data import load_tokenizer, prepare
 from qlora_tui.engine.errors import WontFit
 from qlora_tui.engine.events import Evaluated, Event, Finding, Phase, Planned, Record, Stepped
+from qlora_tui.engine.fast import eightbit
 from qlora_tui.engine.journal import Journal, read_records
 from qlora_tui.engine.load import Loaded, load, trainable
 from qlora_tui.engine.meter import Meter
@@ -232,9 +233,10 @@ def few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_operations")
 def test_the_pieces_are_measured_and_leave_no_trace(loaded: Loaded, run_of: Make) -> None:
     numbers = torch.get_rng_state()
-    speed = rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of())
+    speed = rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of(), CPU)
     assert speed is not None
-    assert min(dataclasses.astuple(speed)) > 0
+    assert min(dataclasses.astuple(speed)[:4]) > 0
+    assert (speed.fp8_share, speed.int8_share) == (0, 0)  # this machine has no such products
     assert all(parameter.grad is None for parameter in trainable(loaded.model).values())
     assert torch.equal(torch.get_rng_state(), numbers)
 
@@ -245,7 +247,34 @@ def test_where_not_even_the_pieces_fit_nothing_is_measured(loaded: Loaded, run_o
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(rehearse, "_bandwidth", full)
-    assert rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of()) is None
+    assert rehearse.pieces(loaded, from_folder(Path(run_of().model_name_or_path)), run_of(), CPU) is None
+
+
+@pytest.mark.usefixtures("few_operations")
+def test_products_in_8_bits_are_timed_where_a_card_makes_them_and_in_its_own_type(
+    loaded: Loaded, run_of: Make, narrow_on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = set[torch.dtype]()
+    real = eightbit.narrow_product
+
+    def product(rows: eightbit.Rows, turned: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        types.add(dtype)
+        return real(rows, turned, dtype)
+
+    spec, card = from_folder(Path(run_of().model_name_or_path)), dataclasses.replace(CPU, kind="cuda", bf16=True)
+    monkeypatch.setattr(eightbit, "narrow_product", product)
+    speed = rehearse.pieces(loaded, spec, run_of(dtype="float32"), card)
+    assert speed is not None
+    assert dataclasses.asdict(speed)[f"{narrow_on_cpu}_share"] > 0
+    assert types == {torch.bfloat16}  # a run in 32 bits says nothing about the card in 16
+
+    def refused(*given: Any) -> Any:
+        raise RuntimeError("no such product")
+
+    monkeypatch.setattr(eightbit, "narrow_product", refused)
+    speed = rehearse.pieces(loaded, spec, run_of(), card)
+    assert speed is not None
+    assert dataclasses.asdict(speed)[f"{narrow_on_cpu}_share"] > 1000  # so that no planner takes it
 
 
 def fail_while(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[step.Gradient], bool]) -> list[int]:
