@@ -152,7 +152,7 @@ def _fuse_layers(run: RunConfig, model: PeftModel, decoder: torch.nn.Module, dev
     if reason := compiled.why_not(device):
         return reason
     if dtype != torch.bfloat16:
-        return "they compute in bfloat16 alone" if compiled.has_bfloat16(device) else compiled.NO_BFLOAT16
+        return compiled.NO_BFLOAT16 if dtype == torch.float16 else "they compute in bfloat16 alone"
     if run.attn_implementation == "eager":
         return "attention that holds its scores goes layer by layer"
     from qlora_tui.engine.fast import layers  # imports Triton
