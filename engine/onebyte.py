@@ -38,9 +38,8 @@ def asked_gradients(run: RunConfig, machine: Machine) -> str:
 def narrow_gradients(model: ModelSpec, run: RunConfig, machine: Machine) -> str:
     """Return what gradients are multiplied in if not in 16 bits, "fp8" or "int8": with an 8-bit base, of even sizes."""
     even = all(part.inputs % 16 == 0 and part.outputs % 16 == 0 for part in model.linears())
-    if not eight_bit(model, run) or not even:
-        return ""
-    return asked_gradients(run, machine).replace("16bit", "")
+    kind = asked_gradients(run, machine)
+    return kind if eight_bit(model, run) and even and kind != "16bit" else ""
 
 
 def turned_bytes(part: Linear, tokens: int, kind: str) -> int:

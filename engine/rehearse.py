@@ -39,7 +39,7 @@ _WIDENED = 1 << 26  # weights: their kernel takes longer than its launch
 _COPIED_BYTES = 1 << 27  # larger than any cache of a card
 _NF4_BYTES = 2.5  # read and written for each weight that is dequantized to 16 bits
 _FEW_TOKENS = 8
-_NEVER = 1e9
+_NEVER = 1e9  # times as long: no planner takes it
 _REPEATS, _BACK_TO_BACK = 4, 8
 
 

@@ -64,8 +64,8 @@ _SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", 
 _DEQUANT_BYTES = 2.5  # of one weight: half a byte read, two written
 _EIGHT_BIT_BYTES = 3  # of one weight: read as a byte, written in 16 bits
 _EIGHT_BIT_PLAIN_BYTES = 23  # the same without our kernel, twice through 32 bits
-_NARROW_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25; taken for INT8 too
-# where a card was not measured
+_NARROW_SHARE = 0.58  # of 16-bit products' seconds that FP8's take: 94 of 155 ms and 173 of 313 on an H100, 2026-11-25; of a card that
+# was not timed, INT8's too
 _TURNED_BYTES = 2  # of one weight: read and written the other way round
 _OPTIMIZER_BYTES = 30  # of one adapter weight: norm, clipping, two states and the weight itself
 

@@ -3,7 +3,7 @@
 Rows are quantized to their largest number, in INT8: what an untouched model loses to that cannot be told from 16 bits, and half their
 memory is saved (tests/bench/results has what other ways cost). Forward products read the weight as numbers of 16 bits.
 
-Gradients of inputs are multiplied in FP8 on cards that can, at twice the rate, and in INT8 on those that have no FP8: a gradient is
+Gradients of inputs are multiplied in FP8 on cards that can, and in INT8 where a card was timed and is faster at it: a gradient is
 a direction, drawn from a few rows anyway, so what rounding adds to it does not add up, while a forward pass in FP8 moves the model
 itself and was measured to learn worse. Gradients are quantized a token at a time. That product wants the weight the other way round:
 it is turned for it and dropped again, one byte a weight. A layer is told which of them (`narrow`); `engine/onebyte.py` says by what rule.
@@ -28,7 +28,7 @@ FP8 = torch.float8_e4m3fn
 TYPES: dict[Kind, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
 FEWEST_ROWS = 17
 """cuBLAS multiplies no fewer in INT8."""
-_TRIED = 64
+_TRIED = 64  # rows, inputs and outputs of the product on trial: each a size that all its kernels take
 _SMALLEST = 1e-12  # of a row's largest number: a row of zeros keeps its zeros
 
 

@@ -112,7 +112,10 @@ def _limit_lines(limits: Mapping[str, Any], cost: str, too_long: str) -> list[st
 
 
 def limit_cost(run: RunConfig, spec: ModelSpec, device: Machine, found: Mapping[str, Any]) -> str:
-    """Return what the limit that keeps 99 % of the rows whole costs in memory, with all else as the planner chose it."""
+    """Return what the limit that keeps 99 % of the rows whole costs in memory, with all else as the planner chose it.
+
+    Every row of a batch is taken to be the longest: what was found of the data holds no length of each.
+    """
     if not found["tokens"]:
         return ""
     longest, limit = found["tokens"]["max"], multiple(found["limits"]["keeps_99"])
