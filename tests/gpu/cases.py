@@ -32,13 +32,14 @@ class Case:
     @property
     def name(self) -> str:
         """The configuration in one line."""
-        more = " ".join(str(value) for value in self.more.values())
+        more = " ".join("packed" if key == "packing" else str(value) for key, value in self.more.items())
         return f"{self.shape.split('/')[-1]} {self.rows}x{self.length} ckpt={self.layers} {more}{' loaded' if self.saved else ''}".strip()
 
     def run(self, folder: Path, *, tiny: bool) -> RunConfig:
         """Return the settings; two micro-batches a step, so that the second meets the gradients of the first."""
         usual = {"lora_r": 16, "optim": "paged_adamw_8bit", "bnb_4bit_quant_type": "nf4", "method": "qlora"}
-        small = {"max_length": min(self.length, 96), "optim": self.more.get("optim", "adamw_torch").removeprefix("paged_")} if tiny else {}
+        optim = self.more.get("optim", "adamw_torch").removeprefix("paged_")
+        small = {"max_length": min(self.length, 96), "optim": optim, "packing": "off"} if tiny else {}  # a processor fuses no layers
         rows = min(self.rows, 2) if tiny else self.rows
         settings = {
             "model_name_or_path": str(folder),
@@ -57,6 +58,7 @@ class Case:
 FP4, LORA = {"bnb_4bit_quant_type": "fp4"}, {"method": "lora"}
 PLAIN, EIGHT = {"optim": "adamw_torch"}, {"optim": "adamw_8bit"}
 EAGER = {"attn_implementation": "eager"}
+BYTE, PACKED = {"method": "lora-8bit"}, {"packing": "on"}
 
 CASES: tuple[Case, ...] = (
     Case(QWEN05, 16, 256, "false", LORA | EIGHT),
@@ -104,4 +106,12 @@ CASES: tuple[Case, ...] = (
     Case(GEMMA2, 2, 2048, "true", EAGER),
     Case(GEMMA2, 4, 1024, "true", {}),
     Case(GEMMA9, 1, 4096, "true", {}),
+    Case(LLAMA8, 2, 2048, "false", BYTE),
+    Case(LLAMA8, 1, 4096, "true", BYTE | {"lora_r": 32}),
+    Case(QWEN4, 4, 1024, "18", BYTE),
+    Case(LLAMA1, 8, 1024, "false", BYTE | EIGHT),
+    Case(QWEN14, 1, 2048, "true", BYTE),
+    Case(LLAMA8, 4, 1024, "true", PACKED),
+    Case(MISTRAL, 2, 2048, "16", PACKED),
+    Case(QWEN7, 4, 512, "false", BYTE | PACKED),
 )

@@ -116,6 +116,32 @@ def test_peaks_measured_with_inputs_of_layers_in_ram_are_met(changes, gib):
     assert found.total_bytes / GIB == pytest.approx(gib, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("card", "changes", "gib"),
+    [
+        ("H100 80GB", {"method": "lora-8bit", "grad_matmul": "16bit"}, 21.90),
+        ("H100 80GB", {"method": "lora-8bit", "grad_matmul": "fp8"}, 21.86),
+        ("H100 80GB", {"method": "lora-8bit", "grad_matmul": "int8"}, 22.04),
+        ("older", {}, 30.01),
+        ("older", {"method": "lora-8bit", "grad_matmul": "16bit"}, 33.17),
+        ("older", {"method": "lora-8bit", "grad_matmul": "int8"}, 33.25),
+        ("H200", {"packing": "on", "per_device_train_batch_size": 4}, 31.15),
+        ("H200", {"packing": "on", "per_device_train_batch_size": 16, "max_length": 1798}, 91.24),
+    ],
+    ids=str,
+)
+def test_peaks_measured_on_an_8_bit_base_and_end_to_end_are_met(card, changes, gib):
+    # what the whole card held, all activations kept: tests/bench/results/2026-11-28-step.md; nothing was fitted to these.
+    # 1,798: sixteen rows of it are as many tokens as the sixteen longest that could meet
+    here = machine.find_card("H100 80GB" if card == "older" else card)
+    if card == "older":
+        here = dataclasses.replace(here, bf16=False, compute_capability=(7, 5))
+    usual = {"max_length": 2048, "per_device_train_batch_size": 2, "loss_chunk_size": 523, "cuda_graphs": "on", "lora_r": 16}
+    usual |= {"gradient_checkpointing": "false", "offload_checkpoints": "off", "optim": "paged_adamw_8bit", "packing": "off"}
+    found = budget.estimate(LLAMA, RunConfig(**{**usual, **changes}), here)
+    assert -0.03 < found.total_bytes / GIB / gib - 1 < 0.08
+
+
 def test_the_median_error_of_those_is_under_three_percent():
     train = [next(phase.bytes for phase in predicted_fused(line, card).phases if phase.name == "train") for line, card in FUSED]
     errors = [size / line["measured"]["train"] - 1 for size, (line, _) in zip(train, FUSED, strict=True)]
