@@ -21,6 +21,9 @@ _QKV, GATED = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj
 TILE = 4096
 """Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.operations`. A test compares them."""
 
+WIDEST_SUM, COLUMNS_OF_A_SUM, ROWS_OF_A_SUM = 32, 512, 256
+"""The highest rank whose gradients the gate's kernels sum on their way, and what one program sums; the figures of `fast.gate`."""
+
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
 
@@ -125,7 +128,7 @@ class FusedLayer:
         tokens = min(self.tokens, TILE)
         share = self.model.intermediate_size * tokens * self.width
         small = self._hidden() * tokens // self.tokens
-        mlp = max(2 * share + self._widened(*GATED) + small, 3 * share, share + self._widened("down_proj"))
+        mlp = max(2 * share + self._widened(*GATED) + small, 3 * share + self._low_sums(tokens), share + self._widened("down_proj"))
         attention = self._hidden() + 2 * self._query() + 2 * self._keys()
         return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
 
@@ -139,17 +142,36 @@ class FusedLayer:
         return [(output - gone, 0), (within - gone, self.kernel), (products - gone, 0)]
 
     def _down(self, tokens: int) -> int:
-        """The inner product's gradient is made: beside the gradient that came and the one to be, the norm again and the third weight."""
+        """The inner product's gradient is made: beside the gradient that came and the one to be, the norm again and the third weight.
+
+        In the weight's place come the sums of which the gate makes the adapters' gradients.
+        """
         share = (self.model.hidden_size + self.model.intermediate_size) * tokens * self.width
-        return 2 * self._hidden() + share + self._turned(tokens, "down_proj") + self._adapters(*GATED, "down_proj")
+        sums = (-(-tokens // ROWS_OF_A_SUM) + 1) * self._sum() + self._low("down_proj") * tokens // self.tokens
+        beside = max(self._turned(tokens, "down_proj"), sums) + self._before(tokens)
+        return 2 * self._hidden() + share + beside + self._adapters(*GATED, "down_proj")
 
     def _up(self, tokens: int) -> int:
         """The gradient of the MLP's input is made from both wide ones; those of the adapters wait, and what they were made from."""
         names = (*GATED, "down_proj")
-        waiting = 2 * self._adapters(*names) + 2 * self._low(*GATED) * tokens // self.tokens
-        if tokens < self.tokens:  # they are added, in 32 bits, to those of the tiles before
-            waiting += 4 * self._adapters(*names) // self.width * self.run.lora_r // _rank(self.run)
+        waiting = 2 * self._adapters(*names) + 2 * self._low(*GATED) * tokens // self.tokens + self._sum() + self._before(tokens)
         return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._turned(tokens, *GATED) + waiting
+
+    def _before(self, tokens: int) -> int:
+        """Return the adapters' gradients of the tiles before, where there is more than one: in 32 bits."""
+        return 0 if tokens == self.tokens else 4 * self._adapters(*GATED, "down_proj") // self.width
+
+    def _sum(self) -> int:
+        """Return the gradients that the gate sums, in 32 bits: of the B's before it and the A after it."""
+        if _rank(self.run) > WIDEST_SUM:
+            return 0
+        parts = [part for part in self.model.targeted(self.run.lora_target_modules) if part.name in (*GATED, "down_proj")]
+        return 4 * _rank(self.run) * sum(part.inputs if part.name == "down_proj" else part.outputs for part in parts)
+
+    def _low_sums(self, tokens: int) -> int:
+        """Return the sums of which the gate makes the low-rank product after it, in 32 bits, their total, and that in its type."""
+        columns = -(-self.model.intermediate_size // COLUMNS_OF_A_SUM)
+        return (4 * (columns + 1) + self.width) * self._low("down_proj") * tokens // (self.tokens * self.width)
 
     def _adapters(self, *names: str) -> int:
         """Return the adapters of modules called `names` as they are multiplied."""

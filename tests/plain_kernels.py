@@ -6,6 +6,7 @@ Each makes the tensors that its kernel makes and no others that a trace sees; nu
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -16,26 +17,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tui.engine import fast
 from qlora_tui.engine.fast import compiled, eightbit
-from qlora_tui.engine.fast.adapted import Part
 from qlora_tui.engine.fast.eightbit import Kind, Rows
+from qlora_tui.engine.fast.lora import Part
 from qlora_tui.engine.machine import Machine
 
 Activation = str
 Parts = tuple[Part | None, Part | None]
-WIDEST_ROW, WIDEST_RANK = 1 << 14, 64
+WIDEST_ROW, WIDEST_RANK, WIDEST_SUM = 1 << 14, 64, 32
+COLUMNS_OF_A_SUM, ROWS_OF_A_SUM = 512, 256
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Put these functions where the kernels are, and say that kernels run here."""
     here = sys.modules[__name__]
-    for room in ("kernels", "gate", "widths"):
+    for room in ("kernels", "gate", "parts", "widths"):
         patch.setitem(sys.modules, f"qlora_tui.engine.fast.{room}", here)
         patch.setattr(fast, room, here, raising=False)
     patch.setattr(compiled, "why_not", lambda device: "")
     patch.setattr(Machine, "kernels", True)
     patch.setattr(Machine, "fuses", True)
-    from qlora_tui.engine.fast import operations
+    from qlora_tui.engine.fast import adapted, operations
 
+    patch.setattr(adapted, "parts", here)
     for room in ("kernels", "gate"):
         patch.setattr(operations, room, here)
 
@@ -119,11 +122,20 @@ def _completed(value: torch.Tensor, part: Part | None) -> torch.Tensor:
     return value.float() if part is None else value.float() + part.scaling * (part.low_NR.float() @ part.b_OR.float().t())
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None)) -> torch.Tensor:
-    out = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
+def gated(
+    gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None), a_RI: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    number, width = gate_NI.shape
+    out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
     with _disable_current_modes(), torch.no_grad():
         out.copy_(_gated(_completed(gate_NI, parts[0]), _completed(up_NI, parts[1]), kind))
-    return out
+    if a_RI is None:
+        return out, None
+    sums = torch.empty(-(-width // COLUMNS_OF_A_SUM), number, len(a_RI), device=out.device)
+    with _disable_current_modes(), torch.no_grad():
+        total = out.float() @ a_RI.float().t()
+    _fill(sums, total)
+    return out, sums.sum(0).to(out.dtype)
 
 
 def gated_backward_(
@@ -133,16 +145,67 @@ def gated_backward_(
     kind: Activation,
     parts: Parts = (None, None),
     beside: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
+    *,
+    product: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     with _disable_current_modes(), torch.enable_grad():
         grad = grad_NI.float() if beside is None else grad_NI.float() + beside[0].float() @ beside[1].float()
         whole = (_completed(part.detach(), added) for part, added in zip((gate_NI, up_NI), parts, strict=True))
         gate, up = (part.detach().requires_grad_() for part in whole)
-        product = _gated(gate, up, kind)
-        of_gate, of_up = torch.autograd.grad(product, (gate, up), grad)
+        made = _gated(gate, up, kind)
+        of_gate, of_up = torch.autograd.grad(made, (gate, up), grad)
+    ranks = [0 if part is None else part.b_OR.shape[1] for part in parts] + [0 if beside is None else len(beside[1])]
+    summed = 0 < max(ranks) <= WIDEST_SUM
+    results = [(gate_NI, of_gate), (up_NI, of_up), *([(grad_NI, made)] if product or not summed or beside is None else [])]
     with _disable_current_modes(), torch.no_grad():
-        for kept, result in ((grad_NI, product), (gate_NI, of_gate), (up_NI, of_up)):
+        for kept, result in results:
             kept.detach().copy_(result.detach())
+    if not summed:
+        return None, None
+    number, width = gate_NI.shape
+    sums = torch.empty(-(-number // ROWS_OF_A_SUM), width * sum(ranks), device=grad_NI.device)
+    with _disable_current_modes(), torch.no_grad():
+        found = [
+            part.scaling * (of_part.to(grad_NI.dtype).float().t() @ part.low_NR.float())
+            for part, of_part in zip(parts, (of_gate, of_up), strict=True)
+            if part is not None
+        ]
+        found += [] if beside is None else [beside[0].float().t() @ made.to(grad_NI.dtype).float()]
+        whole_sum = torch.cat([part.reshape(-1) for part in found])
+    _fill(sums, whole_sum)
+    of_b, of_a = sums.sum(0).split([width * sum(ranks[:2]), width * ranks[2]])
+    return of_b, of_a
+
+
+def _fill(sums: torch.Tensor, total: torch.Tensor) -> None:
+    """As if the first program had summed all."""
+    with _disable_current_modes(), torch.no_grad():
+        sums.zero_()
+        sums[0] = total
+
+
+def begun(
+    part: Part, beside_NO: torch.Tensor | None = None, bias_O: torch.Tensor | None = None, out_NO: torch.Tensor | None = None
+) -> torch.Tensor:
+    shape = len(part.low_NR), len(part.b_OR)
+    out = torch.empty(shape, dtype=part.b_OR.dtype, device=part.b_OR.device) if out_NO is None else out_NO
+    with _disable_current_modes(), torch.no_grad():
+        beside = [0.0 if other is None else other.float() for other in (beside_NO, bias_O)]
+        out.copy_(part.scaling * (part.low_NR.float() @ part.b_OR.float().t()) + beside[0] + beside[1])
+    return out
+
+
+def joined(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=tensors[0].device)
+    with _disable_current_modes(), torch.no_grad():
+        out.copy_(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
+    return out
+
+
+def add_each(whole: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    with _disable_current_modes(), torch.no_grad():
+        for tensor, numbers in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor += numbers.view(tensor.shape)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qlora_tui.engine.fast import base
-from qlora_tui.engine.fast.lora import ADAPTER, Start
+from qlora_tui.engine.fast import base, parts
+from qlora_tui.engine.fast.lora import ADAPTER, Part, Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +42,6 @@ def frozen_and_trained(modules: Sequence[Any]) -> tuple[tuple[Linear, ...], list
         linears.append(Linear(layer, module.forward.start if on else None, module.scaling[ADAPTER] if on else 0.0))
         pairs += [module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight] if on else [None, None]
     return tuple(linears), pairs
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What an adapter adds to a product, not multiplied yet: scaling * low B^T [N, O]."""
-
-    low_NR: torch.Tensor
-    b_OR: torch.Tensor
-    scaling: float
-
-    def outputs(self, some: slice) -> Part:
-        """Return the same for some of the outputs."""
-        return Part(self.low_NR, self.b_OR[some], self.scaling)
 
 
 class Adapters:
@@ -100,23 +87,45 @@ class Adapters:
         return slope_NR
 
     def gradients(
-        self, slope_NR: torch.Tensor | None, grads_NO: Sequence[torch.Tensor], x_NI: torch.Tensor, low_NR: torch.Tensor | None
+        self,
+        slope_NR: torch.Tensor | None,
+        grads_NO: Sequence[torch.Tensor],
+        x_NI: torch.Tensor,
+        low_NR: torch.Tensor | None,
+        *,
+        of_a: torch.Tensor | None = None,
+        of_b: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Return the gradients of A's and B's, laid out as they are."""
+        """Return the gradients of A's and B's, laid out as they are; those of all A's or all B's may be known already."""
         if slope_NR is None or low_NR is None or self._whole is None:
             return None
         whole = torch.empty_like(self._whole)
-        of_a, of_b = self._split(whole)
-        torch.mm(slope_NR.t(), x_NI, out=of_a)
-        for grad_NO, b_OR, part in zip(grads_NO, of_b, self.parts(low_NR), strict=True):
+        all_a, each_b = self._split(whole)
+        if of_a is None:
+            torch.mm(slope_NR.t(), x_NI, out=all_a)
+        else:
+            all_a.copy_(of_a.view_as(all_a))
+        if of_b is not None:
+            whole[all_a.numel() :].copy_(of_b)
+            return whole
+        for grad_NO, b_OR, part in zip(grads_NO, each_b, self.parts(low_NR), strict=True):
             if b_OR is not None and part is not None:
                 b_OR.addmm_(grad_NO.t(), part.low_NR, beta=0, alpha=part.scaling)
         return whole
 
-    def trained(self, whole: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return gradients for A and B in turn, in their own type, without those of what an adapter started from."""
+    def trained(self, whole: torch.Tensor | None, leaves: Pairs) -> list[torch.Tensor | None]:
+        """Return gradients for A and B in turn, in their own type, without those of what an adapter started from.
+
+        `leaves` are the parameters themselves. Where all of them have gradients already, these are added to at once, in one kernel, and
+        autograd is given nothing to add.
+        """
         found = list[torch.Tensor | None]()
         if whole is None or self._whole is None:
+            return [None] * (2 * len(self.linears))
+        lent = [None if leaf is None else leaf.grad for leaf in (*leaves[::2], *leaves[1::2])]
+        places = [grad for grad in lent if grad is not None]
+        if len(places) == 2 * sum(pair is not None for pair in self.pairs) and all(linear.start is None for linear in self.linears):
+            parts.add_each(whole, places)
             return [None] * (2 * len(self.linears))
         of_a, of_b = self._split(self.in_own_type(whole))
         for pair, a_RI, b_OR in zip(self.pairs, of_a.split(self.ranks), of_b, strict=True):
@@ -136,9 +145,8 @@ class Adapters:
             if linear.start is not None:
                 a_RI = torch.cat([part.to(dtype) for part in (a_RI, linear.start[0])])
                 b_OR = torch.cat([part.to(dtype) for part in (b_OR, -linear.start[1])], dim=1)
-            down, up = [*down, a_RI.reshape(-1)], [*up, b_OR.reshape(-1)]
-        # many tensors at once by torch's foreach took 16 us a call on an H100: a block of threads for each
-        return torch.cat([*down, *up]).to(dtype)
+            down, up = [*down, a_RI], [*up, b_OR]
+        return parts.joined([*down, *up], dtype)
 
     def _split(self, whole: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Return the A's [R, I] and each B [O, R] of a piece of memory that is laid out like this one."""
@@ -156,28 +164,44 @@ def forward(
     out_NO: torch.Tensor | None = None,
     *,
     added: bool = True,
+    low_NR: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Return each product plus `residual_NO`, and x A^T, which gradients read; without the adapters' parts unless `added`."""
-    low_NR = adapters.low(x_NI)
+    """Return each product plus `residual_NO`, and x A^T, which gradients read; without the adapters' parts unless `added`.
+
+    What an adapter adds is written first, and the product added to it: a product reads what it adds to while it multiplies, which
+    takes no time of its own. `low_NR` is x A^T where it is known already.
+    """
+    low_NR = adapters.low(x_NI) if low_NR is None else low_NR
     made = list[torch.Tensor]()
     for linear, part in zip(adapters.linears, adapters.parts(low_NR), strict=True):
-        made.append(base.product(x_NI, linear.layer, residual_NO, out_NO))
-        if part is not None and added:
-            made[-1].addmm_(part.low_NR, part.b_OR.t(), alpha=part.scaling)
+        if part is None or not added:
+            made.append(base.product(x_NI, linear.layer, residual_NO, out_NO))
+            continue
+        begun_NO = parts.begun(part, residual_NO, base.bias_of(linear.layer), out_NO)
+        made.append(begun_NO.addmm_(x_NI, base.full_weight(linear.layer, x_NI.dtype).t()))
     return made, low_NR
 
 
 def backward(
-    grads_NO: Sequence[torch.Tensor], x_NI: torch.Tensor, adapters: Adapters, low_NR: torch.Tensor | None, *, wanted: bool
+    grads_NO: Sequence[torch.Tensor],
+    x_NI: torch.Tensor,
+    adapters: Adapters,
+    low_NR: torch.Tensor | None,
+    *,
+    wanted: bool,
+    of_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradient of the products' input, if `wanted`, and those of the adapters, laid out as they are."""
+    """Return the gradient of the products' input, if `wanted`, and those of the adapters, laid out as they are; `of_b` if known."""
     slope_NR = adapters.slopes(grads_NO)
-    found = adapters.gradients(slope_NR, grads_NO, x_NI, low_NR)
+    found = adapters.gradients(slope_NR, grads_NO, x_NI, low_NR, of_b=of_b)
     if not wanted:
         return None, found
-    grad_NI = base.input_gradient(grads_NO[0], adapters.linears[0].layer)
-    for grad_NO, linear in zip(grads_NO[1:], adapters.linears[1:], strict=True):
-        base.input_gradient(grad_NO, linear.layer, grad_NI)
-    if slope_NR is not None:
+    late = slope_NR is not None and base.adds_apart(grads_NO[0], adapters.linears[0].layer)
+    grad_NI = None if slope_NR is None or late else slope_NR @ adapters.stacked
+    for grad_NO, linear in zip(grads_NO, adapters.linears, strict=True):
+        grad_NI = base.input_gradient(grad_NO, linear.layer, grad_NI)
+    if late:
+        assert grad_NI is not None
+        assert slope_NR is not None
         grad_NI.addmm_(slope_NR, adapters.stacked)
     return grad_NI, found

@@ -55,6 +55,17 @@ def input_gradient(grad_NO: torch.Tensor, layer: Any, into_NI: torch.Tensor | No
     return grad_NO @ weight_OI if into_NI is None else into_NI.addmm_(grad_NO, weight_OI)
 
 
+def bias_of(layer: Any) -> torch.Tensor | None:
+    """Return what a product adds to each output, if anything."""
+    bias: torch.Tensor | None = layer.bias
+    return bias
+
+
+def adds_apart(grad_NO: torch.Tensor, layer: Any) -> bool:
+    """Say whether `input_gradient` adds to what is there in a pass of its own: a product in FP8 can only be written."""
+    return eightbit.narrow_gradient(layer, grad_NO) == "fp8"
+
+
 def _narrowed(x_NI: torch.Tensor, times_I: torch.Tensor, kind: Kind) -> Rows:
     """Return rows times `times_I` in 8 bits, by our kernel where it runs: the same bits in one pass."""
     if not compiled.why_not(x_NI.device):

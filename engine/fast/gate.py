@@ -4,7 +4,9 @@ An adapter's part of a wide product is as large as the product. Added by itself 
 tile of it is multiplied in registers, 16 numbers deep, by whoever reads the product anyway. So what a layer keeps are the frozen
 products alone, and both passes complete them. Numbers are computed in float32 and rounded once, when they are written.
 
-A program goes along some tiles of its rows: the next tile is on its way while one is multiplied, and what is alike for all is read once.
+A program goes along some tiles, forward of its rows and backward of its columns: the next tile is on its way while one is multiplied,
+and what is alike for all is read once. It sums on the way what else would read these tensors again: forward the low-rank product of
+their product, backward the gradients of the adapters beside them. Sums of programs are written apart and added: the same bits every time.
 
 Shapes: N tokens, I inner width, R rank.
 """
@@ -17,15 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_tui.engine.fast.adapted import Part
+from qlora_tui.engine.fast.lora import Part
 
 Activation = Literal["silu", "gelu_tanh"]
 
 WIDEST_RANK = 64
 """Adapters of a higher rank are added by a product of their own: a program has no room for more."""
+WIDEST_SUM = 32
+"""Gradients of adapters of a higher rank are made apart, for the same reason: their sums lie in registers all along."""
+COLUMNS_OF_A_SUM, ROWS_OF_A_SUM = 512, 256
+"""What a program goes through, forward and backward: more leaves cards idle, less writes more sums that are added later."""
 _ROWS, _BLOCK = 16, 128  # of a tile: as few rows as a tensor core takes, and a whole line of the cache of each (measured beside others)
-_TILES, _STAGES = 4, 2  # of a program, and of them in flight: the compiler then asks for the next tile early, with half the barriers
-_TILED = {"ROWS": _ROWS, "BLOCK": _BLOCK, "TILES": _TILES, "STAGES": _STAGES}
+_STAGES = 2  # tiles of a program in flight: the compiler then asks for the next one early, with half the barriers
 
 
 @triton.jit
@@ -71,75 +76,139 @@ def _low(low, stride, rows, number, rank, RANK: tl.constexpr):
 
 
 @triton.jit
-def _read(product, stride, low_NR, b, scaling, rank, rows, at, number, width, ADDED: tl.constexpr, RANK: tl.constexpr):
-    """Return a tile of a product in float32, with what its adapter adds where it is `ADDED`: scaling * low B^T, of `rank` numbers each."""
+def _times(b, rank, at, width, RANK: tl.constexpr):
+    """Return B^T of some outputs."""
+    along = tl.arange(0, RANK)
+    return _tile(b, at[None, :] * rank + along[:, None], at[None, :] < width, along[:, None] < rank)
+
+
+@triton.jit
+def _read(product, stride, low_NR, b_RI, scaling, rows, at, number, width, ADDED: tl.constexpr):
+    """Return a tile of a product in float32, with what its adapter adds where it is `ADDED`: scaling * low B^T."""
     value = _tile(product, rows[:, None] * stride + at[None, :], rows[:, None] < number, at[None, :] < width).to(tl.float32)
     if ADDED:
-        along = tl.arange(0, RANK)
-        b_RI = _tile(b, at[None, :] * rank + along[:, None], at[None, :] < width, along[:, None] < rank)
         value += scaling * tl.dot(low_NR, b_RI, input_precision="ieee")
     return value
 
 
 @triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
 def _gated(
-    gate, up, out, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up,
-    number, width, gate_stride, up_stride, low_stride,
-    GELU: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    low_left = _low(low_gate, low_stride, rows, number, rank_gate, RANK) if GATE else None
-    low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
-    for tile in tl.range(0, TILES, num_stages=STAGES):
-        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
-        inside = (rows[:, None] < number) & (at[None, :] < width)
-        left = _read(gate, gate_stride, low_left, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
-        right = _read(up, up_stride, low_right, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
-        tl.store(out + rows[:, None] * width + at[None, :], (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
-def _gated_backward(
-    grad, gate, up, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up, slope, a, rank,
+    gate, up, out, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up, a, rank, sums,
     number, width, gate_stride, up_stride, low_stride,
     GELU: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    along = tl.arange(0, RANK)
     low_left = _low(low_gate, low_stride, rows, number, rank_gate, RANK) if GATE else None
     low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
-    slope_NR = _low(slope, rank, rows, number, rank, RANK) if DOWN else None
-    along = tl.arange(0, RANK)
-    kind = grad.dtype.element_ty
+    total = tl.zeros((ROWS, RANK), tl.float32)
     for tile in tl.range(0, TILES, num_stages=STAGES):
         at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
-        inside = (rows[:, None] < number) & (at[None, :] < width)
-        of_product = tl.load(grad + rows[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        left = _read(gate, gate_stride, low_left, b_gate, scaling_gate, rank_gate, rows, at, number, width, GATE, RANK)
-        right = _read(up, up_stride, low_right, b_up, scaling_up, rank_up, rows, at, number, width, UP, RANK)
+        b_left = _times(b_gate, rank_gate, at, width, RANK) if GATE else None
+        b_right = _times(b_up, rank_up, at, width, RANK) if UP else None
+        left = _read(gate, gate_stride, low_left, b_left, scaling_gate, rows, at, number, width, GATE)
+        right = _read(up, up_stride, low_right, b_right, scaling_up, rows, at, number, width, UP)
+        product = (_activation(left, GELU) * right).to(out.dtype.element_ty)
+        tl.store(out + rows[:, None] * width + at[None, :], product, mask=(rows[:, None] < number) & (at[None, :] < width))
         if DOWN:
             a_RI = _tile(a, along[:, None] * width + at[None, :], along[:, None] < rank, at[None, :] < width)
-            of_product += tl.dot(slope_NR, a_RI, input_precision="ieee")
+            total += tl.dot(product, tl.trans(a_RI), input_precision="ieee")
+    if DOWN:
+        place = (tl.program_id(1) * number + rows[:, None]) * rank + along[None, :]
+        tl.store(sums + place, total, mask=(rows[:, None] < number) & (along[None, :] < rank))
+
+
+@triton.jit
+def _keep(
+    start, of_left, of_right, of_a, scaling_gate, scaling_up, rank_gate, rank_up, rank, at, width,
+    GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of some rows: of B of gate, of B of up, and of A, each as it lies in memory."""
+    inside, along = at[None, :] < width, tl.arange(0, RANK)[:, None]
+    if GATE:
+        tl.store(start + at[None, :] * rank_gate + along, scaling_gate * of_left, mask=inside & (along < rank_gate))
+        start += width * rank_gate
+    if UP:
+        tl.store(start + at[None, :] * rank_up + along, scaling_up * of_right, mask=inside & (along < rank_up))
+        start += width * rank_up
+    if DOWN:
+        tl.store(start + along * width + at[None, :], of_a, mask=inside & (along < rank))
+
+
+@triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
+def _gated_backward(
+    grad, gate, up, low_gate, b_gate, scaling_gate, rank_gate, low_up, b_up, scaling_up, rank_up, slope, a, rank, sums,
+    number, width, gate_stride, up_stride, low_stride,
+    GELU: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, SUMS: tl.constexpr, PRODUCT: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    along = tl.arange(0, RANK)
+    b_left = _times(b_gate, rank_gate, at, width, RANK) if GATE else None
+    b_right = _times(b_up, rank_up, at, width, RANK) if UP else None
+    a_RI = _tile(a, along[:, None] * width + at[None, :], along[:, None] < rank, at[None, :] < width) if DOWN else None
+    of_left = tl.zeros((RANK, BLOCK), tl.float32)
+    of_right = tl.zeros((RANK, BLOCK), tl.float32)
+    of_a = tl.zeros((RANK, BLOCK), tl.float32)
+    kind = grad.dtype.element_ty
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        rows = (tl.program_id(1).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (rows[:, None] < number) & (at[None, :] < width)
+        low_left = _low(low_gate, low_stride, rows, number, rank_gate, RANK) if GATE else None
+        low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
+        of_product = tl.load(grad + rows[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        left = _read(gate, gate_stride, low_left, b_left, scaling_gate, rows, at, number, width, GATE)
+        right = _read(up, up_stride, low_right, b_right, scaling_up, rows, at, number, width, UP)
         active = _activation(left, GELU)
-        tl.store(grad + rows[:, None] * width + at[None, :], (active * right).to(kind), mask=inside)
-        tl.store(gate + rows[:, None] * gate_stride + at[None, :], (of_product * right * _slope(left, GELU)).to(kind), mask=inside)
-        tl.store(up + rows[:, None] * up_stride + at[None, :], (of_product * active).to(kind), mask=inside)
+        product = (active * right).to(kind)
+        if DOWN:
+            slope_NR = _low(slope, rank, rows, number, rank, RANK)
+            of_product += tl.dot(slope_NR, a_RI, input_precision="ieee")
+            if SUMS:
+                of_a += tl.dot(tl.trans(slope_NR), product, input_precision="ieee")
+        of_gate = (of_product * right * _slope(left, GELU)).to(kind)
+        of_up = (of_product * active).to(kind)
+        if PRODUCT:
+            tl.store(grad + rows[:, None] * width + at[None, :], product, mask=inside)
+        tl.store(gate + rows[:, None] * gate_stride + at[None, :], of_gate, mask=inside)
+        tl.store(up + rows[:, None] * up_stride + at[None, :], of_up, mask=inside)
+        if SUMS:
+            if GATE:
+                of_left += tl.dot(tl.trans(low_left), of_gate, input_precision="ieee")
+            if UP:
+                of_right += tl.dot(tl.trans(low_right), of_up, input_precision="ieee")
+    if SUMS:
+        start = sums + tl.program_id(1).to(tl.int64) * width * ((rank_gate if GATE else 0) + (rank_up if UP else 0) + (rank if DOWN else 0))
+        _keep(start, of_left, of_right, of_a, scaling_gate, scaling_up, rank_gate, rank_up, rank, at, width, GATE, UP, DOWN, RANK)
 
 
 Parts = tuple[Part | None, Part | None]
 """What adapters add to gate and to up, of one low-rank product."""
 
 
-def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None)) -> torch.Tensor:
-    """Return activation(gate) * up [N, I], of both with what adapters add; both may be halves of one tensor."""
+def gated(
+    gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None), a_RI: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return p = activation(gate) * up [N, I], of both with what adapters add, and p A^T [N, R] where there is an A.
+
+    Gate and up may be halves of one tensor.
+    """
     number, width = gate_NI.shape
     out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
-    _gated[_tiled(number, width)](
-        gate_NI, up_NI, out, *_of_parts(parts, out), number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
-        GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, RANK=_padded_rank(parts), **_TILED,
+    rank, columns = 1 if a_RI is None else len(a_RI), triton.cdiv(width, COLUMNS_OF_A_SUM)
+    sums = out if a_RI is None else torch.empty(columns, number, rank, device=out.device)
+    _gated[(triton.cdiv(number, _ROWS), columns)](
+        gate_NI, up_NI, out, *_of_parts(parts, out), out if a_RI is None else a_RI, rank, sums,
+        number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
+        GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, DOWN=a_RI is not None,
+        RANK=_padded_rank(parts, rank), ROWS=_ROWS, BLOCK=_BLOCK, TILES=COLUMNS_OF_A_SUM // _BLOCK, STAGES=_STAGES,
     )  # fmt: skip
-    return out
+    return out, None if a_RI is None else sums.sum(0).to(out.dtype)
+
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Those of the B's of gate and up, one after the other, and of A, in float32."""
 
 
 def gated_backward_(
@@ -149,23 +218,31 @@ def gated_backward_(
     kind: Activation,
     parts: Parts = (None, None),
     beside: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
-    """Overwrite the product's gradient with the product, gate and up with their gradients: three tensors instead of six.
+    *,
+    product: bool,
+) -> Gradients:
+    """Overwrite gate and up with their gradients, and the product's gradient with the product: three tensors instead of six.
 
-    `parts` are added to gate and up first, and slope [N, R] times A [R, I], which are `beside`, to the product's gradient.
+    `parts` are added to gate and up first, and slope [N, R] times A [R, I], which are `beside`, to the product's gradient. Up to
+    a rank of `WIDEST_SUM` the adapters' gradients are summed on the way: whoever made them later would read all three tensors again.
+    Where A's was, nobody needs the product unless the caller says so.
     """
     number, width = gate_NI.shape
     slope_NR, a_RI = beside or (grad_NI, grad_NI)
-    _gated_backward[_tiled(number, width)](
-        grad_NI, gate_NI, up_NI, *_of_parts(parts, grad_NI), slope_NR, a_RI, slope_NR.shape[1],
+    ranks = [0 if part is None else part.b_OR.shape[1] for part in parts] + [0 if beside is None else len(a_RI)]
+    summed, chunks = 0 < max(ranks) <= WIDEST_SUM, triton.cdiv(number, ROWS_OF_A_SUM)
+    sums = torch.empty(chunks, width * sum(ranks), device=grad_NI.device) if summed else grad_NI
+    _gated_backward[(triton.cdiv(width, _BLOCK), chunks)](
+        grad_NI, gate_NI, up_NI, *_of_parts(parts, grad_NI), slope_NR, a_RI, ranks[-1], sums,
         number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
         GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, DOWN=beside is not None,
-        RANK=_padded_rank(parts, 1 if beside is None else len(a_RI)), **_TILED,
+        SUMS=summed, PRODUCT=product or not summed or beside is None, RANK=_padded_rank(parts, max(ranks[-1], 1)),
+        ROWS=_ROWS, BLOCK=_BLOCK, TILES=ROWS_OF_A_SUM // _ROWS, STAGES=_STAGES,
     )  # fmt: skip
-
-
-def _tiled(number: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(number, _ROWS), triton.cdiv(width, _BLOCK * _TILES)
+    if not summed:
+        return None, None
+    of_b, of_a = sums.sum(0).split([width * sum(ranks[:2]), width * ranks[2]])
+    return of_b, of_a
 
 
 def _of_parts(parts: Parts, other: torch.Tensor) -> list[Any]:

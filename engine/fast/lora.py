@@ -14,6 +14,7 @@ Shapes: N tokens, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,19 @@ _SHORTEST = 1e-12  # squared length of an output's weights below which it counts
 
 Start = tuple[torch.Tensor, torch.Tensor]
 """What an adapter started from and is measured against: frozen A [R, I] and B [O, R] in the base's type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an adapter adds to a product, not multiplied yet: scaling * low B^T [N, O]."""
+
+    low_NR: torch.Tensor
+    b_OR: torch.Tensor
+    scaling: float
+
+    def outputs(self, some: slice) -> Part:
+        """Return the same for some of the outputs."""
+        return Part(self.low_NR, self.b_OR[some], self.scaling)
 
 
 def fuse(model: torch.nn.Module) -> int:

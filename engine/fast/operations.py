@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from qlora_tui.engine.fast import adapted, base, gate, kernels
-from qlora_tui.engine.fast.adapted import Adapters, Linear, Part
+from qlora_tui.engine.fast.adapted import Adapters, Linear
 from qlora_tui.engine.fast.gate import Activation
+from qlora_tui.engine.fast.lora import Part
 from qlora_tui.engine.fast.recompute import Pass, current_pass
 
 TILE = 4096
@@ -110,7 +111,7 @@ class _Projections(torch.autograd.Function):
                 if heads:
                     kernels.turn_heads(_first(out, heads, size), *angles)
         ctx.save_for_backward(x, low, *pairs)
-        ctx.rest = norm, linears, angles, turned, size
+        ctx.rest, ctx.leaves = (norm, linears, angles, turned, size), pairs
         return *(out.view(*x.shape[:-1], -1) for out in outs), x.view_as(x)
 
     @staticmethod
@@ -126,7 +127,7 @@ class _Projections(torch.autograd.Function):
         x_NH, adapters = _flat(x), Adapters(linears, pairs, x.dtype)
         grad_NI, found = adapted.backward(grads_NO, norm.of(x_NH), adapters, low, wanted=ctx.needs_input_grad[0])
         grad_x = None if grad_NI is None else norm.back(grad_NI, x_NH, _flat(around).contiguous()).view(x.shape)
-        return grad_x, None, None, None, None, None, *adapters.trained(found)
+        return grad_x, None, None, None, None, None, *adapters.trained(found, ctx.leaves)
 
 
 def _first(x_NO: torch.Tensor, heads: int, size: int) -> torch.Tensor:
@@ -141,7 +142,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, linears: tuple[Linear, ...], *pairs: Any) -> torch.Tensor:
         (out,), low = adapted.forward(_flat(x), Adapters(linears, pairs, x.dtype), None if residual is None else _flat(residual))
         ctx.save_for_backward(x, low, *pairs)
-        ctx.linears, ctx.has_residual = linears, residual is not None
+        ctx.linears, ctx.has_residual, ctx.leaves = linears, residual is not None, pairs
         product: torch.Tensor = out.view(*x.shape[:-1], -1)
         return product
 
@@ -151,7 +152,7 @@ class _Product(torch.autograd.Function):
         adapters = Adapters(ctx.linears, pairs, x.dtype)
         grad_NI, found = adapted.backward([_flat(grads[0])], _flat(x), adapters, low, wanted=ctx.needs_input_grad[0])
         grad_x = None if grad_NI is None else grad_NI.view(x.shape)
-        return grad_x, grads[0] if ctx.has_residual else None, None, *adapters.trained(found)
+        return grad_x, grads[0] if ctx.has_residual else None, None, *adapters.trained(found, ctx.leaves)
 
 
 class _Mlp(torch.autograd.Function):
@@ -161,16 +162,17 @@ class _Mlp(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, norm: Norm, linears: tuple[Linear, ...], kind: Activation, residual: bool, keep: bool, *pairs: Any
     ) -> torch.Tensor:
-        ctx.rest, kept = (norm, linears, kind, residual, keep), list[torch.Tensor | None]()
+        ctx.rest, ctx.leaves, kept = (norm, linears, kind, residual, keep), pairs, list[torch.Tensor | None]()
         x_NH, (ups, down) = _flat(x), _up_and_down(linears, pairs, x.dtype)
         out = torch.empty_like(x_NH)
         # where it is computed again, nobody reads the output: what the backward pass needs is made there
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
             made, low = adapted.forward(norm.of(x_NH[part]), ups, added=not _gate_adds(ups, down))
             kept = [*made, low] if keep else []
-            inner = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low))
+            a_RI = down.stacked if any(down.ranks) and _gate_adds(ups, down) else None
+            inner, low = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low), a_RI)
             made.clear()  # let go of as soon as they were read
-            _, low = adapted.forward(inner, down, x_NH[part] if residual else None, out[part])
+            _, low = adapted.forward(inner, down, x_NH[part] if residual else None, out[part], low_NR=low)
             kept += [low] if keep else []
             del low, inner
         ctx.save_for_backward(x, *pairs, *kept)
@@ -188,9 +190,10 @@ class _Mlp(torch.autograd.Function):
             made = (list(kept[:-2]), *kept[-2:]) if keep else None
             grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, ups, down, kind, made)
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
-            sums = _summed(sums, found, (ups, down))
+            sums = found if len(x_NH[part]) == len(x_NH) else _summed(sums, found, (ups, down))
             del grad_x, found
-        return out.view(x.shape), None, None, None, None, None, *ups.trained(sums[0]), *down.trained(sums[1])
+        of_ups, of_down = ups.trained(sums[0], ctx.leaves[:-2]), down.trained(sums[1], ctx.leaves[-2:])
+        return out.view(x.shape), None, None, None, None, None, *of_ups, *of_down
 
 
 def _up_and_down(linears: Sequence[Linear], pairs: Sequence[Any], dtype: torch.dtype) -> tuple[Adapters, Adapters]:
@@ -238,11 +241,12 @@ def _back_through(
     if slope is not None and not adds:
         inner.addmm_(slope, down.stacked)
     beside = (slope, down.stacked) if slope is not None and adds else None
-    # the wide ones are their own gradients then, and inner is the product that was
-    gate.gated_backward_(inner, *_halves(wide), kind, _halves_of_parts(ups, down, low), beside)
-    of_down = down.gradients(slope, [grad_NH], inner, low_down if made else down.low(inner))
-    del inner
-    grad_x, found = adapted.backward(wide, normed, ups, low, wanted=True)
+    halves = _halves_of_parts(ups, down, low)
+    # the wide ones are their own gradients then, and inner is the product that was, where it is read: its low-rank one may have been kept
+    of_b, of_a = gate.gated_backward_(inner, *_halves(wide), kind, halves, beside, product=not made)
+    of_down = down.gradients(slope, [grad_NH], inner, low_down if made else down.low(inner), of_a=of_a)
+    del inner, of_a
+    grad_x, found = adapted.backward(wide, normed, ups, low, wanted=True, of_b=of_b)
     assert grad_x is not None
     return grad_x, [found, of_down]
 

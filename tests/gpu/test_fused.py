@@ -45,8 +45,8 @@ def test_widened_weights_are_those_of_bitsandbytes_to_the_bit(double: bool, kind
 
 
 def test_kernels_are_their_plain_twins() -> None:
-    from qlora_tui.engine.fast import gate, kernels
-    from qlora_tui.engine.fast.adapted import Part
+    from qlora_tui.engine.fast import gate, kernels, parts
+    from qlora_tui.engine.fast.lora import Part
 
     torch.manual_seed(0)
     x, weight, grad = made(300, 896), made(896), made(300, 896)
@@ -54,17 +54,23 @@ def test_kernels_are_their_plain_twins() -> None:
     cos, sin = angles.cos().repeat(1, 2).bfloat16(), angles.sin().repeat(1, 2).bfloat16()
     heads, logits, labels = made(300, 14, 128), made(37, 5000), torch.randint(0, 5000, (37,), device="cuda")
     results = []
-    parts = tuple(Part(made(300, 24)[:, 8:], made(896, 16), 0.5) for _ in range(2))
     beside = made(300, 40), made(40, 896)
+    few, many = ([Part(made(300, rank + 8)[:, 8:], made(896, rank), 0.5) for _ in range(2)] for rank in (16, 40))
+    begins = [(few[0], None, None), (many[1], x, weight)]
+    whole, tensors = made(5000), [torch.randn(size, device="cuda") for size in (3, 1996, 1, 3000)]
     for part in (kernels, plain_kernels):
-        gates = gate if part is kernels else plain_kernels
+        gates, small = (gate, parts) if part is kernels else (plain_kernels, plain_kernels)
         found = [part.rms_norm(x, weight, 1e-6, 1.0, grad), part.rms_norm_backward(grad, x, weight, 1e-6, 0.0, x)]
         for kind in ("silu", "gelu_tanh"):
-            for added, further in (((None, None), None), (parts, beside)):
+            for added, further in (((None, None), None), (few, (beside[0][:, :8].contiguous(), beside[1][:8])), (many, beside)):
                 left, right, slope = x.clone(), grad.clone(), x.flip(0).contiguous()
-                found.append(gates.gated(left, right, kind, added))
-                gates.gated_backward_(slope, left, right, kind, added, further)
+                found += gates.gated(left, right, kind, added, further and further[1])
+                found += gates.gated_backward_(slope, left, right, kind, added, further, product=True)
                 found += [left, right, slope]
+        found += [small.begun(*begin) for begin in begins] + [small.joined(tensors, torch.bfloat16)]
+        sums = [tensor.clone() for tensor in tensors]
+        small.add_each(whole, sums)
+        found += sums
         turned, back = heads.clone(), heads.clone()
         found.append(part.turn_heads(turned, cos, sin))
         part.turn_heads_back_(back, cos, sin, heads, weight[:128], 1e-6, 1.0)
@@ -73,7 +79,9 @@ def test_kernels_are_their_plain_twins() -> None:
         found += [part.cross_entropy_(changed, labels, 30.0, gradient=True), changed]
         results.append(found)
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1.6e-2, atol=1e-2 * max(1.0, float(theirs.float().abs().mean())))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

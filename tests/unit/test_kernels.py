@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from qlora_tui.engine.fast import eightbit
-from qlora_tui.engine.fast.adapted import Part
+from qlora_tui.engine.fast.lora import Part
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 3e-5}
@@ -36,6 +36,11 @@ def kernels() -> ModuleType:
 @pytest.fixture
 def gate(kernels: ModuleType) -> ModuleType:
     return importlib.import_module("qlora_tui.engine.fast.gate")
+
+
+@pytest.fixture
+def parts(kernels: ModuleType) -> ModuleType:
+    return importlib.import_module("qlora_tui.engine.fast.parts")
 
 
 @pytest.fixture
@@ -168,20 +173,35 @@ def parts_of(ranks: tuple[int, int], number: int, width: int) -> tuple[Any, tupl
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "halves of one"])
-@pytest.mark.parametrize("ranks", [(0, 0), (1, 1), (8, 0), (0, 16), (40, 16), (64, 64)], ids=str)
-def test_gate(gate: ModuleType, kind: str, joined: bool, ranks: tuple[int, int]) -> None:
-    both = torch.randn(37, 2 * 190)
-    grad = torch.randn(37, 190)
-    parts, beside = parts_of(ranks, 37, 190)
+@pytest.mark.parametrize("ranks", [(0, 0), (1, 1), (8, 0), (0, 16), (32, 8), (40, 16), (64, 64)], ids=str)
+@pytest.mark.parametrize(("number", "width"), [(37, 190), (300, 530)], ids=["one program", "several"])
+def test_gate(gate: ModuleType, kind: str, joined: bool, ranks: tuple[int, int], number: int, width: int) -> None:
+    both = torch.randn(number, 2 * width)
+    grad = torch.randn(number, width)
+    parts, beside = parts_of(ranks, number, width)
     made = []
     for room in (gate, plain_kernels):
         left, right = both.clone().chunk(2, dim=1) if joined else (half.contiguous() for half in both.clone().chunk(2, dim=1))
-        product, slope = room.gated(left, right, kind, parts), grad.clone()
-        room.gated_backward_(slope, left, right, kind, parts, beside if max(ranks) else None)
+        (product, low), slope = room.gated(left, right, kind, parts, beside[1] if max(ranks) else None), grad.clone()
+        gradients = room.gated_backward_(slope, left, right, kind, parts, beside if max(ranks) else None, product=True)
         torch.testing.assert_close(slope, product, **CLOSE)  # the gradient's place holds the product
-        made.append((product, left, right))
+        assert [part is None for part in gradients] == [not 0 < max(ranks) <= gate.WIDEST_SUM] * 2
+        made.append((product, left, right, low, *gradients))
     for ours, theirs in zip(*made, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
+
+
+def test_a_product_that_nobody_reads_is_not_written(gate: ModuleType) -> None:
+    parts, beside = parts_of((8, 8), 20, 130)
+    left, right, grad = torch.randn(3, 20, 130).unbind()
+    slope = grad.clone()
+    gate.gated_backward_(slope, left, right, "silu", parts, beside, product=False)
+    assert torch.equal(slope, grad)
+    parts, beside = parts_of((64, 64), 20, 130)
+    gate.gated_backward_(slope, left, right, "silu", parts, beside, product=False)
+    assert not torch.equal(slope, grad)  # A's gradient is made of it
 
 
 def test_a_gate_completes_what_it_reads(gate: ModuleType) -> None:
@@ -189,6 +209,30 @@ def test_a_gate_completes_what_it_reads(gate: ModuleType) -> None:
     (one, other), _ = parts_of((8, 16), 5, 40)
     whole = [half + part.scaling * part.low_NR @ part.b_OR.t() for half, part in ((left, one), (right, other))]
     torch.testing.assert_close(gate.gated(left, right, "silu", (one, other)), gate.gated(*whole, "silu"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 40, 70])
+@pytest.mark.parametrize("given", [(), ("beside",), ("bias",), ("beside", "bias", "out")], ids=str)
+def test_what_an_adapter_adds(parts: ModuleType, rank: int, given: tuple[str, ...]) -> None:
+    part = Part(torch.randn(37, rank + 3)[:, 3:], torch.randn(150, rank), 0.5)
+    beside = torch.randn(37, 150) if "beside" in given else None
+    bias, out = torch.randn(150) if "bias" in given else None, torch.empty(37, 150) if "out" in given else None
+    expected = 0.5 * part.low_NR @ part.b_OR.t() + (0 if beside is None else beside) + (0 if bias is None else bias)
+    for room in (parts, plain_kernels):
+        found = room.begun(part, beside, bias, out)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert out is None or found is out
+
+
+@pytest.mark.parametrize("sizes", [(3,), (1500, 1), (7, 2048, 900), (16, 1, 1, 1, 5000, 3)], ids=str)
+def test_tensors_as_one_piece_and_back(parts: ModuleType, sizes: tuple[int, ...]) -> None:
+    tensors = [torch.randn(size) for size in sizes]
+    whole = parts.joined(tensors, torch.float16)
+    assert torch.equal(whole, torch.cat(tensors).half())
+    sums = [tensor.clone() for tensor in tensors]
+    parts.add_each(whole, sums)
+    for tensor, total, numbers in zip(tensors, sums, whole.split(sizes), strict=True):
+        assert torch.equal(total, tensor + numbers.float())
 
 
 @pytest.mark.parametrize(("size", "turned", "normed"), [(24, 24, False), (24, 16, False), (64, 64, False), (24, 24, True), (64, 64, True)])

@@ -15,13 +15,17 @@ BF16, F16, F32, FP8, BYTES, INT = "*bf16", "*fp16", "*fp32", "*fp8e4nv", "*i8", 
 NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "width": INT, "epsilon": "fp32"}
 GATE = dict.fromkeys(("grad", "gate", "up", "out", "low_gate", "b_gate", "low_up", "b_up", "slope", "a"), BF16)
 GATE |= dict.fromkeys(("rank", "rank_gate", "rank_up", "number", "width", "gate_stride", "up_stride", "low_stride"), INT)
-GATE |= {"scaling_gate": "fp32", "scaling_up": "fp32"}
-TILED = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2}
-PARTS, PLAIN = {"GATE": True, "UP": True, **TILED}, {"GATE": False, "UP": False, "RANK": 16, **TILED}
+GATE |= {"scaling_gate": "fp32", "scaling_up": "fp32", "sums": F32}
+TILED = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2, "DOWN": True}
+PARTS, PLAIN = {"GATE": True, "UP": True, **TILED}, {"GATE": False, "UP": False, "RANK": 16, **TILED, "DOWN": False}
 HEADS = {**NORM, "cos": BF16, "sin": BF16, "heads": INT, "size": INT, "stride": INT, "half": INT, "rows": INT}
 ROWS = {"held": FP8, "scales": F32}
 WIDEN = {"packed": "*u8", "scale_codes": F32, "scales2": F32, "offset": F32, "codes": F32, "out": BF16, "size": INT}
 LOSS = {"logits": BF16, "labels": "*i64", "losses": F32, "size": INT, "cap": "fp32"}
+BEGUN = {"low": BF16, "b": BF16, "beside": BF16, "bias": BF16, "out": BF16, "scaling": "fp32"}
+BEGUN |= dict.fromkeys(("rank", "number", "width", "low_stride"), INT)
+TENSORS = ("first", "second", "third", "fourth", "fifth", "sixth")
+PIECES = {f"end{number}": INT for number in range(1, 7)}
 Case = tuple[str, dict[str, str], dict[str, Any]]
 BEFORE_AMPERE = ("_widen", "_cross_entropy", "_quantize", "_turn", "_summed", "_scaled")
 """What runs outside fused layers, in float16 on Turing."""
@@ -33,9 +37,13 @@ CASES: list[Case] = [
     ("_norm_backward", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
     ("_gated", GATE, {"GELU": True, **PLAIN}),
     ("_gated", GATE, {"GELU": False, "RANK": 64, **PARTS}),
-    ("_gated_backward", GATE, {"GELU": True, "DOWN": False, **PLAIN}),
-    ("_gated_backward", GATE, {"GELU": True, "DOWN": True, "RANK": 16, **PARTS}),
-    ("_gated_backward", GATE, {"GELU": False, "DOWN": True, "RANK": 64, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": True, "SUMS": False, "PRODUCT": True, **PLAIN}),
+    ("_gated_backward", GATE, {"GELU": True, "SUMS": True, "PRODUCT": False, "RANK": 16, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": True, "SUMS": True, "PRODUCT": True, "RANK": 32, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": False, "SUMS": False, "PRODUCT": True, "RANK": 64, **PARTS}),
+    ("_begun", BEGUN, {"BESIDE": True, "BIAS": True, "RANK": 32, "ROWS": 32, "BLOCK": 128}),
+    ("_join", {**PIECES, **dict.fromkeys(TENSORS, F32), "out": BF16}, {"BLOCK": 1024}),
+    ("_add", {**PIECES, **dict.fromkeys(TENSORS, F32), "whole": BF16}, {"BLOCK": 1024}),
     ("_heads", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_heads_backward", HEADS, {"OFFSET": 1.0, "NORM": True, "HEADS": 32, "HALF": 64}),
     ("_cross_entropy", LOSS, {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}),
@@ -54,10 +62,12 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qlora_tui.engine.fast import gate, kernels, widths
+    from qlora_tui.engine.fast import gate, kernels, parts, widths
 
-    found = {name: part for room in (kernels, gate, widths) for name, part in vars(room).items() if isinstance(part, triton.JITFunction)}
-    written = "".join(inspect.getsource(room) for room in (kernels, gate, widths))
+    found = {
+        name: part for room in (kernels, gate, parts, widths) for name, part in vars(room).items() if isinstance(part, triton.JITFunction)
+    }
+    written = "".join(inspect.getsource(room) for room in (kernels, gate, parts, widths))
     assert {name for name in found if f"{name}[" in written} == {name for name, _, _ in CASES}  # all that are launched
     for name, types, constants in CASES:
         arguments = found[name].arg_names
