@@ -21,8 +21,8 @@ _QKV, GATED = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj
 TILE = 4096
 """Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.operations`. A test compares them."""
 
-WIDEST_SUM, COLUMNS_OF_A_SUM, ROWS_OF_A_SUM = 32, 512, 256
-"""The highest rank whose gradients the gate's kernels sum on their way, and what one program sums; the figures of `fast.gate`."""
+WIDEST_SUM, ROWS_OF_A_SUM = 32, 256
+"""The highest rank whose gradients the gate's kernel sums on its way, and the rows of one sum; the same figures as in `fast.gate`."""
 
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
@@ -128,7 +128,7 @@ class FusedLayer:
         tokens = min(self.tokens, TILE)
         share = self.model.intermediate_size * tokens * self.width
         small = self._hidden() * tokens // self.tokens
-        mlp = max(2 * share + self._widened(*GATED) + small, 3 * share + self._low_sums(tokens), share + self._widened("down_proj"))
+        mlp = max(2 * share + self._widened(*GATED) + small, 3 * share, share + self._widened("down_proj"))
         attention = self._hidden() + 2 * self._query() + 2 * self._keys()
         return 2 * self._hidden() + max(2 * self._hidden() + mlp, attention)
 
@@ -167,11 +167,6 @@ class FusedLayer:
             return 0
         parts = [part for part in self.model.targeted(self.run.lora_target_modules) if part.name in (*GATED, "down_proj")]
         return 4 * _rank(self.run) * sum(part.inputs if part.name == "down_proj" else part.outputs for part in parts)
-
-    def _low_sums(self, tokens: int) -> int:
-        """Return the sums of which the gate makes the low-rank product after it, in 32 bits, their total, and that in its type."""
-        columns = -(-self.model.intermediate_size // COLUMNS_OF_A_SUM)
-        return (4 * (columns + 1) + self.width) * self._low("down_proj") * tokens // (self.tokens * self.width)
 
     def _adapters(self, *names: str) -> int:
         """Return the adapters of modules called `names` as they are multiplied."""

@@ -23,8 +23,7 @@ from qlora_tui.engine.machine import Machine
 
 Activation = str
 Parts = tuple[Part | None, Part | None]
-WIDEST_ROW, WIDEST_RANK, WIDEST_SUM = 1 << 14, 64, 32
-COLUMNS_OF_A_SUM, ROWS_OF_A_SUM = 512, 256
+WIDEST_ROW, WIDEST_RANK, WIDEST_SUM, ROWS_OF_A_SUM = 1 << 14, 64, 32, 256
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
@@ -122,20 +121,11 @@ def _completed(value: torch.Tensor, part: Part | None) -> torch.Tensor:
     return value.float() if part is None else value.float() + part.scaling * (part.low_NR.float() @ part.b_OR.float().t())
 
 
-def gated(
-    gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None), a_RI: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    number, width = gate_NI.shape
-    out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
+def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: Parts = (None, None)) -> torch.Tensor:
+    out = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
     with _disable_current_modes(), torch.no_grad():
         out.copy_(_gated(_completed(gate_NI, parts[0]), _completed(up_NI, parts[1]), kind))
-    if a_RI is None:
-        return out, None
-    sums = torch.empty(-(-width // COLUMNS_OF_A_SUM), number, len(a_RI), device=out.device)
-    with _disable_current_modes(), torch.no_grad():
-        total = out.float() @ a_RI.float().t()
-    _fill(sums, total)
-    return out, sums.sum(0).to(out.dtype)
+    return out
 
 
 def gated_backward_(
@@ -171,17 +161,10 @@ def gated_backward_(
             if part is not None
         ]
         found += [] if beside is None else [beside[0].float().t() @ made.to(grad_NI.dtype).float()]
-        whole_sum = torch.cat([part.reshape(-1) for part in found])
-    _fill(sums, whole_sum)
+        sums.zero_()
+        sums[0] = torch.cat([part.reshape(-1) for part in found])  # as if the first program had summed all
     of_b, of_a = sums.sum(0).split([width * sum(ranks[:2]), width * ranks[2]])
     return of_b, of_a
-
-
-def _fill(sums: torch.Tensor, total: torch.Tensor) -> None:
-    """As if the first program had summed all."""
-    with _disable_current_modes(), torch.no_grad():
-        sums.zero_()
-        sums[0] = total
 
 
 def begun(

@@ -164,14 +164,13 @@ def forward(
     out_NO: torch.Tensor | None = None,
     *,
     added: bool = True,
-    low_NR: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return each product plus `residual_NO`, and x A^T, which gradients read; without the adapters' parts unless `added`.
 
     What an adapter adds is written first, and the product added to it: a product reads what it adds to while it multiplies, which
-    takes no time of its own. `low_NR` is x A^T where it is known already.
+    takes no time of its own.
     """
-    low_NR = adapters.low(x_NI) if low_NR is None else low_NR
+    low_NR = adapters.low(x_NI)
     made = list[torch.Tensor]()
     for linear, part in zip(adapters.linears, adapters.parts(low_NR), strict=True):
         if part is None or not added:

@@ -169,10 +169,9 @@ class _Mlp(torch.autograd.Function):
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
             made, low = adapted.forward(norm.of(x_NH[part]), ups, added=not _gate_adds(ups, down))
             kept = [*made, low] if keep else []
-            a_RI = down.stacked if any(down.ranks) and _gate_adds(ups, down) else None
-            inner, low = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low), a_RI)
+            inner = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low))
             made.clear()  # let go of as soon as they were read
-            _, low = adapted.forward(inner, down, x_NH[part] if residual else None, out[part], low_NR=low)
+            _, low = adapted.forward(inner, down, x_NH[part] if residual else None, out[part])
             kept += [low] if keep else []
             del low, inner
         ctx.save_for_backward(x, *pairs, *kept)
@@ -242,7 +241,7 @@ def _back_through(
         inner.addmm_(slope, down.stacked)
     beside = (slope, down.stacked) if slope is not None and adds else None
     halves = _halves_of_parts(ups, down, low)
-    # the wide ones are their own gradients then, and inner is the product that was, where it is read: its low-rank one may have been kept
+    # the wide ones are their own gradients then, and inner is the product that was, where it is read: its low-rank one was not kept
     of_b, of_a = gate.gated_backward_(inner, *_halves(wide), kind, halves, beside, product=not made)
     of_down = down.gradients(slope, [grad_NH], inner, low_down if made else down.low(inner), of_a=of_a)
     del inner, of_a

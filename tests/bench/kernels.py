@@ -104,8 +104,8 @@ def gates(mine: Any, tokens: int, inner: int, device: str) -> Iterator[Timed]:
         written = [part.clone() for part in (dh, gate, up)]  # it writes over what it is given; other numbers cost the same
         low, b = torch.randn_like(gate[:, :16]), torch.randn(inner, 16, device=device, dtype=torch.bfloat16)
         parts, beside = (Part(low, b, 1.0), Part(low, b, 1.0)), (low, b.t().contiguous())
-        yield "swiglu", "ours", 3 * one, lambda: room.gated(gate, up, "silu")[0]
-        yield "swiglu with adapters", "ours", 3 * one, lambda: room.gated(gate, up, "silu", parts, beside[1])[0]
+        yield "swiglu", "ours", 3 * one, lambda: room.gated(gate, up, "silu")
+        yield "swiglu with adapters", "ours", 3 * one, lambda: room.gated(gate, up, "silu", parts)
         yield "swiglu_backward", "ours", 6 * one, lambda: room.gated_backward_(*written, "silu", product=True)
         yield "swiglu_backward with adapters", "ours", 5 * one, lambda: room.gated_backward_(*written, "silu", parts, beside, product=False)
     if liger(device):

@@ -182,11 +182,11 @@ def test_gate(gate: ModuleType, kind: str, joined: bool, ranks: tuple[int, int],
     made = []
     for room in (gate, plain_kernels):
         left, right = both.clone().chunk(2, dim=1) if joined else (half.contiguous() for half in both.clone().chunk(2, dim=1))
-        (product, low), slope = room.gated(left, right, kind, parts, beside[1] if max(ranks) else None), grad.clone()
+        product, slope = room.gated(left, right, kind, parts), grad.clone()
         gradients = room.gated_backward_(slope, left, right, kind, parts, beside if max(ranks) else None, product=True)
         torch.testing.assert_close(slope, product, **CLOSE)  # the gradient's place holds the product
         assert [part is None for part in gradients] == [not 0 < max(ranks) <= gate.WIDEST_SUM] * 2
-        made.append((product, left, right, low, *gradients))
+        made.append((product, left, right, *gradients))
     for ours, theirs in zip(*made, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:

@@ -16,8 +16,8 @@ NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "w
 GATE = dict.fromkeys(("grad", "gate", "up", "out", "low_gate", "b_gate", "low_up", "b_up", "slope", "a"), BF16)
 GATE |= dict.fromkeys(("rank", "rank_gate", "rank_up", "number", "width", "gate_stride", "up_stride", "low_stride"), INT)
 GATE |= {"scaling_gate": "fp32", "scaling_up": "fp32", "sums": F32}
-TILED = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2, "DOWN": True}
-PARTS, PLAIN = {"GATE": True, "UP": True, **TILED}, {"GATE": False, "UP": False, "RANK": 16, **TILED, "DOWN": False}
+TILED = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2}
+PARTS, PLAIN = {"GATE": True, "UP": True, **TILED}, {"GATE": False, "UP": False, "RANK": 16, **TILED}
 HEADS = {**NORM, "cos": BF16, "sin": BF16, "heads": INT, "size": INT, "stride": INT, "half": INT, "rows": INT}
 ROWS = {"held": FP8, "scales": F32}
 WIDEN = {"packed": "*u8", "scale_codes": F32, "scales2": F32, "offset": F32, "codes": F32, "out": BF16, "size": INT}
@@ -37,10 +37,10 @@ CASES: list[Case] = [
     ("_norm_backward", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
     ("_gated", GATE, {"GELU": True, **PLAIN}),
     ("_gated", GATE, {"GELU": False, "RANK": 64, **PARTS}),
-    ("_gated_backward", GATE, {"GELU": True, "SUMS": False, "PRODUCT": True, **PLAIN}),
-    ("_gated_backward", GATE, {"GELU": True, "SUMS": True, "PRODUCT": False, "RANK": 16, **PARTS}),
-    ("_gated_backward", GATE, {"GELU": True, "SUMS": True, "PRODUCT": True, "RANK": 32, **PARTS}),
-    ("_gated_backward", GATE, {"GELU": False, "SUMS": False, "PRODUCT": True, "RANK": 64, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": True, "DOWN": False, "SUMS": False, "PRODUCT": True, **PLAIN}),
+    ("_gated_backward", GATE, {"GELU": True, "DOWN": True, "SUMS": True, "PRODUCT": False, "RANK": 16, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": True, "DOWN": True, "SUMS": True, "PRODUCT": True, "RANK": 32, **PARTS}),
+    ("_gated_backward", GATE, {"GELU": False, "DOWN": True, "SUMS": False, "PRODUCT": True, "RANK": 64, **PARTS}),
     ("_begun", BEGUN, {"BESIDE": True, "BIAS": True, "RANK": 32, "ROWS": 32, "BLOCK": 128}),
     ("_join", {**PIECES, **dict.fromkeys(TENSORS, F32), "out": BF16}, {"BLOCK": 1024}),
     ("_add", {**PIECES, **dict.fromkeys(TENSORS, F32), "whole": BF16}, {"BLOCK": 1024}),
