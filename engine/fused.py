@@ -41,7 +41,7 @@ def fused_layers(model: ModelSpec, run: RunConfig, fuses: bool) -> bool:
     return run.fused_layers != "off" and fuses and plain and covered
 
 
-def _rank(run: RunConfig) -> int:
+def multiplied_rank(run: RunConfig) -> int:
     """Return the rank of what is multiplied: PiSSA's start goes beside the adapter, in one product."""
     return run.lora_r * (2 if run.init_lora_weights == "pissa" else 1)
 
@@ -163,15 +163,15 @@ class FusedLayer:
 
     def _sum(self) -> int:
         """Return the gradients that the gate sums, in 32 bits: of the B's before it and the A after it."""
-        if _rank(self.run) > WIDEST_SUM:
+        if multiplied_rank(self.run) > WIDEST_SUM:
             return 0
         parts = [part for part in self.model.targeted(self.run.lora_target_modules) if part.name in (*GATED, "down_proj")]
-        return 4 * _rank(self.run) * sum(part.inputs if part.name == "down_proj" else part.outputs for part in parts)
+        return 4 * multiplied_rank(self.run) * sum(part.inputs if part.name == "down_proj" else part.outputs for part in parts)
 
     def _adapters(self, *names: str) -> int:
         """Return the adapters of modules called `names` as they are multiplied."""
         parts = [part for part in self.model.targeted(self.run.lora_target_modules) if part.name in names]
-        return self.width * _rank(self.run) * sum(part.inputs + part.outputs for part in parts)
+        return self.width * multiplied_rank(self.run) * sum(part.inputs + part.outputs for part in parts)
 
     def _sandwich(self) -> bool:
         return self.model.norms_per_layer > 2
@@ -190,7 +190,7 @@ class FusedLayer:
 
     def _low(self, *names: str) -> int:
         count = sum(part.name in names for part in self.model.targeted(self.run.lora_target_modules))
-        return self.tokens * self.width * _rank(self.run) * count
+        return self.tokens * self.width * multiplied_rank(self.run) * count
 
     def _turned(self, tokens: int, *names: str) -> int:
         """Return what gradients of inputs of those called `names` take: the largest weight widened, or turned at a byte a weight.

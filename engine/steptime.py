@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_tui.engine.cards import Card
-from qlora_tui.engine.fused import GATED, TILE, fused_layers
+from qlora_tui.engine.fused import GATED, ROWS_OF_A_SUM, TILE, WIDEST_SUM, fused_layers, multiplied_rank
 from qlora_tui.engine.machine import Machine, card_of
 from qlora_tui.engine.measured import Speed
 from qlora_tui.engine.models import ModelSpec
@@ -141,7 +141,7 @@ def micro_batch(model: ModelSpec, run: RunConfig, machine: Machine, speed: Speed
     frozen, low = 2.0 * weights * batch / flops * share, 2.0 * _low_rank(model, run) * batch / flops
     products = max(frozen, weights * width / speed.bandwidth_bytes) + low
     gradients = max(frozen * _narrow_share(speed, narrow), weights / speed.bandwidth_bytes) + low if narrow else products
-    there, back = (_fused_moves if fused else _moves)(model, run, width, tokens)
+    there, back = _fused_moves(model, run, width, narrow) if fused else _moves(model, run, width, tokens)
     rate = speed.bandwidth_bytes * (_FUSED_MOVE_SHARE if fused else _MOVE_SHARE)
     full = back_full = _full_weights(model, run, width, speed, kernels=kernels)
     if narrow:
@@ -224,9 +224,9 @@ def launches(model: ModelSpec, run: RunConfig, *, fused: bool, narrow: bool = Fa
 def _fused_launches(model: ModelSpec, run: RunConfig, *, narrow: bool) -> tuple[int, int]:
     """Return the same of a fused layer, counted from `fast.layers` and `fast.adapted`.
 
-    An 8 B model's step has 4,710 kernels on an H100, and 1,333 more with every layer made again; 5,054 with FP8 (2026-11-27).
-    Of each group of modules that share an input, adapters are put together and cast once, and multiplied once; of each module
-    its part is added forward and multiplied twice backward, where a card often splits the sum and clears room for it first.
+    An 8 B model's step has 3,815 kernels on an H100 (2026-11-28), and some 1,300 more with every layer made again.
+    Of each group of modules that share an input, adapters are cast, multiplied, and their gradients added in one kernel each; of each
+    module its part is written forward and multiplied twice backward, where a card often splits the sum and clears room for it first.
     """
     parts, targeted, sandwich = model.linears(), model.targeted(run.lora_target_modules), model.norms_per_layer > 2
     groups = len({_SHARED.get(part.name, part.name) for part in targeted})
@@ -234,8 +234,10 @@ def _fused_launches(model: ModelSpec, run: RunConfig, *, narrow: bool) -> tuple[
     products = (2 if four_bit(model, run) or eight_bit(model, run) else 1) * len(parts)
     gradients = 4 * len(parts) if narrow else products  # a gradient is quantized, a weight turned, and sums are added up
     heads = 2 * model.qk_norm
-    there = 4 + model.norms_per_layer + products + 3 * groups + added + heads
-    back = 11 + 2 * model.norms_per_layer + gradients + 5 * groups + 7 * len(targeted) + heads
+    there = (4 if sandwich else 2) + model.norms_per_layer + products + 2 * groups + added + heads
+    back = (
+        (9 if multiplied_rank(run) <= WIDEST_SUM else 11) + 2 * model.norms_per_layer + gradients + 4 * groups + 5 * len(targeted) + heads
+    )
     return there if sandwich else there + 5, there + back
 
 
@@ -302,22 +304,26 @@ def _moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> tuple
     return width * forward, width * backward
 
 
-def _fused_moves(model: ModelSpec, run: RunConfig, width: int, tokens: float) -> tuple[float, float]:
+def _fused_moves(model: ModelSpec, run: RunConfig, width: int, narrow: str) -> tuple[float, float]:
     """Return the same of fused layers: each kernel reads and writes once, and low-rank products read what they share once.
 
-    What adapters add to gate and up, and to the gradient of their product, is added by the gate's kernels on the way.
+    What adapters add is written before the product is, which adds itself to it; only FP8's is added to. The gate's kernels add theirs
+    on the way, and sum the gradients of the adapters beside them.
     """
-    targeted = model.targeted(run.lora_target_modules)
+    targeted, rank = model.targeted(run.lora_target_modules), multiplied_rank(run)
     hidden, inner, turned = model.hidden_size, model.intermediate_size, 2 * (model.query_size + model.key_value_size)
     outputs = sum(part.outputs for part in targeted)
     added = sum(part.outputs for part in targeted if _SHARED.get(part.name) != "mlp")
     inputs = {_SHARED.get(part.name, part.name): part.inputs for part in targeted}
     wide = inputs.pop("down_proj", 0)
-    sandwich = model.norms_per_layer > 2
+    sandwich, summed = model.norms_per_layer > 2, rank <= WIDEST_SUM
     turned *= 2 if model.qk_norm else 1
-    forward = 8 * hidden + 6 * hidden * sandwich + 2 * added + sum(inputs.values()) + wide + turned + 3 * inner
-    backward = 16 * hidden + 8 * hidden * sandwich + 2 * outputs + 3 * sum(inputs.values()) + wide + turned + 6 * inner
-    return width * forward, width * backward
+    forward = (8 if sandwich else 6) * hidden + 6 * hidden * sandwich + added + sum(inputs.values()) + wide + turned + 3 * inner
+    backward = 16 * hidden + 8 * hidden * sandwich + (3 if narrow == "fp8" else 2) * sum(inputs.values()) + turned
+    if summed:
+        sums = (outputs - added + wide) * rank * 4 * 2 / ROWS_OF_A_SUM
+        return width * forward, width * (backward + outputs + added + 5 * inner) + sums
+    return width * forward, width * (backward + 2 * outputs + wide + 6 * inner)
 
 
 def _narrow_share(speed: Speed, kind: str) -> float:
