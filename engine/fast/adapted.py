@@ -117,7 +117,7 @@ class Adapters:
         """Return gradients for A and B in turn, in their own type, without those of what an adapter started from.
 
         `leaves` are the parameters themselves. Where all of them have gradients already, these are added to at once, in one kernel, and
-        autograd is given nothing to add.
+        autograd is given nothing to add: so whoever asks autograd for gradients apart must have none in place.
         """
         found = list[torch.Tensor | None]()
         if whole is None or self._whole is None:

@@ -7,7 +7,7 @@ products alone, and both passes complete them. Numbers are computed in float32 a
 A program goes along some tiles, forward of its rows and backward of its columns: the next tile is on its way while one is multiplied,
 and what is alike for all is read once. Backward it sums the gradients of the adapters beside these tensors on the way, for which they would
 be read again. Sums of programs are written apart and added, so that the bits are the same every time. (The low-rank product after the
-gate, summed forward in the same way, took three times what its own product takes: 2026-11-28.)
+gate, summed forward in the same way, took five times what a product of its own takes: 2026-11-28.)
 
 Shapes: N tokens, I inner width, R rank.
 """
@@ -31,10 +31,8 @@ WIDEST_SUM = 32
 ROWS_OF_A_SUM = 256
 """Rows that a program of the backward pass goes through: more leave cards idle, fewer write more sums that are added later."""
 _ROWS, _BLOCK = 16, 128  # of a tile: as few rows as a tensor core takes, and a whole line of the cache of each (measured beside others)
-_TILES, _STAGES = (
-    4,
-    2,
-)  # of a program forward, and of them in flight: the compiler then asks for the next tile early, with half the barriers
+_TILES = 4  # of a program forward
+_STAGES = 2  # tiles in flight: the compiler then asks for the next one early, with half the barriers
 _SUM_STAGES, _SUM_WARPS = 3, 8  # backward where it sums, which takes more registers
 
 

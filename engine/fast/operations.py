@@ -189,7 +189,7 @@ class _Mlp(torch.autograd.Function):
             made = (list(kept[:-2]), *kept[-2:]) if keep else None
             grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, ups, down, kind, made)
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
-            sums = found if len(x_NH[part]) == len(x_NH) else _summed(sums, found, (ups, down))
+            sums = found if keep or len(x_NH) <= TILE else _summed(sums, found, (ups, down))
             del grad_x, found
         of_ups, of_down = ups.trained(sums[0], ctx.leaves[:-2]), down.trained(sums[1], ctx.leaves[-2:])
         return out.view(x.shape), None, None, None, None, None, *of_ups, *of_down
