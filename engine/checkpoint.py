@@ -196,8 +196,6 @@ def _prove_adapter(folder: Path) -> None:
 
 def _write_parts(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, str]:
     """Write everything but the manifest and return the digest of each part as it should lie there."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # paged optimizer state is read from the host below
     digests: dict[str, str] = {}
     _write_peft(folder, model, str(model.peft_config["default"].base_model_name_or_path), digests)
     tensors, rest = states.split(optimizer)

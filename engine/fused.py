@@ -21,8 +21,11 @@ _QKV, GATED = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj
 TILE = 4096
 """Tokens of a recomputed layer's MLP in flight at once; the same figure as in `fast.operations`. A test compares them."""
 
-WIDEST_SUM, ROWS_OF_A_SUM = 32, 256
+WIDEST_SUM, ROWS_OF_A_SUM = 32, 512
 """The highest rank whose gradients the gate's kernel sums on its way, and the rows of one sum; the same figures as in `fast.gate`."""
+
+_RATE = 4
+"""Bytes of what a norm multiplied a row by, which is kept instead of the norm."""
 
 WIDEST_ROW = 1 << 14
 """The widest hidden size that a norm's kernel holds; the same figure as in `fast.kernels`."""
@@ -94,14 +97,15 @@ class FusedLayer:
 
     def attention(self) -> int:
         """Return what is kept for everything but the MLP's products: both inputs, queries, keys, values and attention's output."""
-        kept = 2 * self._hidden() + 2 * self._query() + 2 * self.repeated + self.scores + self._low(*_QKV, "o_proj")
+        kept = 2 * self._hidden() + 2 * self._query() + 2 * self.repeated + self.scores + self._low(*_QKV, "o_proj") + _RATE * self.tokens
         if self.model.qk_norm:
             kept += self._query() + self._keys()
         return kept + (2 * self._hidden() if self._sandwich() else 0)
 
     def mlp(self, tokens: int = 0) -> int:
         """Return what the MLP's two wide products of `tokens`, else of all, take with their low-rank parts: a kept layer keeps them."""
-        return (2 * self._inner() + self._low(*GATED, "down_proj")) * (tokens or self.tokens) // self.tokens
+        whole = 2 * self._inner() + self._low(*GATED, "down_proj") + _RATE * self.tokens
+        return whole * (tokens or self.tokens) // self.tokens
 
     def before_gradients(self) -> int:
         """Return what the first layer keeps less: where attention's products have no adapter, nothing before them needs a gradient."""
@@ -113,7 +117,7 @@ class FusedLayer:
 
     def backward(self) -> list[tuple[int, int]]:
         """Return what each stage of a kept layer's backward pass holds beyond what is kept: in tensors, and inside kernels."""
-        return [(self._down(self.tokens), 0), (self._up(self.tokens), 0), *self._early()]
+        return [(self._down(self.tokens, normed=False), 0), (self._up(self.tokens, normed=False), 0), *self._early()]
 
     def again(self) -> list[tuple[int, int]]:
         """Return the same for a layer that was computed again; its wide products were not kept, so they are taken off."""
@@ -121,7 +125,7 @@ class FusedLayer:
             return self.backward()
         tokens = min(self.tokens, TILE)
         wide = self.mlp(tokens) - self.mlp()
-        return [(self._down(tokens) + wide, 0), (self._up(tokens) + wide, 0), *self._early()]
+        return [(self._down(tokens, normed=True) + wide, 0), (self._up(tokens, normed=True) + wide, 0), *self._early()]
 
     def forward(self) -> int:
         """Return the most that a layer holds in a forward pass that keeps nothing: the embeddings and its input are there all along."""
@@ -138,24 +142,25 @@ class FusedLayer:
         flowing = self._query() + 2 * self.repeated
         output = 2 * self._hidden() + self._query() + self._turned(self.tokens, "o_proj")
         within = self._hidden() + self._query() + flowing
-        products = 4 * self._hidden() + self._query() + 2 * self._keys() + self._turned(self.tokens, *_QKV) - 2 * self._query()
+        products = 3 * self._hidden() + self._query() + 2 * self._keys() + self._turned(self.tokens, *_QKV) - 2 * self._query()
         return [(output - gone, 0), (within - gone, self.kernel), (products - gone, 0)]
 
-    def _down(self, tokens: int) -> int:
-        """The inner product's gradient is made: beside the gradient that came and the one to be, the norm again and the third weight.
+    def _down(self, tokens: int, *, normed: bool) -> int:
+        """The inner product's gradient is made: beside the gradient that came and the one to be, the third weight.
 
-        In the weight's place come the sums of which the gate makes the adapters' gradients.
+        In the weight's place come the sums of which the gate makes the adapters' gradients. Where the wide products are made again, the
+        norm that they were made of (`normed`) is there too.
         """
-        share = (self.model.hidden_size + self.model.intermediate_size) * tokens * self.width
+        share = (self.model.hidden_size * normed + self.model.intermediate_size) * tokens * self.width
         sums = (-(-tokens // ROWS_OF_A_SUM) + 1) * self._sum() + self._low("down_proj") * tokens // self.tokens
         beside = max(self._turned(tokens, "down_proj"), sums) + self._before(tokens)
         return 2 * self._hidden() + share + beside + self._adapters(*GATED, "down_proj")
 
-    def _up(self, tokens: int) -> int:
+    def _up(self, tokens: int, *, normed: bool) -> int:
         """The gradient of the MLP's input is made from both wide ones; those of the adapters wait, and what they were made from."""
         names = (*GATED, "down_proj")
         waiting = 2 * self._adapters(*names) + 2 * self._low(*GATED) * tokens // self.tokens + self._sum() + self._before(tokens)
-        return 2 * self._hidden() + 2 * self.model.hidden_size * tokens * self.width + self._turned(tokens, *GATED) + waiting
+        return 2 * self._hidden() + (1 + normed) * self.model.hidden_size * tokens * self.width + self._turned(tokens, *GATED) + waiting
 
     def _before(self, tokens: int) -> int:
         """Return the adapters' gradients of the tiles before, where there is more than one: in 32 bits."""

@@ -122,8 +122,13 @@ def said(error: BaseException) -> str:
 def in_use(device: torch.device) -> dict[str, int]:
     """Return what a step tells of memory: allocated, reserved and their peak; on a CPU all three are resident memory."""
     if device.type == "cuda":
-        now, reserved, peak = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated()
-        return {"memory_allocated_bytes": now, "memory_reserved_bytes": reserved, "memory_peak_bytes": peak}
+        told = torch.cuda.memory.memory_stats_as_nested_dict()  # once: each of torch's own functions asks for all of it and sorts it
+        allocated, reserved = told["allocated_bytes"]["all"], told["reserved_bytes"]["all"]
+        return {
+            "memory_allocated_bytes": allocated["current"],
+            "memory_reserved_bytes": reserved["current"],
+            "memory_peak_bytes": allocated["peak"],
+        }
     resident = resident_bytes()
     return {"memory_allocated_bytes": resident, "memory_reserved_bytes": resident, "memory_peak_bytes": resident}
 

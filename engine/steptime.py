@@ -228,6 +228,7 @@ def _fused_launches(model: ModelSpec, run: RunConfig, *, narrow: bool) -> tuple[
     An 8 B model's step has 4,135 kernels on an H200, which splits more sums than an H100 (2026-11-28).
     Of each group of modules that share an input, adapters are cast, multiplied, and their gradients added in one kernel each; of each
     module its part is written forward and multiplied twice backward, where a card often splits the sum and clears room for it first.
+    Of an input that a norm made the slope is scaled, and A's gradient, in place of the norm.
     """
     parts, targeted, sandwich = model.linears(), model.targeted(run.lora_target_modules), model.norms_per_layer > 2
     groups = len({_SHARED.get(part.name, part.name) for part in targeted})
@@ -236,10 +237,10 @@ def _fused_launches(model: ModelSpec, run: RunConfig, *, narrow: bool) -> tuple[
     gradients = 4 * len(parts) if narrow else products  # a gradient is quantized, a weight turned, and sums are added up
     heads = 2 * model.qk_norm
     there = (4 if sandwich else 2) + model.norms_per_layer + products + 2 * groups + added + heads
-    back = (
-        (9 if multiplied_rank(run) <= WIDEST_SUM else 11) + 2 * model.norms_per_layer + gradients + 4 * groups + 5 * len(targeted) + heads
-    )
-    return there if sandwich else there + 5, there + back
+    scaled = groups - sum(part.name in ("o_proj", "down_proj") for part in targeted)  # A's gradient is made of what a norm read
+    norms = model.norms_per_layer + 2 * scaled
+    back = (9 if multiplied_rank(run) <= WIDEST_SUM else 11) + norms + gradients + 4 * groups + 5 * len(targeted) + heads
+    return there if sandwich else there + 4, there + back
 
 
 def optimizer_seconds(model: ModelSpec, run: RunConfig, speed: Speed) -> float:
@@ -320,7 +321,7 @@ def _fused_moves(model: ModelSpec, run: RunConfig, width: int, narrow: str) -> t
     sandwich, summed = model.norms_per_layer > 2, rank <= WIDEST_SUM
     turned *= 2 if model.qk_norm else 1
     forward = (8 if sandwich else 6) * hidden + 6 * hidden * sandwich + added + sum(inputs.values()) + wide + turned + 3 * inner
-    backward = 16 * hidden + 8 * hidden * sandwich + (3 if narrow == "fp8" else 2) * sum(inputs.values()) + turned
+    backward = 12 * hidden + 8 * hidden * sandwich + (3 if narrow == "fp8" else 2) * sum(inputs.values()) + turned
     if summed:
         sums = (outputs - added + wide) * rank * 4 * 2 / ROWS_OF_A_SUM
         return width * forward, width * (backward + outputs + added + (5 if wide else 6) * inner) + sums

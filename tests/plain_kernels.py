@@ -23,7 +23,7 @@ from qlora_tui.engine.machine import Machine
 
 Activation = str
 Parts = tuple[Part | None, Part | None]
-WIDEST_ROW, WIDEST_RANK, WIDEST_SUM, ROWS_OF_A_SUM = 1 << 14, 64, 32, 256
+WIDEST_ROW, WIDEST_RANK, WIDEST_SUM, ROWS_OF_A_SUM = 1 << 14, 64, 32, 512
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,12 @@ def rms_norm(
     epsilon: float,
     offset: float = 0.0,
     beside: torch.Tensor | None = None,
+    rates_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(x_NH)
     with _disable_current_modes(), torch.no_grad():
+        if rates_N is not None:
+            rates_N.copy_(torch.rsqrt(x_NH.float().square().mean(-1) + epsilon))
         result = _norm(x_NH.float(), weight_H, epsilon, offset)
         out.copy_(result if beside is None else result + beside.float())
     return out

@@ -28,6 +28,9 @@ class Linear:
     scaling: float
 
 
+Scale = tuple[torch.Tensor, torch.Tensor]
+"""What a norm multiplied its input by: rates of its rows [N] in float32, and weights of its columns [I]."""
+
 Pairs = Sequence[torch.Tensor | None]
 """A [R, I] and B [O, R] of each product in turn; None twice for one without an adapter."""
 
@@ -93,18 +96,26 @@ class Adapters:
         x_NI: torch.Tensor,
         low_NR: torch.Tensor | None,
         *,
+        scale: Scale | None = None,
         of_a: torch.Tensor | None = None,
         of_b: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Return the gradients of A's and B's, laid out as they are; those of all A's or all B's may be known already."""
+        """Return the gradients of A's and B's, laid out as they are; those of all A's or all B's may be known already.
+
+        With a `scale` the products read what a norm made of `x_NI`, which is not made again: A's gradient is small, and so is the slope.
+        """
         if slope_NR is None or low_NR is None or self._whole is None:
             return None
         whole = torch.empty_like(self._whole)
         all_a, each_b = self._split(whole)
-        if of_a is None:
+        if of_a is not None:
+            all_a.copy_(of_a.view_as(all_a))
+        elif scale is None:
             torch.mm(slope_NR.t(), x_NI, out=all_a)
         else:
-            all_a.copy_(of_a.view_as(all_a))
+            rates_N, weights_I = scale
+            scaled_NR = torch.mul(slope_NR, rates_N[:, None], out=torch.empty_like(slope_NR))
+            torch.mm(scaled_NR.t(), x_NI, out=all_a).mul_(weights_I)
         if of_b is not None:
             whole[all_a.numel() :].copy_(of_b)
             return whole
@@ -188,11 +199,15 @@ def backward(
     low_NR: torch.Tensor | None,
     *,
     wanted: bool,
+    scale: Scale | None = None,
     of_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradient of the products' input, if `wanted`, and those of the adapters, laid out as they are; `of_b` if known."""
+    """Return the gradient of the products' input, if `wanted`, and those of the adapters, laid out as they are; `of_b` if known.
+
+    With a `scale` that input is what a norm made of `x_NI`.
+    """
     slope_NR = adapters.slopes(grads_NO)
-    found = adapters.gradients(slope_NR, grads_NO, x_NI, low_NR, of_b=of_b)
+    found = adapters.gradients(slope_NR, grads_NO, x_NI, low_NR, scale=scale, of_b=of_b)
     if not wanted:
         return None, found
     late = slope_NR is not None and base.adds_apart(grads_NO[0], adapters.linears[0].layer)

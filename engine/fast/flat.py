@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_, methodcaller
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 BLOCK = 256
 """Numbers that share one constant in bitsandbytes' 8-bit states; 1,024 bytes, so that every part is aligned as a tensor of its own."""
+
+_gradient, _place = attrgetter("grad"), methodcaller("data_ptr")
 
 Kind = TypeVar("Kind")
 
@@ -84,10 +87,13 @@ class Flat(Generic[Kind]):
                 place = member.of(group.parameter.data)
                 self._parameters[member.number].data = place.copy_(self._parameters[member.number].data)
         self._gradients = torch.empty(sum(self._sizes), dtype=first.dtype, device=first.device)
-        self._places: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        for group, part in zip(self.groups, self._gradients.split(self._sizes), strict=True):
-            self._places.append((group.parameter, part))
-            self._places += [(self._parameters[member.number], member.of(part)) for member in group.members]
+        self._empty = False
+        self._lent, self._parts = list[torch.nn.Parameter](), list[torch.Tensor]()  # who gets which part of it
+        self._members = [[self._parameters[member.number] for member in group.members] for group in self.groups]
+        self._offsets = [[member.start * first.element_size() for member in group.members] for group in self.groups]
+        for group, own, part in zip(self.groups, self._members, self._gradients.split(self._sizes), strict=True):
+            self._lent += [group.parameter, *own]
+            self._parts += [part, *(member.of(part) for member in group.members)]
         self.release()
 
     @property
@@ -95,21 +101,29 @@ class Flat(Generic[Kind]):
         """Return where they lie."""
         return self._parameters[0].device
 
-    def lend(self) -> None:
-        """Give every parameter its part of the gradients' buffer, emptied, unless this step has done so; before any batch of a step."""
-        if self.groups[0].parameter.grad is not None:
+    def empty(self) -> None:
+        """Have the gradients' buffer, emptied, unless this step has it: enough for a recorded batch, which knows its place."""
+        if self._empty:
             return
         storage = self._gradients.untyped_storage()
         if not storage.nbytes():
             storage.resize_(self._gradients.nbytes)
         self._gradients.zero_()
-        for parameter, part in self._places:
+        self._empty = True
+
+    def lend(self) -> None:
+        """Give every parameter its part of the gradients' buffer, emptied, unless this step has done so."""
+        if self.groups[0].parameter.grad is not None:
+            return
+        self.empty()
+        for parameter, part in zip(self._lent, self._parts, strict=True):
             parameter.grad = part
 
     def clear(self) -> None:
         """Take the gradients back; their buffer stays where it is for the next step."""
-        for parameter, _ in self._places:
+        for parameter in self._lent:
             parameter.grad = None
+        self._empty = False
 
     def release(self) -> None:
         """Take the gradients back and free their memory until they are lent again, perhaps elsewhere.
@@ -129,13 +143,13 @@ class Flat(Generic[Kind]):
 
     def strays(self) -> list[torch.nn.Parameter]:
         """Return the parameters whose values or gradients, which are lent now, lie elsewhere: no step of the optimizer reaches them."""
-        size = self._parameters[0].element_size()
-        found = [parameter for parameter, part in self._places if parameter.grad is not part]
-        for group in self.groups:
+        found = list[torch.nn.Parameter]()
+        # by lists, and one by one only where they differ: the device waits for this answer
+        if not all(map(is_, map(_gradient, self._lent), self._parts)):
+            found += [parameter for parameter, part in zip(self._lent, self._parts, strict=True) if parameter.grad is not part]
+        for group, members, offsets in zip(self.groups, self._members, self._offsets, strict=True):
             start = group.parameter.data_ptr()
-            found += [
-                self._parameters[member.number]
-                for member in group.members
-                if self._parameters[member.number].data_ptr() != start + member.start * size
-            ]
+            places = [start + offset for offset in offsets]
+            if list(map(_place, members)) != places:
+                found += [parameter for parameter, place in zip(members, places, strict=True) if parameter.data_ptr() != place]
         return found

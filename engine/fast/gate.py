@@ -28,12 +28,11 @@ WIDEST_RANK = 64
 """Adapters of a higher rank are added by a product of their own: a program has no room for more."""
 WIDEST_SUM = 32
 """Gradients of adapters of a higher rank are made apart, for the same reason: their sums lie in registers all along."""
-ROWS_OF_A_SUM = 256
+ROWS_OF_A_SUM = 512
 """Rows that a program of the backward pass goes through: more leave cards idle, fewer write more sums that are added later."""
-_ROWS, _BLOCK = 16, 128  # of a tile: as few rows as a tensor core takes, and a whole line of the cache of each (measured beside others)
-_TILES = 4  # of a program forward
-_STAGES = 2  # tiles in flight: the compiler then asks for the next one early, with half the barriers
-_SUM_STAGES, _SUM_WARPS = 3, 8  # backward where it sums, which takes more registers
+# Tiles, and how many are in flight: the compiler then asks for the next ones early. Measured beside some sixty others (2026-11-28-step.md).
+_FORWARD = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2}
+_BACKWARD = {"ROWS": 16, "BLOCK": 64, "TILES": ROWS_OF_A_SUM // 16, "STAGES": 2}
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def _tile(numbers, places, first, second):
 
 @triton.jit
 def _low(low, stride, rows, number, rank, RANK: tl.constexpr):
-    """Return some rows of what adapters made of their input, or of its gradient."""
+    """Return some rows of a matrix that is as wide as the rank: B, or what adapters made of their input or of its gradient."""
     along = tl.arange(0, RANK)
     return _tile(low, rows[:, None] * stride + along[None, :], rows[:, None] < number, along[None, :] < rank)
 
@@ -86,11 +85,11 @@ def _times(b, rank, at, width, RANK: tl.constexpr):
 
 
 @triton.jit
-def _read(product, stride, low_NR, b_RI, scaling, rows, at, number, width, ADDED: tl.constexpr):
-    """Return a tile of a product in float32, with what its adapter adds where it is `ADDED`: scaling * low B^T."""
-    value = _tile(product, rows[:, None] * stride + at[None, :], rows[:, None] < number, at[None, :] < width).to(tl.float32)
+def _read(product, places, inside, first, second, scaling, ADDED: tl.constexpr):
+    """Return a tile of a product in float32, with what its adapter adds where it is `ADDED`: scaling * first second."""
+    value = tl.load(product + places, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
-        value += scaling * tl.dot(low_NR, b_RI, input_precision="ieee")
+        value += scaling * tl.dot(first, second, input_precision="ieee")
     return value
 
 
@@ -106,11 +105,11 @@ def _gated(
     low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
     for tile in tl.range(0, TILES, num_stages=STAGES):
         at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        inside = (rows[:, None] < number) & (at[None, :] < width)
         b_left = _times(b_gate, rank_gate, at, width, RANK) if GATE else None
         b_right = _times(b_up, rank_up, at, width, RANK) if UP else None
-        left = _read(gate, gate_stride, low_left, b_left, scaling_gate, rows, at, number, width, GATE)
-        right = _read(up, up_stride, low_right, b_right, scaling_up, rows, at, number, width, UP)
-        inside = (rows[:, None] < number) & (at[None, :] < width)
+        left = _read(gate, rows[:, None] * gate_stride + at[None, :], inside, low_left, b_left, scaling_gate, GATE)
+        right = _read(up, rows[:, None] * up_stride + at[None, :], inside, low_right, b_right, scaling_up, UP)
         tl.store(out + rows[:, None] * width + at[None, :], (_activation(left, GELU) * right).to(out.dtype.element_ty), mask=inside)
 
 
@@ -120,15 +119,15 @@ def _keep(
     GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of some rows: of B of gate, of B of up, and of A, each as it lies in memory."""
-    inside, along = at[None, :] < width, tl.arange(0, RANK)[:, None]
+    inside, along = at[:, None] < width, tl.arange(0, RANK)[None, :]
     if GATE:
-        tl.store(start + at[None, :] * rank_gate + along, scaling_gate * of_left, mask=inside & (along < rank_gate))
+        tl.store(start + at[:, None] * rank_gate + along, scaling_gate * of_left, mask=inside & (along < rank_gate))
         start += width * rank_gate
     if UP:
-        tl.store(start + at[None, :] * rank_up + along, scaling_up * of_right, mask=inside & (along < rank_up))
+        tl.store(start + at[:, None] * rank_up + along, scaling_up * of_right, mask=inside & (along < rank_up))
         start += width * rank_up
     if DOWN:
-        tl.store(start + along * width + at[None, :], of_a, mask=inside & (along < rank))
+        tl.store(start + along * width + at[:, None], of_a, mask=inside & (along < rank))
 
 
 @triton.jit(do_not_specialize=["number"])  # else each number of tokens might be compiled anew, in the midst of a recording
@@ -138,41 +137,42 @@ def _gated_backward(
     GELU: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, SUMS: tl.constexpr, PRODUCT: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # tiles are [columns, rows]: what was computed is then the left side of the products that sum it, and need not change its layout
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     along = tl.arange(0, RANK)
-    b_left = _times(b_gate, rank_gate, at, width, RANK) if GATE else None
-    b_right = _times(b_up, rank_up, at, width, RANK) if UP else None
-    a_RI = _tile(a, along[:, None] * width + at[None, :], along[:, None] < rank, at[None, :] < width) if DOWN else None
-    of_left = tl.zeros((RANK, BLOCK), tl.float32)
-    of_right = tl.zeros((RANK, BLOCK), tl.float32)
-    of_a = tl.zeros((RANK, BLOCK), tl.float32)
+    b_left = _low(b_gate, rank_gate, at, width, rank_gate, RANK) if GATE else None
+    b_right = _low(b_up, rank_up, at, width, rank_up, RANK) if UP else None
+    a_IR = _tile(a, along[None, :] * width + at[:, None], along[None, :] < rank, at[:, None] < width) if DOWN else None
+    of_left = tl.zeros((BLOCK, RANK), tl.float32)
+    of_right = tl.zeros((BLOCK, RANK), tl.float32)
+    of_a = tl.zeros((BLOCK, RANK), tl.float32)
     kind = grad.dtype.element_ty
     for tile in tl.range(0, TILES, num_stages=STAGES):
         rows = (tl.program_id(1).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        inside = (rows[:, None] < number) & (at[None, :] < width)
+        inside = (at[:, None] < width) & (rows[None, :] < number)
+        places = rows[None, :] * width + at[:, None]
+        of_gate_place, of_up_place = rows[None, :] * gate_stride + at[:, None], rows[None, :] * up_stride + at[:, None]
         low_left = _low(low_gate, low_stride, rows, number, rank_gate, RANK) if GATE else None
         low_right = _low(low_up, low_stride, rows, number, rank_up, RANK) if UP else None
-        of_product = tl.load(grad + rows[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        left = _read(gate, gate_stride, low_left, b_left, scaling_gate, rows, at, number, width, GATE)
-        right = _read(up, up_stride, low_right, b_right, scaling_up, rows, at, number, width, UP)
+        slope_NR = _low(slope, rank, rows, number, rank, RANK) if DOWN else None
+        left = _read(gate, of_gate_place, inside, b_left, tl.trans(low_left) if GATE else None, scaling_gate, GATE)
+        right = _read(up, of_up_place, inside, b_right, tl.trans(low_right) if UP else None, scaling_up, UP)
+        of_product = _read(grad, places, inside, a_IR, tl.trans(slope_NR) if DOWN else None, 1.0, DOWN)
         active = _activation(left, GELU)
         product = (active * right).to(kind)
-        if DOWN:
-            slope_NR = _low(slope, rank, rows, number, rank, RANK)
-            of_product += tl.dot(slope_NR, a_RI, input_precision="ieee")
-            if SUMS:
-                of_a += tl.dot(tl.trans(slope_NR), product, input_precision="ieee")
         of_gate = (of_product * right * _slope(left, GELU)).to(kind)
         of_up = (of_product * active).to(kind)
         if PRODUCT:
-            tl.store(grad + rows[:, None] * width + at[None, :], product, mask=inside)
-        tl.store(gate + rows[:, None] * gate_stride + at[None, :], of_gate, mask=inside)
-        tl.store(up + rows[:, None] * up_stride + at[None, :], of_up, mask=inside)
+            tl.store(grad + places, product, mask=inside)
+        tl.store(gate + of_gate_place, of_gate, mask=inside)
+        tl.store(up + of_up_place, of_up, mask=inside)
         if SUMS:
             if GATE:
-                of_left += tl.dot(tl.trans(low_left), of_gate, input_precision="ieee")
+                of_left += tl.dot(of_gate, low_left, input_precision="ieee")
             if UP:
-                of_right += tl.dot(tl.trans(low_right), of_up, input_precision="ieee")
+                of_right += tl.dot(of_up, low_right, input_precision="ieee")
+            if DOWN:
+                of_a += tl.dot(product, slope_NR, input_precision="ieee")
     if SUMS:
         start = sums + tl.program_id(1).to(tl.int64) * width * ((rank_gate if GATE else 0) + (rank_up if UP else 0) + (rank if DOWN else 0))
         _keep(start, of_left, of_right, of_a, scaling_gate, scaling_up, rank_gate, rank_up, rank, at, width, GATE, UP, DOWN, RANK)
@@ -186,10 +186,9 @@ def gated(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation, parts: P
     """Return activation(gate) * up [N, I], of both with what adapters add; both may be halves of one tensor."""
     number, width = gate_NI.shape
     out = torch.empty(number, width, dtype=gate_NI.dtype, device=gate_NI.device)
-    _gated[(triton.cdiv(number, _ROWS), triton.cdiv(width, _BLOCK * _TILES))](
+    _gated[(triton.cdiv(number, _FORWARD["ROWS"]), triton.cdiv(width, _FORWARD["BLOCK"] * _FORWARD["TILES"]))](
         gate_NI, up_NI, out, *_of_parts(parts, out), number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
-        GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, RANK=_padded_rank(parts),
-        ROWS=_ROWS, BLOCK=_BLOCK, TILES=_TILES, STAGES=_STAGES,
+        GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, RANK=_padded_rank(parts), **_FORWARD,
     )  # fmt: skip
     return out
 
@@ -219,13 +218,11 @@ def gated_backward_(
     ranks = [0 if part is None else part.b_OR.shape[1] for part in parts] + [0 if beside is None else len(a_RI)]
     summed, chunks = 0 < max(ranks) <= WIDEST_SUM, triton.cdiv(number, ROWS_OF_A_SUM)
     sums = torch.empty(chunks, width * sum(ranks), device=grad_NI.device) if summed else grad_NI
-    launch = {"STAGES": _SUM_STAGES, "num_warps": _SUM_WARPS} if summed else {"STAGES": _STAGES}
-    _gated_backward[(triton.cdiv(width, _BLOCK), chunks)](
+    _gated_backward[(triton.cdiv(width, _BACKWARD["BLOCK"]), chunks)](
         grad_NI, gate_NI, up_NI, *_of_parts(parts, grad_NI), slope_NR, a_RI, ranks[-1], sums,
         number, width, gate_NI.stride(0), up_NI.stride(0), _stride_of(parts),
         GELU=kind == "gelu_tanh", GATE=parts[0] is not None, UP=parts[1] is not None, DOWN=beside is not None,
-        SUMS=summed, PRODUCT=product or not summed or beside is None, RANK=_padded_rank(parts, max(ranks[-1], 1)),
-        ROWS=_ROWS, BLOCK=_BLOCK, TILES=ROWS_OF_A_SUM // _ROWS, **launch,
+        SUMS=summed, PRODUCT=product or not summed or beside is None, RANK=_padded_rank(parts, max(ranks[-1], 1)), **_BACKWARD,
     )  # fmt: skip
     if not summed:
         return None, None

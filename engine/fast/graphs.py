@@ -80,12 +80,12 @@ class Graphs:
 
         Args:
             module: what the losses come from; a batch that changes its buffers cannot be recorded.
-            flat: the parameters that are trained; it lends them their gradients before any batch of a step.
+            flat: the parameters that are trained, and their gradients.
             losses: the work of a forward pass.
             lengths: tokens of every row, or of every batch where its rows lie end to end.
             longest: tokens of the longest row where rows lie end to end; 0 where they are padded.
         """
-        self._module, self._device, self._losses = module, flat.device, losses
+        self._module, self._flat, self._device, self._losses = module, flat, flat.device, losses
         self.sizes = sizes(lengths)
         self._longest = max(longest, *(above - below for below, above in pairwise([0, *self.sizes])))  # what is left over is a row too
         self._held: dict[Shape, _Recorded] = {}
@@ -114,8 +114,10 @@ class Graphs:
         self._held[shape] = recorded  # the last used is last
         if len(self._held) > MOST_HELD:
             del self._held[next(iter(self._held))]
+        self._flat.empty()
         recorded.fill(batch, supervised)
         recorded.graph.replay()
+        self._flat.lend()  # the device is at work by now
         return recorded.loss.clone()
 
     @contextmanager
@@ -146,6 +148,7 @@ class Graphs:
 
     def _record(self, shape: Shape) -> _Recorded:
         device = self._device
+        self._flat.lend()
         here, stream = torch.cuda.current_stream(device), _stream(device)
         if self._pool is None:
             self._pool = _Pool(torch.cuda.graph_pool_handle())
@@ -202,10 +205,12 @@ def empty(shape: Shape, longest: int, device: torch.device) -> Batch:
 def fill(own: Batch, batch: Batch) -> None:
     """Copy `batch` into a larger one; of what is left over nothing is learned, and no row sees it."""
     rows, length = batch.input_ids_BT.shape
-    own.input_ids_BT.zero_()
+    if batch.input_ids_BT.shape != own.input_ids_BT.shape:
+        own.input_ids_BT.zero_()
     own.input_ids_BT[:rows, :length].copy_(batch.input_ids_BT)
     number, size = len(batch.labels_N), own.input_ids_BT.shape[1]
-    own.positions_N[:number].copy_(batch.positions_N // length * size + batch.positions_N % length)
+    positions_N = batch.positions_N if length == size else batch.positions_N // length * size + batch.positions_N % length
+    own.positions_N[:number].copy_(positions_N)
     own.labels_N[:number].copy_(batch.labels_N)
     if own.blocks is not None and batch.blocks is not None:
         own.blocks.places_1T[:, :length].copy_(batch.blocks.places_1T)

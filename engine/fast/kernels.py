@@ -27,7 +27,10 @@ _VOCABULARY_TILE = 4096
 
 
 @triton.jit
-def _norm(x, weight, beside, out, width, epsilon, OFFSET: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    x, weight, beside, out, rates, width, epsilon,
+    OFFSET: tl.constexpr, BESIDE: tl.constexpr, RATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
@@ -37,6 +40,8 @@ def _norm(x, weight, beside, out, width, epsilon, OFFSET: tl.constexpr, BESIDE: 
     if BESIDE:
         result += tl.load(beside + row * width + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
+    if RATED:
+        tl.store(rates + row, scale)
 
 
 @triton.jit
@@ -59,14 +64,18 @@ def rms_norm(
     epsilon: float,
     offset: float = 0.0,
     beside: torch.Tensor | None = None,
+    rates_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return x / rms(x) * (weight + offset) [N, H], plus `beside`; Gemma's weights are kept less one, so its offset is 1."""
+    """Return x / rms(x) * (weight + offset) [N, H], plus `beside`; Gemma's weights are kept less one, so its offset is 1.
+
+    Into `rates_N`, if given, goes 1 / rms(x) of each row, in float32.
+    """
     number, width = x_NH.shape
     out = torch.empty_like(x_NH)
     block = triton.next_power_of_2(width)
     _norm[(number,)](
-        x_NH, weight_H, x_NH if beside is None else beside, out, width, epsilon,
-        OFFSET=offset, BESIDE=beside is not None, BLOCK=block, num_warps=warps(block),
+        x_NH, weight_H, x_NH if beside is None else beside, out, out if rates_N is None else rates_N, width, epsilon,
+        OFFSET=offset, BESIDE=beside is not None, RATED=rates_N is not None, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return out
 

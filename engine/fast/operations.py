@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_tui.engine.fast import adapted, base, gate, kernels
-from qlora_tui.engine.fast.adapted import Adapters, Linear
+from qlora_tui.engine.fast.adapted import Adapters, Linear, Scale
 from qlora_tui.engine.fast.gate import Activation
 from qlora_tui.engine.fast.lora import Part
 from qlora_tui.engine.fast.recompute import Pass, current_pass
@@ -32,6 +32,15 @@ class Norm:
     def of(self, x_NH: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
         """Return the norm of each row, plus `beside`."""
         return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, beside)
+
+    def rated(self, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the norm of each row, and the rates of all [N] that it takes to do without it later."""
+        rates_N = torch.empty(len(x_NH), dtype=torch.float32, device=x_NH.device)
+        return kernels.rms_norm(x_NH, self.weight_H, self.epsilon, self.offset, rates_N=rates_N), rates_N
+
+    def scale(self, rates_N: torch.Tensor) -> Scale:
+        """Return what the norm multiplied its input by."""
+        return rates_N, self.weight_H.float() + self.offset if self.offset else self.weight_H
 
     def back(
         self, grad_NH: torch.Tensor, x_NH: torch.Tensor, beside: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -103,21 +112,21 @@ class _Projections(torch.autograd.Function):
         *pairs: Any,
     ) -> Any:
         x_NH = _flat(x)
-        normed = norm.of(x_NH)
+        normed, rates = norm.rated(x_NH)
         outs, low = adapted.forward(normed, Adapters(linears, pairs, x.dtype))
         del normed
         if angles is not None:
             for out, heads in zip(outs, turned, strict=True):
                 if heads:
                     kernels.turn_heads(_first(out, heads, size), *angles)
-        ctx.save_for_backward(x, low, *pairs)
+        ctx.save_for_backward(x, low, rates, *pairs)
         ctx.rest, ctx.leaves = (norm, linears, angles, turned, size), pairs
         return *(out.view(*x.shape[:-1], -1) for out in outs), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         norm, linears, angles, turned, size = ctx.rest
-        x, low, *pairs = ctx.saved_tensors
+        x, low, rates, *pairs = ctx.saved_tensors
         *of_products, around = grads
         grads_NO = [_flat(grad).contiguous() for grad in of_products]
         if angles is not None:
@@ -125,7 +134,7 @@ class _Projections(torch.autograd.Function):
                 if heads:
                     kernels.turn_heads_back_(_first(grad, heads, size), *angles)
         x_NH, adapters = _flat(x), Adapters(linears, pairs, x.dtype)
-        grad_NI, found = adapted.backward(grads_NO, norm.of(x_NH), adapters, low, wanted=ctx.needs_input_grad[0])
+        grad_NI, found = adapted.backward(grads_NO, x_NH, adapters, low, wanted=ctx.needs_input_grad[0], scale=norm.scale(rates))
         grad_x = None if grad_NI is None else norm.back(grad_NI, x_NH, _flat(around).contiguous()).view(x.shape)
         return grad_x, None, None, None, None, None, *adapters.trained(found, ctx.leaves)
 
@@ -167,8 +176,10 @@ class _Mlp(torch.autograd.Function):
         out = torch.empty_like(x_NH)
         # where it is computed again, nobody reads the output: what the backward pass needs is made there
         for part in () if not keep and current_pass() == Pass.AGAIN else _tiles(len(x_NH), whole=keep):
-            made, low = adapted.forward(norm.of(x_NH[part]), ups, added=not _gate_adds(ups, down))
-            kept = [*made, low] if keep else []
+            normed, rates = norm.rated(x_NH[part])
+            made, low = adapted.forward(normed, ups, added=not _gate_adds(ups, down))
+            kept = [*made, rates, low] if keep else []
+            del normed, rates
             inner = gate.gated(*_halves(made), kind, _halves_of_parts(ups, down, low))
             made.clear()  # let go of as soon as they were read
             _, low = adapted.forward(inner, down, x_NH[part] if residual else None, out[part])
@@ -186,7 +197,7 @@ class _Mlp(torch.autograd.Function):
         out, sums = torch.empty_like(x_NH), list[torch.Tensor | None]()
         ups, down = _up_and_down(linears, pairs, x.dtype)
         for part in _tiles(len(x_NH), whole=keep):
-            made = (list(kept[:-2]), *kept[-2:]) if keep else None
+            made = (list(kept[:-3]), *kept[-3:]) if keep else None
             grad_x, found = _back_through(x_NH[part], grad_NH[part], norm, ups, down, kind, made)
             norm.back(grad_x, x_NH[part], grad_NH[part] if residual else None, out[part])
             sums = found if keep or len(x_NH) <= TILE else _summed(sums, found, (ups, down))
@@ -231,10 +242,16 @@ def _back_through(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Return the gradient of an MLP's normed input, and those of its adapters.
 
-    `made` are the two wide products, and what adapters made of its input and of the gated product, where they were kept.
+    `made` are the two wide products, the norm's rates, and what adapters made of its input and of the gated product, where they were
+    kept. Where they were not, the norm is made for the products, and read again.
     """
-    normed, adds = norm.of(x_NH), _gate_adds(ups, down)
-    wide, low, low_down = made or (*adapted.forward(normed, ups, added=not adds), None)
+    adds = _gate_adds(ups, down)
+    if made:
+        wide, rates, low, low_down = made
+        source, scale = x_NH, norm.scale(rates)
+    else:
+        source, scale = norm.of(x_NH), None
+        (wide, low), low_down = adapted.forward(source, ups, added=not adds), None
     inner = base.input_gradient(grad_NH, down.linears[0].layer)
     slope = down.slopes([grad_NH])
     if slope is not None and not adds:
@@ -245,7 +262,7 @@ def _back_through(
     of_b, of_a = gate.gated_backward_(inner, *_halves(wide), kind, halves, beside, product=not made)
     of_down = down.gradients(slope, [grad_NH], inner, low_down if made else down.low(inner), of_a=of_a)
     del inner, of_a
-    grad_x, found = adapted.backward(wide, normed, ups, low, wanted=True, of_b=of_b)
+    grad_x, found = adapted.backward(wide, source, ups, low, wanted=True, scale=scale, of_b=of_b)
     assert grad_x is not None
     return grad_x, [found, of_down]
 

@@ -28,6 +28,7 @@ def split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], di
     bitsandbytes shares its quantization maps between parameters, and safetensors stores no shared memory, so every tensor
     is cloned on the way.
     """
+    _wait()
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     states = [{name: _on_host(value) for name, value in optimizer.state.get(_only(group), {}).items()} for group in optimizer.param_groups]
@@ -80,6 +81,7 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor
     bitsandbytes makes its state through `init_state` (paged where asked), so its tensors are made that way and filled:
     loading them as plain tensors would silently give up paging.
     """
+    _wait()
     saved = _by_number(tensors)
     for at, group in enumerate(optimizer.param_groups):
         parameter, members = _only(group), group["members"]
@@ -98,6 +100,12 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor
             else:
                 state[name] = whole if name == "step" else whole.to(parameter.device)
         state.update(rest["numbers"].get(str(members[0].number), {}))
+
+
+def _wait() -> None:
+    """Let the device end what it was given: a paged state is read and written from the host, and no stream orders that."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _only(group: Mapping[str, Any]) -> torch.nn.Parameter:

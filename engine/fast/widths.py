@@ -13,7 +13,7 @@ import triton.language as tl
 
 from qlora_tui.engine.fast.eightbit import LARGEST, TYPES, Kind, Rows
 
-_BYTES = 1024  # 4-bit pairs a program widens; so many outputs twice are one coalesced write
+_PAIRS = 2048  # of 4-bit numbers that a program widens
 _WIDEST = 1 << 14  # numbers of a row that registers of a block of threads hold
 _WIDE_TILE = 1 << 13  # those that it takes at once of a wider one
 _PART = 2048  # bytes of a row that a program widens
@@ -26,21 +26,21 @@ def warps(block: int) -> int:
 
 
 @triton.jit
-def _widen(packed, scales, scale_codes, scales2, offset, codes, out, size, HALF: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr):
-    at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    inside = at < size
-    pair = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
-    block = at // HALF
+def _widen(packed, scales, scale_codes, scales2, offset, codes, out, size, HALF: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr):
+    # a row of a tile is a block, so that its scale is read and widened once
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    has = block * HALF < size
     if GROUP > 0:
-        code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scale_codes + code) * tl.load(scales2 + block // GROUP, mask=inside, other=0.0) + tl.load(offset)
+        code = tl.load(scales + block, mask=has, other=0).to(tl.int32)
+        scale = tl.load(scale_codes + code) * tl.load(scales2 + block // GROUP, mask=has, other=0.0) + tl.load(offset)
     else:
-        scale = tl.load(scales + block, mask=inside, other=0.0)
-    first = tl.load(codes + (pair >> 4)) * scale
-    second = tl.load(codes + (pair & 15)) * scale
-    both = tl.interleave(first, second)
-    place = tl.program_id(0) * BYTES * 2 + tl.arange(0, BYTES * 2)
-    tl.store(out + place, both.to(out.dtype.element_ty), mask=place < size * 2)
+        scale = tl.load(scales + block, mask=has, other=0.0)
+    at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    pair = tl.load(packed + at, mask=at < size, other=0).to(tl.int32)
+    first = tl.load(codes + (pair >> 4)) * scale[:, None]
+    second = tl.load(codes + (pair & 15)) * scale[:, None]
+    place = block[:, None] * (HALF * 2) + tl.arange(0, HALF * 2)[None, :]
+    tl.store(out + place, tl.interleave(first, second).to(out.dtype.element_ty), mask=place < size * 2)
 
 
 def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,13 +55,14 @@ def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor | None = None
     """
     if out is None:
         out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
-    size = packed.numel()
+    size, half = packed.numel(), state.blocksize // 2
     inner = state.state2 if state.nested else None
     scales = (state.absmax, inner.code, inner.absmax, state.offset) if inner is not None else (state.absmax,) * 4
     # without fused multiply-adds, whose third rounding bitsandbytes' scales do not have
-    _widen[(triton.cdiv(size, _BYTES),)](
+    blocks = max(1, _PAIRS // half)
+    _widen[(triton.cdiv(size, blocks * half),)](
         packed, *scales, state.code, out, size,
-        HALF=state.blocksize // 2, GROUP=inner.blocksize if inner is not None else 0, BYTES=_BYTES, enable_fp_fusion=False,
+        HALF=half, GROUP=inner.blocksize if inner is not None else 0, BLOCKS=blocks, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

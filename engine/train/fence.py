@@ -116,7 +116,7 @@ class Fence:
         self.check("a step", (_SETUP, _IDLE))
         if self._drawn:
             self._undo_draws(self._drawn, "between two steps, outside an evaluation")
-        before = torch_generators()
+        before = self._drawn or torch_generators()
         if any(parameter.grad is not None for parameter in self._updated.values()):
             raise FenceError("before a step: gradients were left that do not belong to it")
         self._phase, self._rest, self._judged, self._looked = _STEP, _IDLE, False, False
@@ -124,8 +124,7 @@ class Fence:
             yield
         finally:
             self._phase = _IDLE
-            self._undo_draws_within(before)
-            self._drawn = torch_generators()
+            self._drawn = self._without_draws(before)
 
     def after_backward(self) -> None:
         """Check what the gradient of this step rests on, once all of it was handed over to the device and before anybody waits.
@@ -256,10 +255,11 @@ class Fence:
             yield "a switch of torch that holds for the whole process was changed"
 
     def _set_faults(self) -> Iterator[str]:
-        missing = [name for name, parameter in self._updated.items() if parameter.grad is None]
+        strays = self._flat.strays() if self._flat else [*self._updated.values()]
+        missing = [name for name, parameter in self._updated.items() if parameter.grad is None] if strays else []
         if missing:
             yield f"{len(missing)} of {len(self._updated)} trained tensors have no gradient ({', '.join(missing[:2])})"
-        if strays := self._flat.strays() if self._flat else []:
+        if self._flat and strays:
             names = [name for name, parameter in self._updated.items() if any(parameter is stray for stray in strays)]
             yield f"{len(names)} trained tensors or their gradients lie where no step reaches them ({', '.join(names[:2])})"
 
@@ -275,12 +275,14 @@ class Fence:
         if self._device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
             yield "work runs on another CUDA stream than the default one"
 
-    def _undo_draws_within(self, before: list[torch.Tensor]) -> None:
-        """Undo draws of somebody else in a step; where dropout draws as well, they cannot be told apart."""
+    def _without_draws(self, before: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Undo draws of somebody else in a step, and return where generators stand; where dropout draws too, they can't be told apart."""
         if self._draws is None:
             self._draws = not all(map(torch.equal, before, torch_generators()))
-        elif not self._draws:
-            self._undo_draws(before, "in a step that draws none")
+        if self._draws:
+            return torch_generators()
+        self._undo_draws(before, "in a step that draws none")
+        return before
 
     def _undo_draws(self, before: list[torch.Tensor], when: str) -> None:
         """Put generators back that moved: a preview that draws from training's numbers would change the run."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from qlora_tui.engine.fast.flat import Flat
 from qlora_tui.engine.fast.states import EIGHT
@@ -49,20 +50,36 @@ def flatten(run: RunConfig, parameters: Mapping[str, torch.nn.Parameter], device
     return Flat([parameters[name] for name in ordered], kinds)
 
 
-class _BitsByGroup:
-    """Lets each group say how many bits its state has; bitsandbytes goes by a tensor's size, and a group is always large."""
+class _ByGroup(Optimizer8bit):  # type: ignore[misc]  # bitsandbytes has no types
+    """Lets each group say how many bits its state has, and updates it without waiting for the device.
+
+    bitsandbytes goes by a tensor's size, and a group is always large. It also waits after each tensor, for whoever reads a paged state
+    from the host: here that is `fast.states` alone, which waits itself, and meanwhile the next step is prepared.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every group that has a gradient; the device may still be at it when this returns."""
+        for at, group in enumerate(self.param_groups):
+            (parameter,) = group["params"]
+            if parameter.grad is None:
+                continue
+            if not self.state[parameter]:
+                self.init_state(group, parameter, at, 0)
+            self.prefetch_state(parameter)
+            self.update_step(group, parameter, at, 0)
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return bitsandbytes' settings for one tensor, with the group's own bits."""
-        settings: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]  # of the class that it is mixed into
+        settings: dict[str, Any] = super().get_config(gindex, pindex, group)
         return settings | {"optim_bits": group["bits"]}
 
 
-class AdamW8bit(_BitsByGroup, bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]  # bitsandbytes has no types
+class AdamW8bit(_ByGroup, bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]  # as above
     """8-bit AdamW; checkpoints know it by this name, which is bitsandbytes' own."""
 
 
-class PagedAdamW8bit(_BitsByGroup, bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]  # as above
+class PagedAdamW8bit(_ByGroup, bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]  # as above
     """8-bit AdamW whose large states the driver may move to RAM; checkpoints know it by this name, which is bitsandbytes' own."""
 
 

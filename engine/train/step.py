@@ -217,7 +217,6 @@ class Gradient:
         The first batch of a run goes the plain way also where the others are replayed: libraries choose kernels and make
         workspaces at their first use, which no graph may hold.
         """
-        self.flat.lend()
         if self.graphs is not None and self._warm:
             try:
                 return self.graphs.add(batch, supervised)
@@ -226,6 +225,7 @@ class Gradient:
                     raise
                 why_not = self.graphs.why_not
             self._give_up(why_not)
+        self.flat.lend()
         loss = self.losses(batch).sum() / supervised
         loss.backward()
         if self.graphs is not None and not self._warm:
@@ -281,7 +281,7 @@ def recorded(run: RunConfig, loaded: Loaded) -> bool:
 
 def allocator_retries() -> int:
     """Return how often torch's allocator gave its cache back to satisfy a request."""
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+    return int(torch.cuda.memory.memory_stats_as_nested_dict().get("num_alloc_retries", 0))
 
 
 def _rows(number: int) -> str:

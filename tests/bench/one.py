@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ PROFILED = 3
 
 def ceiling(*, cpu: bool) -> dict[str, Any]:
     """Return this device's name and its bf16 matmul rate in FLOP/s: the median of 20 products of 8192^3."""
-    import time
-
     import torch
 
     size = 256 if cpu else 8192
@@ -111,9 +110,15 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
     run = run_of(case, model, data, home, cpu=cpu)
     profile = Profile(cpu=cpu, first=case.warm, last=case.warm + PROFILED) if case.profile else None
     held: list[dict[str, Any]] = []
+    spans = list[float]()
+    mark = time.monotonic()
 
     def listen(stepped: Stepped) -> None:
-        held.append(memory(cpu=cpu))  # while the model is there, as with the peers
+        nonlocal mark
+        spans.append(time.monotonic() - mark)  # from one step's end to the next one's: what lies between two is part of it
+        mark = time.monotonic()
+        if stepped.step == stepped.total_steps:
+            held.append(memory(cpu=cpu))  # while the model is there, and once, as with the peers
         if profile:
             profile.step(stepped)
 
@@ -125,21 +130,21 @@ def _ours(case: Case, model: Path, data: Path, home: Path, *, cpu: bool) -> dict
         raise SystemExit(f"{len(skipped)} steps were not applied: they measure nothing")
     late = ran.of(Stepped)[case.warm :]
     result: dict[str, Any] = {
-        "seconds": [step.seconds for step in late],
+        "seconds": spans[case.warm :],
         "tokens": [step.tokens for step in late],
         "supervised": [step.supervised_tokens for step in late],
         "allocated": max(step.memory_peak_bytes for step in ran.of(Stepped)),
-        "reserved": max(now["reserved"] for now in held),
+        "reserved": held[-1]["reserved"],
         "choices": dict(ran.of(Planned)[-1].choices),
         "findings": [finding.message for finding in ran.of(Finding) if finding.detector == "memory"],  # rows halved, a full cache
         "last_loss": late[-1].loss,
-        "data_share": sum(step.data_seconds for step in late) / sum(step.seconds for step in late),
-        "device": max(now["device"] for now in held),
+        "data_share": sum(step.data_seconds for step in late) / sum(spans[case.warm :]),
+        "device": held[-1]["device"],
         "rows": [row for step in late for row in step.rows],
         "config": json.loads((model / "config.json").read_text()),
     }
     if profile:
-        result["times"] = profile.told([step.seconds for step in ran.of(Stepped)[case.warm : case.warm + PROFILED]])
+        result["times"] = profile.told(spans[case.warm : case.warm + PROFILED])
     return result
 
 

@@ -72,7 +72,7 @@ def _seeded() -> None:
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(48, 128), (7, 192)])
+@pytest.mark.parametrize("shape", [(48, 128), (7, 192), (3, 100), (5, 4096)])
 def test_widened_weights_are_those_of_bitsandbytes_to_the_bit(
     widths: ModuleType, double: bool, kind: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
@@ -159,6 +159,10 @@ def test_norm(kernels: ModuleType, offset: float, beside: bool, width: int) -> N
     torch.testing.assert_close(
         kernels.rms_norm(x, weight, 1e-5, offset, other), plain_kernels.rms_norm(x, weight, 1e-5, offset, other), **CLOSE
     )
+    ours, theirs = torch.empty(2, 5).unbind()
+    for part, rates in ((kernels, ours), (plain_kernels, theirs)):
+        part.rms_norm(x, weight, 1e-5, offset, other, rates)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
     ours, theirs = (part.rms_norm_backward(grad, x, weight, 1e-5, offset, other) for part in (kernels, plain_kernels))
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
@@ -174,7 +178,7 @@ def parts_of(ranks: tuple[int, int], number: int, width: int) -> tuple[Any, tupl
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "halves of one"])
 @pytest.mark.parametrize("ranks", [(0, 0), (1, 1), (8, 0), (0, 16), (32, 8), (40, 16), (64, 64)], ids=str)
-@pytest.mark.parametrize(("number", "width"), [(37, 190), (300, 530)], ids=["one program", "several"])
+@pytest.mark.parametrize(("number", "width"), [(37, 190), (600, 530)], ids=["one program", "several"])
 def test_gate(gate: ModuleType, kind: str, joined: bool, ranks: tuple[int, int], number: int, width: int) -> None:
     both = torch.randn(number, 2 * width)
     grad = torch.randn(number, width)

@@ -16,8 +16,7 @@ NORM = {"x": BF16, "weight": BF16, "beside": BF16, "out": BF16, "grad": BF16, "w
 GATE = dict.fromkeys(("grad", "gate", "up", "out", "low_gate", "b_gate", "low_up", "b_up", "slope", "a"), BF16)
 GATE |= dict.fromkeys(("rank", "rank_gate", "rank_up", "number", "width", "gate_stride", "up_stride", "low_stride"), INT)
 GATE |= {"scaling_gate": "fp32", "scaling_up": "fp32", "sums": F32}
-TILED = {"ROWS": 16, "BLOCK": 128, "TILES": 4, "STAGES": 2}
-PARTS, PLAIN = {"GATE": True, "UP": True, **TILED}, {"GATE": False, "UP": False, "RANK": 16, **TILED}
+PARTS, PLAIN = {"GATE": True, "UP": True}, {"GATE": False, "UP": False, "RANK": 16}
 HEADS = {**NORM, "cos": BF16, "sin": BF16, "heads": INT, "size": INT, "stride": INT, "half": INT, "rows": INT}
 ROWS = {"held": FP8, "scales": F32}
 WIDEN = {"packed": "*u8", "scale_codes": F32, "scales2": F32, "offset": F32, "codes": F32, "out": BF16, "size": INT}
@@ -31,9 +30,9 @@ BEFORE_AMPERE = ("_widen", "_cross_entropy", "_quantize", "_turn", "_summed", "_
 """What runs outside fused layers, in float16 on Turing."""
 
 CASES: list[Case] = [
-    ("_widen", {**WIDEN, "scales": "*u8"}, {"HALF": 32, "GROUP": 256, "BYTES": 1024}),
-    ("_widen", {**WIDEN, "scales": F32}, {"HALF": 32, "GROUP": 0, "BYTES": 1024}),
-    ("_norm", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
+    ("_widen", {**WIDEN, "scales": "*u8"}, {"HALF": 32, "GROUP": 256, "BLOCKS": 64}),
+    ("_widen", {**WIDEN, "scales": F32}, {"HALF": 32, "GROUP": 0, "BLOCKS": 64}),
+    ("_norm", {**NORM, "rates": F32}, {"OFFSET": 1.0, "BESIDE": True, "RATED": True, "BLOCK": 4096}),
     ("_norm_backward", NORM, {"OFFSET": 1.0, "BESIDE": True, "BLOCK": 4096}),
     ("_gated", GATE, {"GELU": True, **PLAIN}),
     ("_gated", GATE, {"GELU": False, "RANK": 64, **PARTS}),
@@ -69,7 +68,8 @@ def compile_all() -> None:
     }
     written = "".join(inspect.getsource(room) for room in (kernels, gate, parts, widths))
     assert {name for name in found if f"{name}[" in written} == {name for name, _, _ in CASES}  # all that are launched
-    for name, types, constants in CASES:
+    for name, types, others in CASES:
+        constants = others | {"_gated": gate._FORWARD, "_gated_backward": gate._BACKWARD}.get(name, {})
         arguments = found[name].arg_names
         signature = {argument: "constexpr" if argument in constants else types[argument] for argument in arguments}
         source = ASTSource(found[name], signature, {(arguments.index(key),): value for key, value in constants.items()})
