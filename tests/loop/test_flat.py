@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,6 +91,29 @@ def test_checkpoints_are_those_of_each_tensor_alone_and_go_on_to_the_bit(run: Ru
     for number in range(3, 7):
         again.step(number)
         assert again.differ() == []
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS[1:])
+def test_no_update_waits_for_the_device_and_whoever_reads_or_writes_its_state_does(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paged state is the host's memory too, so a read that does not wait finds it half updated, and a write is overwritten."""
+    held, waited = pair(RunConfig(optim=optim), CPU), list[str]()
+    monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", lambda _: waited.append("update"))
+    held.step(0)
+    assert len(waited) >= len(SHAPES)  # bitsandbytes' own
+    waited.clear()
+    held.flat.lend()
+    held.optimizer.step()
+    assert waited == []
+    before, rest = states.split(held.optimizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    moments = [state["state1"] for state in held.optimizer.state.values()]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: [moment.fill_(7) for moment in moments])  # what the device was still at
+    tensors, _ = states.split(held.optimizer)
+    assert all(bool((part == 7).all()) for name, part in tensors.items() if name.endswith(".state1"))
+    states.restore(held.optimizer, before, rest)
+    monkeypatch.undo()
+    tensors, _ = states.split(held.optimizer)
+    assert all(torch.equal(part, before[name]) for name, part in tensors.items())
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
