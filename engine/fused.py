@@ -1,7 +1,7 @@
 """What a fused decoder layer keeps for its backward pass, and its peak there: the memory of `fast.layers`, in arithmetic.
 
 Where `activations` follows transformers' thirty operations a layer, this follows the four that stand in their place on a
-card: norms are made again instead of kept, the MLP's inner product takes the place of its gradient, and of a layer that is
+card: of a norm its input and its rows' rates are kept, the MLP's inner product takes the place of its gradient, and of a layer that is
 computed again the MLP's two wide products exist a tile at a time. `tests/loop/test_peaks.py` holds it to a trace of every tensor.
 """
 

@@ -44,8 +44,8 @@ _LOGIT_PASSES = 17.5  # times an element's width that one logit is moved: produc
 _DEQUANT_SHARE = 0.8  # of the bandwidth that widening of 4-bit weights reaches: 35 GB in 12.6 ms on an H100, 2026-11-27
 # The next five were fitted to 36 settings of fused layers, 0.5 to 14 B, recorded on an H200, and to 22 of an 8 B model there and on an
 # H100, up to 65,536 tokens (2026-11-27): within 6.2 %, median 1.9 %. Without one half of the 36, that half is met within 12 %, median 3 %.
-# The rate is of 48 settings of what fused layers do since then, with an 8-bit base and rows end to end (H200, 2026-11-28): fitted to
-# every other one, it meets the others within 7.6 %, median 2 %.
+# The rate is of 48 settings with an 8-bit base and rows end to end (H200, 2026-11-28): fitted to every other one, it meets the others
+# within 7.6 %, median 2 %. Since then the gate's backward kernel is faster and a norm is made less often; it was not fitted again.
 _FUSED_PRODUCT_SHARE = 1.1  # of the seconds that products would take at the measured rate
 _FUSED_KERNEL_SECONDS = 2.5e-6  # of a card between one kernel and the next
 _FUSED_MOVE_SHARE = 0.78  # of a large copy's rate that fused kernels and low-rank products reach together

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_, methodcaller
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 BLOCK = 256
 """Numbers that share one constant in bitsandbytes' 8-bit states; 1,024 bytes, so that every part is aligned as a tensor of its own."""
-
-_gradient, _place = attrgetter("grad"), methodcaller("data_ptr")
 
 Kind = TypeVar("Kind")
 
@@ -88,12 +85,10 @@ class Flat(Generic[Kind]):
                 self._parameters[member.number].data = place.copy_(self._parameters[member.number].data)
         self._gradients = torch.empty(sum(self._sizes), dtype=first.dtype, device=first.device)
         self._empty = False
-        self._lent, self._parts = list[torch.nn.Parameter](), list[torch.Tensor]()  # who gets which part of it
-        self._members = [[self._parameters[member.number] for member in group.members] for group in self.groups]
-        self._offsets = [[member.start * first.element_size() for member in group.members] for group in self.groups]
-        for group, own, part in zip(self.groups, self._members, self._gradients.split(self._sizes), strict=True):
-            self._lent += [group.parameter, *own]
-            self._parts += [part, *(member.of(part) for member in group.members)]
+        self._places: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        for group, part in zip(self.groups, self._gradients.split(self._sizes), strict=True):
+            self._places.append((group.parameter, part))
+            self._places += [(self._parameters[member.number], member.of(part)) for member in group.members]
         self.release()
 
     @property
@@ -116,12 +111,12 @@ class Flat(Generic[Kind]):
         if self.groups[0].parameter.grad is not None:
             return
         self.empty()
-        for parameter, part in zip(self._lent, self._parts, strict=True):
+        for parameter, part in self._places:
             parameter.grad = part
 
     def clear(self) -> None:
         """Take the gradients back; their buffer stays where it is for the next step."""
-        for parameter in self._lent:
+        for parameter, _ in self._places:
             parameter.grad = None
         self._empty = False
 
@@ -143,13 +138,13 @@ class Flat(Generic[Kind]):
 
     def strays(self) -> list[torch.nn.Parameter]:
         """Return the parameters whose values or gradients, which are lent now, lie elsewhere: no step of the optimizer reaches them."""
-        found = list[torch.nn.Parameter]()
-        # by lists, and one by one only where they differ: the device waits for this answer
-        if not all(map(is_, map(_gradient, self._lent), self._parts)):
-            found += [parameter for parameter, part in zip(self._lent, self._parts, strict=True) if parameter.grad is not part]
-        for group, members, offsets in zip(self.groups, self._members, self._offsets, strict=True):
+        size = self._parameters[0].element_size()
+        found = [parameter for parameter, part in self._places if parameter.grad is not part]
+        for group in self.groups:
             start = group.parameter.data_ptr()
-            places = [start + offset for offset in offsets]
-            if list(map(_place, members)) != places:
-                found += [parameter for parameter, place in zip(members, places, strict=True) if parameter.data_ptr() != place]
+            found += [
+                self._parameters[member.number]
+                for member in group.members
+                if self._parameters[member.number].data_ptr() != start + member.start * size
+            ]
         return found
